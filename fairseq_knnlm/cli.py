@@ -1,0 +1,278 @@
+"""The command ``fairseq-knnlm``: argument parsing, and the only place that prints or exits."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fairseq_knnlm import index as indexes
+from fairseq_knnlm.calibration import read_calibration, write_calibration
+from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.errors import ConfigError, IndexFileError, KnnlmError
+from fairseq_knnlm.files import altered, human_bytes
+from fairseq_knnlm.indexing import build
+from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
+from fairseq_knnlm.tables import read_table
+from fairseq_knnlm.tune import fit
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: arguments, the process's own where left out.
+        prog: the command's name in ``--help``.
+
+    Returns:
+        The exit code: 0, or 1 after a message on standard error.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    parser = _parser(prog)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _save:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        args.run(args, rest)
+    except KnnlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was published", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog or "fairseq-knnlm", description="Datastores and indexes of kNN language models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, what: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example: fairseq-knnlm {name} {example}",
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    save = command(
+        "save",
+        _save,
+        "run a language model over a split and save its datastore",
+        "data-bin --path checkpoint_best.pt --dstore DSTORE --tokens-per-sample 512",
+    )
+    save.add_argument("data", help="folder that fairseq-preprocess wrote")
+    save.add_argument("--path", required=True, help="checkpoint of the language model")
+    save.add_argument("--dstore", required=True, help="folder to make")
+    save.add_argument("--gen-subset", default="train", help="split to read (default: train)")
+
+    add_build_arguments(
+        command(
+            "build-index",
+            build_index,
+            "build the FAISS index of a datastore",
+            "--dstore DSTORE --recipe auto",
+        )
+    )
+
+    tune = command(
+        "tune",
+        _tune,
+        "fit lambda and temperature from a score table of the valid split",
+        "--dstore DSTORE --score-table valid.npz",
+    )
+    _add_store(tune)
+    tune.add_argument("--score-table", required=True, type=Path, help="from --score-table")
+
+    info = command("info", _info, "say what a datastore and its index are", "--dstore DSTORE")
+    _add_store(info)
+
+    verify = command(
+        "verify", _verify, "check every byte of a datastore and its index", "--dstore DSTORE"
+    )
+    _add_store(verify)
+
+    importing = command(
+        "import",
+        _import,
+        "convert PREFIX_keys.npy and PREFIX_vals.npy of urvashik/knnlm",
+        "--dstore PREFIX --dstore-size 103225485 --dstore-fp16 --out DSTORE",
+    )
+    _add_store(importing)
+    importing.add_argument("--out", required=True, type=Path, help="folder to make")
+    importing.add_argument(
+        "--vocabulary", type=int, help="types of the dictionary, to check the values against"
+    )
+    return parser
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``build-index``, shared with ``examples/build_index.py``."""
+    _add_store(parser)
+    parser.add_argument(
+        "--recipe",
+        default="auto",
+        help="auto (by size and device), paper (IVF4096,PQ64, nprobe 32) or a FAISS factory "
+        "string (default: auto)",
+    )
+    parser.add_argument("--indexfile", type=Path, help="index to write (default: in the datastore)")
+    parser.add_argument("--metric", choices=("l2", "ip"), default="l2", help="default: l2")
+    parser.add_argument(
+        "--probe", type=int, help="lists visited a query, stored with the index as its default"
+    )
+    parser.add_argument("--train-rows", type=int, help="keys in the training sample")
+    parser.add_argument(
+        "--recall-queries",
+        type=int,
+        default=100,
+        help="sampled keys on which recall is measured; 0 skips that (default: 100)",
+    )
+    parser.add_argument(
+        "--knn-device", default="auto", help="where it will be searched (default: auto)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dstore", required=True, type=Path, help="datastore folder, or PREFIX of urvashik/knnlm"
+    )
+    parser.add_argument("--dstore-size", type=int, help="entries, for files of urvashik/knnlm")
+    parser.add_argument(
+        "--dstore-fp16", action="store_true", help="those files are float16 and int16"
+    )
+
+
+def _open(args: argparse.Namespace, *, verify: bool = False) -> Datastore:
+    if is_legacy(args.dstore):
+        vocabulary = getattr(args, "vocabulary", None)
+        return open_legacy(
+            args.dstore, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary
+        )
+    return open_datastore(args.dstore, verify=verify)
+
+
+def _save(args: argparse.Namespace, rest: list[str]) -> None:
+    """Runs ``fairseq-eval-lm`` with the flags that save, and whatever else was typed."""
+    from fairseq_cli import eval_lm
+
+    package = Path(__file__).resolve().parent
+    flags = ["--user-dir", str(package), "--task", "knn_lm", "--path", args.path]
+    flags += ["--gen-subset", args.gen_subset, "--save-knnlm-dstore", "--dstore-mmap", args.dstore]
+    sys.argv = ["fairseq-eval-lm", args.data, *flags, *rest]
+    eval_lm.cli_main()
+
+
+def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
+    """Builds an index, measures its recall, and writes it beside the datastore."""
+    store = _open(args)
+    assert store.keys is not None
+    if args.probe is not None and args.probe < 1:
+        raise ConfigError("--probe counts lists", expected="1 or more", found=args.probe)
+    path = args.indexfile or store.index_path
+    index, card = build(
+        store.keys,
+        args.recipe,
+        metric=args.metric,
+        nprobe=args.probe,
+        train_rows=args.train_rows,
+        recall_queries=args.recall_queries,
+        seed=args.seed,
+        gpu=indexes.wants_gpu(args.knn_device),
+    )
+    card = indexes.save(index, card, path, store.fingerprint)
+    recall = f", recall@{card.recall_at} {card.recall:.3f}" if card.recall is not None else ""
+    print(
+        f"{path}: {card.factory}, {card.rows:,} keys, {card.bytes / card.rows:.0f} bytes a key, "
+        f"nprobe {card.nprobe}{recall}, built in {card.seconds:.0f} s"
+    )
+
+
+def _tune(args: argparse.Namespace, _: list[str]) -> None:
+    store = _open(args)
+    table = read_table(args.score_table)
+    found = table.card.get("datastore")
+    if found != store.fingerprint:
+        raise ConfigError(
+            "the score table is not of this datastore",
+            expected=f"datastore {store.fingerprint[:12]}...",
+            found=f"datastore {str(found)[:12]}...",
+            do="write the table with --knnlm --dstore-filename of this datastore",
+        )
+    fitted = fit(table)
+    write_calibration(store.calibration_path, fitted)
+    print(f"{fitted.split}, {fitted.tokens:,} tokens, k {fitted.k}, {fitted.distances}")
+    print(f"  base LM  perplexity {fitted.base_perplexity:.2f}")
+    print(f"  kNN-LM   perplexity {fitted.perplexity:.2f}")
+    print(f"  lambda {fitted.lmbda:.4f}, temperature {fitted.temperature:g}")
+    if fitted.lmbda == 0:
+        print("the neighbours do not help this model on this text: they get no weight")
+    print(f"written to {store.calibration_path}; evaluation uses it unless told otherwise")
+
+
+def _info(args: argparse.Namespace, _: list[str]) -> None:
+    store = _open(args)
+    manifest = store.manifest
+    origin = manifest.origin
+    print(f"{store.path}: {manifest.rows:,} entries of width {manifest.width}")
+    print(f"  keys         {manifest.key_dtype}, {origin.key_type}")
+    print(f"  values       {manifest.value_dtype}, below {origin.vocabulary:,}")
+    print(f"  split        {origin.split or 'unknown'} {origin.context or ''}")
+    print(f"  model        {origin.model or 'unknown'}")
+    print(f"  dictionary   {origin.dictionary or 'unknown'}")
+    print(f"  fingerprint  {store.fingerprint}")
+    total = sum(file["bytes"] for file in manifest.files.values())
+    if total:
+        print(f"  on disk      {human_bytes(total)}")
+    try:
+        card = indexes.read_card(store.index_path)
+        print(f"  index        {card.describe() if card else 'built elsewhere'}")
+    except IndexFileError:
+        print("  index        none; build it with `fairseq-knnlm build-index`")
+    calibration = read_calibration(store.calibration_path, store.fingerprint)
+    if calibration is None:
+        print("  calibration  none; fit it with `fairseq-knnlm tune`")
+    else:
+        print(
+            f"  calibration  lambda {calibration.lmbda:.4f}, temperature "
+            f"{calibration.temperature:g}, {calibration.split} perplexity "
+            f"{calibration.base_perplexity:.2f} -> {calibration.perplexity:.2f}"
+        )
+
+
+def _verify(args: argparse.Namespace, _: list[str]) -> None:
+    store = _open(args, verify=True)
+    print(f"{store.path}: {len(store):,} entries, every byte as it was written")
+    path = store.index_path
+    if path.is_file():
+        card = indexes.load(
+            path,
+            datastore=store.fingerprint,
+            rows=len(store),
+            width=store.manifest.width,
+        ).card
+        if card.chunks and altered(path, card.chunks, everything=True):
+            raise IndexFileError(f"{path} is damaged", do="build the index again")
+        print(f"{path}: {card.describe()}, of this datastore")
+
+
+def _import(args: argparse.Namespace, _: list[str]) -> None:
+    if not is_legacy(args.dstore):
+        raise ConfigError(
+            f"no datastore of urvashik/knnlm at {args.dstore}",
+            expected="PREFIX, with PREFIX_keys.npy and PREFIX_vals.npy",
+            found="no such files",
+        )
+    store = _open(args)
+    convert(store, args.out)
+    print(f"{args.out}: {len(store):,} entries of width {store.manifest.width}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The flags of the task ``knn_lm``, as one dataclass, and the one place where they are checked.
+
+fairseq reads the fields' annotations at run time and understands ``Optional[int]`` only, so this
+module does without postponed annotations and ``int | None``.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks.language_modeling import LanguageModelingConfig
+
+from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.lm import KEY_TYPES
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LAMBDA = 0.25
+DEFAULT_TEMPERATURE = 1.0
+
+KEY_TYPE_CHOICES = ChoiceEnum(list(KEY_TYPES))
+SIMILARITY_CHOICES = ChoiceEnum(["auto", "do_not_recomp_l2", "l2", "dot"])
+METRIC_CHOICES = ChoiceEnum(["auto", "l2", "ip"])
+
+
+@dataclass
+class KnnlmConfig(LanguageModelingConfig):
+    knnlm: bool = field(default=False, metadata={"help": "evaluate the kNN-LM"})
+    save_knnlm_dstore: bool = field(
+        default=False, metadata={"help": "save a datastore of --gen-subset at --dstore-mmap"}
+    )
+    dstore_mmap: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "folder of the datastore to save"}
+    )
+    dstore_filename: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "datastore to read: its folder, or the PREFIX of urvashik/knnlm's files"},
+    )
+    indexfile: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "FAISS index (default: knn.index in the datastore)"}
+    )
+    dstore_size: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "entries, to read urvashik/knnlm's files; ours say it themselves"},
+    )
+    dstore_fp16: bool = field(
+        default=False,
+        metadata={
+            "help": "to read urvashik/knnlm's files: float16 keys and int16 values "
+            "(saving writes float16 keys anyway)"
+        },
+    )
+    dstore_fp32: bool = field(default=False, metadata={"help": "save the keys in float32"})
+    k: int = field(default=1024, metadata={"help": "neighbours a token"})
+    lmbda: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "weight of the neighbours, 0 to 1 (default: the calibration, else 0.25)"},
+    )
+    knn_temp: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "temperature of the distances (default: the calibration, else 1.0)"},
+    )
+    probe: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "inverted lists visited a query (default: as the index was built)"},
+    )
+    knn_keytype: KEY_TYPE_CHOICES = field(  # type: ignore[valid-type]
+        default="last_ffn_input", metadata={"help": "the representation that is the key"}
+    )
+    knn_sim_func: SIMILARITY_CHOICES = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={
+            "help": "distances: the index's own (do_not_recomp_l2), or recomputed on the stored "
+            "keys as squared L2 (l2) or inner product (dot); auto recomputes L2 unless the index "
+            "is exact or the keys are not loaded"
+        },
+    )
+    faiss_metric_type: METRIC_CHOICES = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={"help": "the index's metric; checked against the index where given"},
+    )
+    no_load_keys: bool = field(
+        default=False, metadata={"help": "do not open the keys; use the index's distances"}
+    )
+    move_dstore_to_mem: bool = field(
+        default=False, metadata={"help": "read the datastore into memory instead of mapping it"}
+    )
+    knn_device: str = field(
+        default="auto", metadata={"help": "where to search: auto, cpu, cuda or cuda:i,j"}
+    )
+    results_json: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "write what was measured to this file"}
+    )
+    score_table: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "write one row a scored token to this .npz"}
+    )
+
+
+def check(cfg: Any) -> None:
+    """Refuses flags that cannot be used.
+
+    Args:
+        cfg: a ``KnnlmConfig``, or fairseq's object with its fields.
+
+    Raises:
+        ConfigError: naming the first flag that is wrong.
+    """
+    _check_block(cfg.tokens_per_sample)
+    if cfg.knnlm and cfg.save_knnlm_dstore:
+        raise ConfigError(
+            "--knnlm and --save-knnlm-dstore are two runs",
+            expected="one of them",
+            found="both",
+            do="save first, build the index, then evaluate with --knnlm",
+        )
+    if cfg.save_knnlm_dstore:
+        _need(cfg.dstore_mmap, "--save-knnlm-dstore", "--dstore-mmap FOLDER")
+        if cfg.dstore_fp16 and cfg.dstore_fp32:
+            raise ConfigError("--dstore-fp16 and --dstore-fp32 exclude each other", do="drop one")
+    if cfg.knnlm:
+        _need(cfg.dstore_filename, "--knnlm", "--dstore-filename DSTORE")
+    elif not cfg.save_knnlm_dstore and (cfg.dstore_filename or cfg.dstore_mmap):
+        raise ConfigError(
+            "a datastore is given, but nothing is asked of it",
+            expected="--knnlm with --dstore-filename, or --save-knnlm-dstore with --dstore-mmap",
+            found="neither --knnlm nor --save-knnlm-dstore",
+        )
+    if cfg.lmbda is not None and not 0 <= cfg.lmbda <= 1:
+        raise ConfigError("--lmbda is a weight", expected="0 to 1", found=cfg.lmbda)
+    if cfg.knn_temp is not None and not 0 < cfg.knn_temp < float("inf"):
+        raise ConfigError("--knn-temp divides distances", expected="above 0", found=cfg.knn_temp)
+    if cfg.k < 1:
+        raise ConfigError("--k counts neighbours", expected="1 or more", found=cfg.k)
+    if cfg.no_load_keys and cfg.knn_sim_func in ("l2", "dot"):
+        raise ConfigError(
+            f"--knn-sim-func {cfg.knn_sim_func} needs the keys",
+            expected="keys to recompute distances on",
+            found="--no-load-keys",
+            do="drop one of the two",
+        )
+
+
+def check_k(k: int, rows: int) -> None:
+    """Refuses to ask for more neighbours than there are.
+
+    Raises:
+        ConfigError: where ``k`` exceeds ``rows``.
+    """
+    if k > rows:
+        raise ConfigError(
+            "--k exceeds the datastore",
+            expected=f"at most {rows:,}, its entries",
+            found=f"{k:,}",
+            do=f"pass --k {rows} or less",
+        )
+
+
+def check_size(dstore_size: int | None, rows: int) -> None:
+    """Refuses a ``--dstore-size`` that contradicts the manifest.
+
+    Raises:
+        ConfigError: where it is given and wrong.
+    """
+    if dstore_size is not None and dstore_size != rows:
+        raise ConfigError(
+            "--dstore-size contradicts the datastore",
+            expected=f"{rows:,}, as its manifest says",
+            found=f"{dstore_size:,}",
+            do="leave --dstore-size out; it is for files of urvashik/knnlm",
+        )
+
+
+def check_metric(asked: str, metric: str) -> None:
+    """Refuses a ``--faiss-metric-type`` that the index was not built with.
+
+    Raises:
+        ConfigError: where it is given and differs.
+    """
+    if asked not in ("auto", metric):
+        raise ConfigError(
+            "--faiss-metric-type is not the index's",
+            expected=metric,
+            found=asked,
+            do="leave it out, or build the index with --metric " + asked,
+        )
+
+
+def check_loader(context_window: int, num_workers: int, num_shards: int, saving: bool) -> None:
+    """Refuses ways of loading that would give wrong contexts or half a datastore.
+
+    fairseq's context window is state in the process that collates, and shards take every n-th
+    batch, so contexts would be of other blocks.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    for flag, number in (("--num-workers", num_workers), ("--num-shards", num_shards)):
+        if context_window > 0 and number > 1:
+            raise ConfigError(
+                f"{flag} {number} would give wrong contexts with a context window",
+                expected=f"{flag} 1, or no --context-window",
+                found=f"{flag} {number} and --context-window {context_window}",
+            )
+    if saving and num_shards > 1:
+        raise ConfigError(
+            "a datastore is saved by one process",
+            expected="--num-shards 1",
+            found=f"--num-shards {num_shards}",
+        )
+
+
+def check_left_out(tokens: int, longest: Any, saving: bool) -> None:
+    """Refuses to save, and warns to evaluate, a split that fairseq would read only in part.
+
+    Args:
+        tokens: in blocks that are longer than the model takes, which fairseq leaves out.
+        longest: tokens that the model takes.
+        saving: a datastore is being made.
+
+    Raises:
+        ConfigError: where a datastore would lack these tokens.
+    """
+    if not tokens:
+        return
+    remedy = "--sample-break-mode none, or a smaller --tokens-per-sample"
+    if saving:
+        raise ConfigError(
+            f"{tokens:,} tokens lie in blocks longer than the model takes",
+            expected=f"blocks of at most {longest:,} tokens",
+            found="longer ones, which fairseq would leave out",
+            do=remedy,
+        )
+    logger.warning(
+        "fairseq leaves out %s tokens, in blocks longer than the %s that the model takes: the "
+        "perplexity is over fewer tokens. Use %s.",
+        f"{tokens:,}",
+        f"{longest:,}",
+        remedy,
+    )
+
+
+def _check_block(tokens_per_sample: int) -> None:
+    if tokens_per_sample <= 0:
+        raise ConfigError(
+            "no tokens are left to score in a block",
+            expected="--tokens-per-sample above --context-window, which fairseq takes off it",
+            found=f"a block of {tokens_per_sample} tokens",
+            do="pass both, as in --tokens-per-sample 3072 --context-window 2560",
+        )
+
+
+def _need(value: object, flag: str, needs: str) -> None:
+    if not value:
+        raise ConfigError(f"{flag} needs {needs}", expected=needs, found="nothing")

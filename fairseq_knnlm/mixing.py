@@ -1,0 +1,70 @@
+"""The arithmetic of the mixture: pure functions on tensors, everything in natural log.
+
+p_kNN(y) is proportional to the sum over the neighbours with value y of exp(-d / T), with d the
+squared L2 distance and T the temperature (Khandelwal et al., 2020, equation 2, where T = 1). The
+mixture is p = lambda p_kNN + (1 - lambda) p_LM (equation 3), computed as a logsumexp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def knn_log_probs(
+    distances: Tensor, matches: Tensor, valid: Tensor, temperatures: Sequence[float]
+) -> Tensor:
+    """log p_kNN of one token a query, at several temperatures.
+
+    Args:
+        distances: (N, K) float32, squared L2 (or negative inner product).
+        matches: (N, K) bool, the neighbour's value is the token asked for.
+        valid: (N, K) bool, False where a neighbour is missing.
+        temperatures: M numbers above 0.
+
+    Returns:
+        (N, M) float32, natural log; -inf where no neighbour matches or none is valid.
+    """
+    missing = ~valid
+    # Subtracting the smallest distance keeps exp() in range whatever the temperature.
+    nearest = distances.masked_fill(missing, math.inf).amin(dim=1, keepdim=True)
+    gaps = (nearest - distances).masked_fill_(missing, -math.inf)
+    agreeing = matches & valid
+    columns = []
+    for temperature in temperatures:
+        weights = torch.exp(gaps / temperature)
+        total = weights.sum(dim=1)
+        agreed = (weights * agreeing).sum(dim=1)
+        columns.append(torch.log(agreed) - torch.log(total.clamp_min(1e-38)))
+    return torch.stack(columns, dim=1)
+
+
+def fixed_log_weights(lmbda: float) -> tuple[float, float]:
+    """(log(1 - lambda), log lambda): the weights of the language model and of the neighbours."""
+    return _log(1.0 - lmbda), _log(lmbda)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def mix(log_probs: Tensor, log_weights: Tensor, available: Tensor) -> Tensor:
+    """The mixture's log-probability, over the experts that have something to say.
+
+    Args:
+        log_probs: (N, E) float32, natural log, one column an expert.
+        log_weights: (E,) or (N, E), natural log, exp sums to 1 a row.
+        available: (N, E) bool; an expert that is not available leaves its weight to the others.
+
+    Returns:
+        (N,) float32, natural log.
+    """
+    weights = log_weights.expand_as(log_probs).masked_fill(~available, -math.inf)
+    norm = torch.logsumexp(weights, dim=1)
+    # Rows in which every weight is -inf (lambda 1 and no neighbours) fall back on expert 0, the LM.
+    nobody = torch.isneginf(norm)
+    mixed = torch.logsumexp(log_probs.masked_fill(~available, -math.inf) + weights, dim=1) - norm
+    return torch.where(nobody, log_probs[:, 0], mixed)

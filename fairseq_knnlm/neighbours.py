@@ -1,0 +1,98 @@
+"""From queries to neighbours, whatever index answers them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.index import SearchIndex
+
+#: Bytes of float32 keys held at a time while distances are recomputed.
+GATHER_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest entries of each query.
+
+    Attributes:
+        ids: (N, K) int64, rows of the datastore; -1 where missing.
+        distances: (N, K) float32, squared L2, or the negative inner product: in both cases a
+            neighbour's weight is exp(-distance / T).
+        values: (N, K) int64 token ids; undefined where missing.
+        valid: (N, K) bool, False where the index found fewer than K.
+    """
+
+    ids: Tensor
+    distances: Tensor
+    values: Tensor
+    valid: Tensor
+
+
+class Retriever:
+    """Answers queries from an index, with the index's own distances or exact ones.
+
+    Args:
+        index: where the nearest ids come from.
+        store: the values, and the keys where distances are recomputed.
+        similarity: ``"l2"`` or ``"dot"`` recompute on the stored keys; ``"do_not_recomp_l2"``
+            takes what the index says.
+    """
+
+    def __init__(self, index: SearchIndex, store: Datastore, similarity: str) -> None:
+        assert similarity == "do_not_recomp_l2" or store.keys is not None
+        self.index = index
+        self.store = store
+        self.similarity = similarity
+
+    @property
+    def distances(self) -> str:
+        """What the distances are, in words for a report."""
+        if self.similarity != "do_not_recomp_l2":
+            what = "squared L2" if self.similarity == "l2" else "inner product"
+            return f"exact {what}, recomputed on {self.store.manifest.key_dtype} keys"
+        kind = "exact" if self.index.card.exact else "approximate"
+        what = "squared L2" if self.index.card.metric == "l2" else "inner product"
+        return f"{kind} {what}, from the index"
+
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """The k nearest entries.
+
+        Args:
+            queries: (N, D), any float type, any device.
+            k: neighbours a query.
+        """
+        queries = queries.detach().float()
+        found, ids = self.index.search(queries, k)
+        valid = ids >= 0
+        rows = ids.clamp_min(0)
+        if self.similarity == "do_not_recomp_l2":
+            distances = found if self.index.card.metric == "l2" else -found
+        else:
+            distances = self._recompute(queries, rows)
+        values = torch.from_numpy(
+            np.take(self.store.values, rows.cpu().numpy()).astype(np.int64, copy=False)
+        )
+        return Neighbours(ids, distances, values.to(ids.device), valid)
+
+    def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
+        """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
+        keys = self.store.keys
+        assert keys is not None
+        step = max(1, GATHER_BYTES // (rows.shape[1] * queries.shape[1] * 4))
+        out = torch.empty(rows.shape, dtype=torch.float32, device=queries.device)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            # Reading in file order turns random access into one sweep, each key once.
+            wanted, back = torch.unique(rows[part], return_inverse=True)
+            gathered = torch.from_numpy(keys[wanted.cpu().numpy()]).to(queries.device).float()
+            near = gathered[back]
+            if self.similarity == "dot":
+                out[part] = -torch.einsum("nd,nkd->nk", queries[part], near)
+            else:
+                out[part] = (near - queries[part, None]).square_().sum(dim=2)
+        return out

@@ -1,0 +1,127 @@
+"""Score tables: one row a scored token, one column an expert or a feature.
+
+An ``.npz`` that ``numpy.load`` opens without pickle, rows in the order of the text:
+
+* ``row`` (N,) int64, the token's place in the split; ``token`` (N,) int32, its id;
+* ``lm`` (N,) float32, the language model's log-probability of the token (natural log);
+* ``knn`` (N,) the same by neighbours, at the run's temperature; -inf where none agrees;
+* ``knn_by_temperature`` (N, M) the same at each of the M temperatures in the card;
+* ``distances`` (N, R) float32, of the neighbours at the ranks in the card;
+* ``matches`` (N,) int32, neighbours whose value is the token;
+* ``card``, a JSON text: what made the table.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.files import publish
+
+FORMAT = "fairseq-knnlm score table"
+VERSION = 1
+#: Rows copied at a time from the temporary columns into the table.
+STEP = 65536
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A score table in memory.
+
+    Attributes:
+        columns: by name, each with N rows.
+        card: what made it.
+    """
+
+    columns: dict[str, np.ndarray]
+    card: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.columns["lm"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+
+class ScoreTableWriter:
+    """Collects columns batch by batch, in files, so that memory does not grow with the text.
+
+    Args:
+        path: the ``.npz`` to make, replaced whole at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix=f".{path.name}.partial-", dir=path.parent, ignore_cleanup_errors=True
+        )
+        self._kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+
+    def write(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Appends a batch; every batch must bring the same columns, ``row`` among them."""
+        for name, column in columns.items():
+            kind = (column.dtype, column.shape[1:])
+            assert self._kinds.setdefault(name, kind) == kind
+            with Path(self._folder.name, name).open("ab") as file:
+                file.write(np.ascontiguousarray(column).data)
+
+    def publish(self, card: dict[str, Any]) -> None:
+        """Writes the table, rows in the order of the text."""
+        card = {"format": FORMAT, "version": VERSION, **card}
+        with publish(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            order = np.argsort(self._column("row"), kind="stable")
+            for name in self._kinds:
+                _store(archive, name, self._column(name), order)
+            text = np.array(json.dumps(card))
+            _store(archive, "card", text[None], np.zeros(1, np.int64))
+        self._folder.cleanup()
+
+    def _column(self, name: str) -> np.ndarray:
+        dtype, shape = self._kinds[name]
+        return np.memmap(Path(self._folder.name, name), dtype=dtype, mode="r").reshape(-1, *shape)
+
+
+def _store(archive: zipfile.ZipFile, name: str, column: np.ndarray, order: np.ndarray) -> None:
+    header = {
+        "descr": np.lib.format.dtype_to_descr(column.dtype),
+        "fortran_order": False,
+        "shape": (len(order), *column.shape[1:]),
+    }
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in _steps(order):
+            file.write(np.ascontiguousarray(column[part]).tobytes())
+
+
+def _steps(order: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(order), STEP):
+        yield order[start : start + STEP]
+
+
+def read_table(path: Path) -> ScoreTable:
+    """Reads a score table.
+
+    Raises:
+        TableError: where it is missing or not one.
+    """
+    expected = "a score table, as --score-table FILE.npz writes it"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            columns = {name: archive[name] for name in archive.files}
+        card = json.loads(str(columns.pop("card")[0]))
+        if card["format"] != FORMAT or card["version"] > VERSION:
+            raise ValueError(f"{card['format']}, version {card['version']}")
+    except FileNotFoundError:
+        raise TableError(f"no score table at {path}", expected=expected, found="nothing") from None
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise TableError(f"{path} cannot be read", expected=expected, found=error) from None
+    return ScoreTable(columns, card)

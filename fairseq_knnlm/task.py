@@ -1,0 +1,161 @@
+"""The task ``knn_lm``: fairseq's language modelling, with a memory.
+
+Training is the stock task's. In evaluation the task opens what the flags name, checks that it
+fits the model, and hands fairseq a ``KnnScorer``.
+
+The one seam: ``fairseq-eval-lm`` makes its scorer itself, by the name ``SequenceScorer`` in its
+own module, and never asks the task. So ``eval_lm_dataloader``, the last thing it does ask of the
+task before that, puts our scorer under that name, and the end of the data puts the stock one back.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+from fairseq_knnlm import config
+from fairseq_knnlm.datastore import check_new
+from fairseq_knnlm.evaluation import EvaluationRun, Setting, make_scorer
+from fairseq_knnlm.lm import check_model, is_supported
+from fairseq_knnlm.memory import Memory, open_memory
+from fairseq_knnlm.scorer import KnnScorer
+
+logger = logging.getLogger(__name__)
+
+if not hasattr(np, "compat"):
+    # fairseq's sentence-wise data sets (hub scoring, --sample-break-mode eos) read
+    # np.compat.long, which NumPy 2 no longer has.
+    np.compat = types.SimpleNamespace(long=np.int64)  # type: ignore[attr-defined]
+
+
+@register_task("knn_lm", dataclass=config.KnnlmConfig)
+class KnnLanguageModelingTask(LanguageModelingTask):
+    """Language modelling that can save a datastore and score with nearest neighbours."""
+
+    def __init__(
+        self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None
+    ):
+        super().__init__(args, dictionary, output_dictionary, targets)
+        self.models: list[Any] = []
+        self.split = ""
+        self.memory: Memory | None = None
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> KnnLanguageModelingTask:
+        """Checks the flags and opens datastore and index, before any model is loaded."""
+        config.check(args)
+        task = super().setup_task(args, **kwargs)
+        if args.save_knnlm_dstore:
+            check_new(Path(args.dstore_mmap))
+        if args.knnlm:
+            task.memory = open_memory(args, task.target_dictionary.symbols)
+        return task
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
+        """Builds the model and checks that its keys are those of the datastore."""
+        model = super().build_model(args, from_checkpoint)
+        if self.args.knnlm or self.args.save_knnlm_dstore:
+            width = check_model(model, str(self.args.knn_keytype))
+            if self.memory is not None:
+                self.memory.store.check_origin(width=width)
+        self.models.append(model)
+        return model
+
+    def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> Any:
+        self.split = split
+        return super().load_dataset(split, *args, **kwargs)
+
+    def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        """For ``fairseq-generate --score-reference`` and the hub interface's ``score``."""
+        if not getattr(args, "score_reference", False) or not all(map(is_supported, models)):
+            return super().build_generator(models, args, *rest, **kwargs)
+        return make_scorer(self._setting(models))
+
+    def eval_lm_dataloader(
+        self,
+        dataset: Any,
+        max_tokens: int | None = 36000,
+        batch_size: int | None = None,
+        max_positions: Any = None,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        num_workers: int = 1,
+        data_buffer_size: int = 10,
+        context_window: int = 0,
+    ) -> Any:
+        """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
+        saving = self.args.save_knnlm_dstore
+        config.check_loader(context_window, num_workers, num_shards, saving)
+        sizes = np.asarray(dataset.sizes, dtype=np.int64)
+        left_out = int(sizes[sizes > max_positions].sum()) if isinstance(max_positions, int) else 0
+        config.check_left_out(left_out, max_positions, saving)
+        batches = super().eval_lm_dataloader(
+            dataset,
+            max_tokens,
+            batch_size,
+            max_positions,
+            num_shards,
+            shard_id,
+            num_workers,
+            data_buffer_size,
+            context_window,
+        )
+        if not all(map(is_supported, self.models)):
+            logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
+            return batches
+        run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)
+        give_back = _hand_to_host(run.scorer)
+
+        def finish() -> None:
+            give_back()
+            run.finish()
+
+        return _WithEnd(batches, finish)
+
+    def _setting(self, models: list[Any]) -> Setting:
+        return Setting(self.args, models, self.target_dictionary, self.split, self.memory)
+
+
+def _hand_to_host(scorer: KnnScorer) -> Callable[[], None]:
+    """Puts ``scorer`` under the name by which ``fairseq-eval-lm`` makes its own.
+
+    Returns:
+        What puts the stock scorer back.
+    """
+    modules: list[Any] = [sys.modules.get(name) for name in ("fairseq_cli.eval_lm", "__main__")]
+    hosts = [module for module in modules if hasattr(module, "SequenceScorer")]
+    stock = [host.SequenceScorer for host in hosts]
+    for host in hosts:
+        host.SequenceScorer = lambda *_, **__: scorer
+
+    def give_back() -> None:
+        for host, original in zip(hosts, stock, strict=True):
+            host.SequenceScorer = original
+
+    return give_back
+
+
+class _WithEnd:
+    """An iterator of fairseq's that tells when it has been read to its end."""
+
+    def __init__(self, batches: Any, finish: Callable[[], None]) -> None:
+        self._batches = batches
+        self._finish = finish
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._batches
+        self._finish()
