@@ -1,0 +1,30 @@
+"""Packaging of fairseq_knnlm; `make setup` builds a ready environment around it."""
+
+from setuptools import setup
+
+# The import name `fairseq` comes from two distributions, one for each side of Python 3.11.
+FAIRSEQ = [
+    'fairseq-fixed==0.12.3.1; python_version >= "3.11"',
+    'fairseq==0.12.2; python_version < "3.11"',
+]
+
+setup(
+    name="fairseq-knnlm",
+    version="0.1.0",
+    description="Nearest-neighbour language models for fairseq",
+    license="MIT",
+    packages=["fairseq_knnlm"],
+    python_requires=">=3.10",
+    install_requires=[*FAIRSEQ, "torch>=2.0", "numpy", "tqdm"],
+    extras_require={
+        # FAISS: one of these two. Requirements cannot say "either", so neither is forced on an
+        # environment that has the other; the package asks for one when it needs it.
+        "cpu": ["faiss-cpu>=1.8"],
+        "gpu": ["faiss-gpu>=1.15"],
+        "demo": ["sentencepiece", "rich"],
+        "plot": ["matplotlib"],
+        "cluster": ["ray"],
+        "dev": ["mypy", "pytest", "ruff", "safetensors", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["fairseq-knnlm = fairseq_knnlm.cli:main"]},
+)
