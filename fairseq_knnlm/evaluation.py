@@ -65,6 +65,7 @@ def make_scorer(
         knn = KnnExpert(memory.retriever, args.k, memory.temperature, for_table=for_table)
     return KnnScorer(
         setting.dictionary.pad(),
+        setting.dictionary.eos(),
         blocks=blocks,
         key_type=key_type,
         knn=knn,

@@ -127,6 +127,7 @@ class KnnScorer:
 
     Args:
         pad: the padding token's id.
+        eos: the id that ends a sentence; ``fairseq-generate`` reads it.
         blocks: where the blocks lie, or None where rows do not matter.
         key_type: capture these keys, or None for none.
         knn: the neighbours, or None for the language model alone.
@@ -137,6 +138,7 @@ class KnnScorer:
     def __init__(
         self,
         pad: int,
+        eos: int,
         *,
         blocks: Blocks | None = None,
         key_type: str | None = None,
@@ -145,6 +147,7 @@ class KnnScorer:
         listeners: Sequence[Listener] = (),
     ) -> None:
         self.pad = pad
+        self.eos = eos
         self.blocks = blocks
         self.key_type = key_type
         self.knn = knn
