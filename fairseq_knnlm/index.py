@@ -7,6 +7,7 @@ says how it was built, of which datastore, and how good it is.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,17 +87,20 @@ class SearchIndex:
     """An index that is ready to search.
 
     Args:
-        index: a FAISS index, on its device.
-        card: what it is, with the nprobe to use.
-        on_gpu: one GPU holds it, so that GPU tensors go in and come out.
+        index: a FAISS index, on its device; one in the CPU's memory is set to visit
+            ``card.nprobe`` lists.
+        card: what it is.
+        gpu_resources: FAISS's, which must live as long as the index; empty on a CPU.
     """
 
-    def __init__(self, index: Any, card: IndexCard, *, on_gpu: bool = False) -> None:
+    def __init__(self, index: Any, card: IndexCard, gpu_resources: Sequence[Any] = ()) -> None:
         self.index = index
         self.card = card
-        self._takes_tensors = on_gpu
-        if card.nprobe:
-            set_nprobe(index, card.nprobe)
+        self._gpu_resources = gpu_resources
+        # Shards and indexes with a transform before them take NumPy arrays only.
+        self._takes_tensors = type(index).__name__.startswith("Gpu")
+        if not gpu_resources:
+            _set_nprobe(index, card.nprobe)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest entries.
@@ -346,20 +350,17 @@ def gpu_obstacle(index: Any, card: IndexCard, k: int) -> str | None:
 
 
 def _to_gpus(index: Any, card: IndexCard, gpus: list[int]) -> SearchIndex:
+    """Clones an index to one GPU, or in shards to several."""
     import faiss.contrib.torch_utils  # lets GPU indexes take torch tensors
 
+    _set_nprobe(index, card.nprobe)  # the clones inherit it
     options = faiss.GpuMultipleClonerOptions()
     # Lookup tables for 64-byte codes fit in shared memory in float16 only; full keys stay float32.
     options.useFloat16 = isinstance(_innermost(index), faiss.IndexIVFPQ)
     options.shard = len(gpus) > 1
     resources = [faiss.StandardGpuResources() for _ in gpus]
-    if len(gpus) == 1:
-        placed = faiss.index_cpu_to_gpu(resources[0], gpus[0], index, options)
-    else:
-        placed = faiss.index_cpu_to_gpu_multiple_py(resources, index, options, gpus)
-    searcher = SearchIndex(placed, card, on_gpu=len(gpus) == 1)
-    searcher.resources = resources  # type: ignore[attr-defined]  # must live as long as the index
-    return searcher
+    placed = faiss.index_cpu_to_gpu_multiple_py(resources, index, options, gpus)
+    return SearchIndex(placed, card, resources)
 
 
 def _innermost(index: Any) -> Any:
@@ -378,9 +379,9 @@ def is_exact(index: Any) -> bool:
     return isinstance(faiss.downcast_index(index), faiss.IndexFlat)
 
 
-def set_nprobe(index: Any, nprobe: int) -> None:
-    space = faiss.GpuParameterSpace() if "Gpu" in type(index).__name__ else faiss.ParameterSpace()
-    space.set_index_parameter(index, "nprobe", nprobe)
+def _set_nprobe(index: Any, nprobe: int) -> None:
+    if nprobe:
+        faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
 
 
 def first_line(error: Exception) -> str:

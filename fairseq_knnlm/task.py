@@ -1,19 +1,12 @@
 """The task ``knn_lm``: fairseq's language modelling, with a memory.
 
 Training is the stock task's. In evaluation the task opens what the flags name, checks that it
-fits the model, and hands fairseq a ``KnnScorer``.
-
-The one seam: ``fairseq-eval-lm`` makes its scorer itself, by the name ``SequenceScorer`` in its
-own module, and never asks the task. So ``eval_lm_dataloader``, the last thing it does ask of the
-task before that, puts our scorer under that name, and the end of the data puts the stock one back.
+fits the model, and hands fairseq a ``KnnScorer`` (``host`` tells how).
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +17,11 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq_knnlm import config
 from fairseq_knnlm.datastore import check_new
 from fairseq_knnlm.evaluation import EvaluationRun, Setting, make_scorer
+from fairseq_knnlm.host import WithEnd, hand_over
 from fairseq_knnlm.lm import check_model, is_supported
 from fairseq_knnlm.memory import Memory, open_memory
-from fairseq_knnlm.scorer import KnnScorer
 
 logger = logging.getLogger(__name__)
-
-if not hasattr(np, "compat"):
-    # fairseq's sentence-wise data sets (hub scoring, --sample-break-mode eos) read
-    # np.compat.long, which NumPy 2 no longer has.
-    np.compat = types.SimpleNamespace(long=np.int64)  # type: ignore[attr-defined]
 
 
 @register_task("knn_lm", dataclass=config.KnnlmConfig)
@@ -112,50 +100,13 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
             return batches
         run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)
-        give_back = _hand_to_host(run.scorer)
+        give_back = hand_over(run.scorer)
 
         def finish() -> None:
             give_back()
             run.finish()
 
-        return _WithEnd(batches, finish)
+        return WithEnd(batches, finish)
 
     def _setting(self, models: list[Any]) -> Setting:
         return Setting(self.args, models, self.target_dictionary, self.split, self.memory)
-
-
-def _hand_to_host(scorer: KnnScorer) -> Callable[[], None]:
-    """Puts ``scorer`` under the name by which ``fairseq-eval-lm`` makes its own.
-
-    Returns:
-        What puts the stock scorer back.
-    """
-    modules: list[Any] = [sys.modules.get(name) for name in ("fairseq_cli.eval_lm", "__main__")]
-    hosts = [module for module in modules if hasattr(module, "SequenceScorer")]
-    stock = [host.SequenceScorer for host in hosts]
-    for host in hosts:
-        host.SequenceScorer = lambda *_, **__: scorer
-
-    def give_back() -> None:
-        for host, original in zip(hosts, stock, strict=True):
-            host.SequenceScorer = original
-
-    return give_back
-
-
-class _WithEnd:
-    """An iterator of fairseq's that tells when it has been read to its end."""
-
-    def __init__(self, batches: Any, finish: Callable[[], None]) -> None:
-        self._batches = batches
-        self._finish = finish
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batches, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._batches
-        self._finish()

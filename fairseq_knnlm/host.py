@@ -1,0 +1,91 @@
+"""Everything the plugin does to the process it is loaded into.
+
+* The seam: ``fairseq-eval-lm`` makes its scorer itself, by the name ``SequenceScorer`` in its own
+  module, and never asks the task. So ``eval_lm_dataloader``, the last thing it does ask of the
+  task before that, puts our scorer under that name; the end of the data puts the stock one back.
+* A user's mistake (``KnnlmError``) ends a program with its message and exit code 1, not with a
+  traceback. fairseq's commands catch nothing, so this hangs on the hook for uncaught exceptions.
+* Deprecations inside fairseq's libraries are kept off the screen.
+* ``np.compat.long``, which NumPy 2 no longer has, is there for fairseq's sentence-wise data sets
+  (hub scoring, ``--sample-break-mode eos``).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from fairseq_knnlm.errors import KnnlmError
+
+#: Warnings about fairseq's use of hydra and torch, by the start of their text.
+NOISE = (
+    "hydra.experimental",
+    r"\s*The version_base parameter",
+    "In 'config': Usage of deprecated",
+    r"\s*'config' is validated against ConfigStore",
+    r"\s*The strict flag in the compose API",
+    "'pin_memory' argument is set as true but no accelerator",
+    "Support for mismatched key_padding_mask",
+)
+
+
+def settle_in() -> None:
+    """Prepares the process; done once, when the package is imported."""
+    for text in NOISE:
+        warnings.filterwarnings("ignore", message=text)
+    logging.getLogger("hydra").setLevel(logging.WARNING)
+    if not hasattr(np, "compat"):
+        np.compat = types.SimpleNamespace(long=np.int64)  # type: ignore[attr-defined]
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, KnnlmError):
+            sys.stdout.flush()  # the log comes first
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def hand_over(scorer: Any) -> Callable[[], None]:
+    """Puts ``scorer``, a ``KnnScorer``, under the name by which ``fairseq-eval-lm`` makes its own.
+
+    Returns:
+        What puts the stock scorer back.
+    """
+    modules: list[Any] = [sys.modules.get(name) for name in ("fairseq_cli.eval_lm", "__main__")]
+    hosts = [module for module in modules if hasattr(module, "SequenceScorer")]
+    stock = [host.SequenceScorer for host in hosts]
+    for host in hosts:
+        host.SequenceScorer = lambda *_, **__: scorer
+
+    def give_back() -> None:
+        for host, original in zip(hosts, stock, strict=True):
+            host.SequenceScorer = original
+
+    return give_back
+
+
+class WithEnd:
+    """An iterator of fairseq's that tells when it has been read to its end."""
+
+    def __init__(self, batches: Any, finish: Callable[[], None]) -> None:
+        self._batches = batches
+        self._finish = finish
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._batches
+        self._finish()
