@@ -1,0 +1,170 @@
+"""The arithmetic of the mixture against plain Python in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fairseq_knnlm.mixing import fixed_log_weights, knn_log_probs, mix
+
+Rows = list[list[float]]
+
+
+def plain_knn(distances: Rows, matches: list[list[bool]], valid: Rows, temperature: float) -> Rows:
+    """Equation 2 of the paper, word for word but for the smallest distance taken off first."""
+    found = []
+    for row, agrees, there in zip(distances, matches, valid, strict=True):
+        near = [(d, m) for d, m, v in zip(row, agrees, there, strict=True) if v]
+        nearest = min((d for d, _ in near), default=0.0)
+        weights = [(math.exp(-(d - nearest) / temperature), m) for d, m in near]
+        agreed = sum(w for w, m in weights if m)
+        found.append([math.log(agreed / sum(w for w, _ in weights)) if agreed else -math.inf])
+    return found
+
+
+def plain_mix(log_probs: list[float], log_weights: list[float], there: list[bool]) -> float:
+    """log of the weighted mean of the probabilities of those who are there."""
+    parts = [
+        (math.exp(w), math.exp(p))
+        for p, w, a in zip(log_probs, log_weights, there, strict=True)
+        if a
+    ]
+    total = sum(w for w, _ in parts)
+    if total == 0:
+        return log_probs[0]
+    mixed = sum(w * p for w, p in parts) / total
+    return math.log(mixed) if mixed else -math.inf
+
+
+def random_neighbours(
+    rows: int = 40, k: int = 12, scale: float = 20.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Distances, values among 6 tokens, and validity, with a few rows without any neighbour."""
+    rng = torch.Generator().manual_seed(3)
+    distances = 100 + scale * torch.rand(rows, k, generator=rng)
+    values = torch.randint(6, (rows, k), generator=rng)
+    valid = torch.rand(rows, k, generator=rng) < 0.8
+    valid[:3] = False
+    return distances, values, valid
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0, 1000.0])
+def test_knn_is_the_papers_equation(temperature: float) -> None:
+    distances, values, valid = random_neighbours()
+    matches = values == 2
+    found = knn_log_probs(distances, matches, valid, [temperature])
+    expected = plain_knn(distances.tolist(), matches.tolist(), valid.tolist(), temperature)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_each_temperature_has_its_column() -> None:
+    distances, values, valid = random_neighbours()
+    temperatures = [0.5, 3.0, 64.0]
+    together = knn_log_probs(distances, values == 1, valid, temperatures)
+    alone = [knn_log_probs(distances, values == 1, valid, [t])[:, 0] for t in temperatures]
+    assert together.shape == (len(distances), 3)
+    torch.testing.assert_close(together, torch.stack(alone, dim=1))
+
+
+def test_missing_neighbours_count_for_nothing() -> None:
+    """Whatever stands in their places, the result is that of the others alone."""
+    distances = torch.tensor([[1.0, 2.0, 0.0, math.nan, 3.4e38]])
+    matches = torch.tensor([[True, False, True, True, True]])
+    valid = torch.tensor([[True, True, False, False, False]])
+    found = knn_log_probs(distances, matches, valid, [2.0])
+    alone = knn_log_probs(distances[:, :2], matches[:, :2], valid[:, :2], [2.0])
+    assert found.item() == pytest.approx(alone.item()) == pytest.approx(-math.log1p(math.exp(-0.5)))
+
+
+def test_no_match_and_no_neighbour_are_impossible() -> None:
+    distances = torch.ones(2, 3)
+    valid = torch.tensor([[True, True, True], [False, False, False]])
+    matches = torch.tensor([[False, False, False], [True, True, True]])
+    found = knn_log_probs(distances, matches, valid, [1.0])
+    assert found.tolist() == [[-math.inf], [-math.inf]]
+
+
+@pytest.mark.parametrize("base", [0.0, 1e5, 1e9, 1e30, -1e9])
+def test_large_distances_do_not_overflow(base: float) -> None:
+    """Only the gaps between distances count, however far away everything is."""
+    distances = base + torch.tensor([[0.0, 0.0, 0.0, 0.0]])
+    matches = torch.tensor([[True, False, False, False]])
+    found = knn_log_probs(distances, matches, torch.ones(1, 4, dtype=torch.bool), [0.01, 1.0])
+    assert found.tolist() == [[pytest.approx(math.log(0.25))] * 2]
+
+
+def test_a_hopeless_neighbour_does_not_disturb() -> None:
+    distances = torch.tensor([[1.0, 1e30]])
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    assert knn_log_probs(distances, torch.tensor([[True, False]]), valid, [1.0]).item() == 0.0
+
+
+def test_probabilities_of_a_vocabulary_sum_to_one() -> None:
+    """Every token asked in turn: neighbours alone, and mixed with a language model."""
+    distances, values, valid = random_neighbours()
+    anybody = valid.any(dim=1)
+    lm = torch.log_softmax(torch.randn(len(values), 6, generator=torch.manual_seed(5)), dim=1)
+    log_weights = torch.tensor(fixed_log_weights(0.3))
+    available = torch.stack([torch.ones_like(anybody), anybody], dim=1)
+    knn_total, mixed_total = torch.zeros(len(values)), torch.zeros(len(values))
+    for token in range(6):
+        knn = knn_log_probs(distances, values == token, valid, [5.0])[:, 0]
+        knn_total += knn.exp()
+        mixed_total += mix(torch.stack([lm[:, token], knn], dim=1), log_weights, available).exp()
+    torch.testing.assert_close(knn_total, anybody.float())
+    torch.testing.assert_close(mixed_total, torch.ones(len(values)))
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1e-6, 0.25, 0.9, 1.0])
+def test_mix_is_a_weighted_mean_of_probabilities(lmbda: float) -> None:
+    log_probs = torch.tensor([[-2.0, -1.0], [-3.0, -math.inf], [-0.5, -9.0], [-4.0, -0.1]])
+    available = torch.tensor([[True, True], [True, True], [True, False], [True, False]])
+    weights = fixed_log_weights(lmbda)
+    found = mix(log_probs, torch.tensor(weights), available)
+    expected = [
+        plain_mix(p, list(weights), a)
+        for p, a in zip(log_probs.tolist(), available.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_mix_takes_more_experts_and_weights_of_each_token() -> None:
+    rng = torch.Generator().manual_seed(1)
+    log_probs = -10 * torch.rand(30, 4, generator=rng)
+    log_weights = torch.log_softmax(torch.randn(30, 4, generator=rng), dim=1)
+    available = torch.rand(30, 4, generator=rng) < 0.7
+    rows = zip(log_probs.tolist(), log_weights.tolist(), available.tolist(), strict=True)
+    expected = torch.tensor([plain_mix(*row) for row in rows])
+    torch.testing.assert_close(mix(log_probs, log_weights, available), expected)
+
+
+def test_lambda_zero_is_the_language_model_and_one_the_neighbours() -> None:
+    log_probs = torch.tensor([[-2.0, -0.5], [-3.0, -math.inf]])
+    available = torch.ones(2, 2, dtype=torch.bool)
+    only_lm = mix(log_probs, torch.tensor(fixed_log_weights(0.0)), available)
+    only_knn = mix(log_probs, torch.tensor(fixed_log_weights(1.0)), available)
+    assert only_lm.tolist() == [-2.0, -3.0]
+    assert only_knn.tolist() == [-0.5, -math.inf]
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.25, 1.0])
+def test_without_neighbours_the_language_model_speaks_alone(lmbda: float) -> None:
+    log_probs = torch.tensor([[-2.0, -math.inf], [-700.0, -1.0]])
+    available = torch.tensor([[True, False], [True, False]])
+    found = mix(log_probs, torch.tensor(fixed_log_weights(lmbda)), available)
+    assert found.tolist() == pytest.approx([-2.0, -700.0])
+
+
+def test_tiny_probabilities_do_not_underflow() -> None:
+    log_probs = torch.tensor([[-1000.0, -1001.0]])
+    found = mix(log_probs, torch.tensor(fixed_log_weights(0.5)), torch.ones(1, 2, dtype=torch.bool))
+    expected = -1000.0 + math.log(0.5 + 0.5 * math.exp(-1))
+    assert found.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_fixed_weights() -> None:
+    assert fixed_log_weights(0.25) == (math.log(0.75), math.log(0.25))
+    assert fixed_log_weights(0.0) == (0.0, -math.inf)
+    assert fixed_log_weights(1.0) == (-math.inf, 0.0)
