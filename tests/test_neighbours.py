@@ -1,0 +1,129 @@
+"""From queries to neighbours: exact distances against NumPy, missing neighbours masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stores import random_entries, write_store
+
+from fairseq_knnlm import neighbours as module
+from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.index import SearchIndex
+from fairseq_knnlm.indexing import build
+from fairseq_knnlm.neighbours import Retriever
+
+ROWS, WIDTH, K = 300, 12, 20
+
+
+@pytest.fixture(params=["float16", "float32"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Datastore:
+    return write_store(tmp_path / "store", *random_entries(ROWS, WIDTH), dtype=request.param)
+
+
+def searcher(store: Datastore, recipe: str = "Flat", metric: str = "l2", **how: int) -> SearchIndex:
+    assert store.keys is not None
+    index, card = build(store.keys, recipe, metric=metric, progress=False, recall_queries=0, **how)
+    return SearchIndex(index, card)
+
+
+def queries(rows: int = 15) -> torch.Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.manual_seed(4))
+
+
+def distance_to_all(store: Datastore, asked: torch.Tensor, kind: str) -> np.ndarray:
+    """(N, rows) float64: squared L2, or the negative inner product."""
+    assert store.keys is not None
+    keys, xq = store.keys.astype(np.float64), asked.numpy().astype(np.float64)
+    if kind == "ip":
+        return -xq @ keys.T
+    return ((xq[:, None] - keys[None]) ** 2).sum(axis=2)
+
+
+@pytest.mark.parametrize("gather_bytes", [1, 5000, 2**27])
+@pytest.mark.parametrize(("similarity", "kind"), [("l2", "l2"), ("dot", "ip")])
+def test_recomputed_distances_are_numpys(
+    store: Datastore,
+    similarity: str,
+    kind: str,
+    gather_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the index says, and whatever fits into memory at a time."""
+    monkeypatch.setattr(module, "GATHER_BYTES", gather_bytes)
+    asked = queries()
+    found = Retriever(searcher(store, "IVF4,PQ2x4", nprobe=4), store, similarity).search(asked, K)
+    assert found.valid.all()
+    expected = np.take_along_axis(distance_to_all(store, asked, kind), found.ids.numpy(), axis=1)
+    np.testing.assert_allclose(found.distances.numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert found.distances.dtype == torch.float32
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_an_exact_index_finds_the_nearest(store: Datastore, metric: str) -> None:
+    """Its own distances; an inner product comes back negative, so that less is nearer."""
+    asked = queries()
+    found = Retriever(searcher(store, metric=metric), store, "do_not_recomp_l2").search(asked, K)
+    everything = distance_to_all(store, asked, metric)
+    nearest = np.argsort(everything, axis=1)[:, :K]
+    assert [set(row) for row in found.ids.tolist()] == [set(row) for row in nearest.tolist()]
+    np.testing.assert_allclose(
+        found.distances.numpy(), np.sort(everything, axis=1)[:, :K], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_values_are_those_of_the_ids(store: Datastore) -> None:
+    found = Retriever(searcher(store), store, "l2").search(queries(), K)
+    assert found.values.dtype == torch.int64
+    assert np.array_equal(found.values.numpy(), np.asarray(store.values)[found.ids.numpy()])
+
+
+@pytest.mark.parametrize("similarity", ["l2", "dot", "do_not_recomp_l2"])
+def test_what_an_index_does_not_find_is_missing(store: Datastore, similarity: str) -> None:
+    """One list of a handful of entries is visited, and more neighbours are asked for."""
+    index = searcher(store, "IVF32,Flat", nprobe=1)
+    found = Retriever(index, store, similarity).search(queries(), 100)
+    assert torch.equal(found.valid, found.ids >= 0)
+    assert found.valid[:, 0].all()
+    assert not found.valid[:, -1].any()
+    kind = "ip" if similarity == "dot" else "l2"
+    expected = np.take_along_axis(
+        distance_to_all(store, queries(), kind), found.ids.clamp_min(0).numpy(), axis=1
+    )
+    there = found.valid.numpy()
+    np.testing.assert_allclose(found.distances.numpy()[there], expected[there], rtol=1e-4)
+
+
+def test_more_neighbours_than_entries(store: Datastore) -> None:
+    found = Retriever(searcher(store), store, "l2").search(queries(3), ROWS + 5)
+    assert found.valid.sum(dim=1).tolist() == [ROWS] * 3
+    assert found.ids[:, :ROWS].sort(dim=1).values.tolist() == [list(range(ROWS))] * 3
+
+
+def test_half_precision_queries_and_none_at_all(store: Datastore) -> None:
+    retriever = Retriever(searcher(store), store, "l2")
+    half = queries().half()
+    found, same = retriever.search(half, K), retriever.search(half.float(), K)
+    assert torch.equal(found.ids, same.ids)
+    assert torch.equal(found.distances, same.distances)
+    nothing = retriever.search(queries(0), K)
+    assert nothing.ids.shape == nothing.distances.shape == nothing.values.shape == (0, K)
+
+
+def test_the_report_says_what_the_distances_are(store: Datastore) -> None:
+    flat, coarse = searcher(store), searcher(store, "IVF4,PQ2x4", metric="ip")
+    dtype = store.manifest.key_dtype
+    assert [
+        Retriever(index, store, similarity).distances
+        for index, similarity in (
+            *((flat, "l2"), (flat, "dot")),
+            *((flat, "do_not_recomp_l2"), (coarse, "do_not_recomp_l2")),
+        )
+    ] == [
+        f"exact squared L2, recomputed on {dtype} keys",
+        f"exact inner product, recomputed on {dtype} keys",
+        "exact squared L2, from the index",
+        "approximate inner product, from the index",
+    ]

@@ -1,0 +1,153 @@
+"""Score tables: what goes in comes out, in the order of the text."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import truncate
+
+from fairseq_knnlm import tables as module
+from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.tables import ScoreTableWriter, read_table
+
+ROWS = 50
+
+
+def columns() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    knn = rng.normal(size=ROWS).astype(np.float32)
+    knn[::7] = -math.inf
+    return {
+        "row": np.arange(ROWS),
+        "token": rng.integers(0, 300, ROWS).astype(np.int32),
+        "lm": rng.normal(size=ROWS).astype(np.float32),
+        "knn": knn,
+        "knn_by_temperature": rng.normal(size=(ROWS, 5)).astype(np.float32),
+        "distances": rng.normal(size=(ROWS, 1)).astype(np.float32),
+    }
+
+
+def write(path: Path, *, batches: int = 6, seed: int = 0) -> None:
+    """Rows in random batches, as fairseq's sorting by length brings them."""
+    writer = ScoreTableWriter(path)
+    for rows in np.array_split(np.random.default_rng(seed).permutation(ROWS), batches):
+        writer.write({name: column[rows] for name, column in columns().items()})
+    writer.publish({"split": "valid", "temperatures": [1.0, 2.5], "nothing": None})
+
+
+@pytest.mark.parametrize("step", [1, 7, 65536])
+@pytest.mark.parametrize("batches", [1, 6, 60])
+def test_round_trip_in_text_order(
+    tmp_path: Path, batches: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of the batches; some of the 60 are empty."""
+    monkeypatch.setattr(module, "STEP", step)
+    write(tmp_path / "new" / "table.npz", batches=batches)
+    table = read_table(tmp_path / "new" / "table.npz")
+    assert len(table) == ROWS
+    assert list(table.columns) == list(columns())
+    for name, column in columns().items():
+        assert table[name].dtype == column.dtype
+        assert np.array_equal(table[name], column)
+    assert table.card["split"] == "valid"
+    assert table.card["temperatures"] == [1.0, 2.5]
+    assert table.card["nothing"] is None
+
+
+def test_the_order_of_batches_leaves_no_trace(tmp_path: Path) -> None:
+    tables = []
+    for seed in (1, 2):
+        write(tmp_path / f"{seed}.npz", seed=seed)
+        tables.append(read_table(tmp_path / f"{seed}.npz"))
+    assert all(np.array_equal(tables[0][name], tables[1][name]) for name in columns())
+
+
+def test_numpy_opens_it_without_pickle(tmp_path: Path) -> None:
+    write(tmp_path / "table.npz")
+    with np.load(tmp_path / "table.npz", allow_pickle=False) as archive:
+        assert set(archive.files) == {*columns(), "card"}
+        assert np.array_equal(archive["lm"], columns()["lm"])
+        assert json.loads(str(archive["card"][0]))["format"] == module.FORMAT
+    assert zipfile.ZipFile(tmp_path / "table.npz").testzip() is None
+
+
+def test_the_table_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "table.npz"
+    path.write_text("older")
+    writer = ScoreTableWriter(path)
+    writer.write(columns())
+    assert path.read_text() == "older"
+    writer.publish({})
+    read_table(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_abandoned_table_leaves_nothing(tmp_path: Path) -> None:
+    writer = ScoreTableWriter(tmp_path / "table.npz")
+    writer.write(columns())
+    del writer
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_must_agree(tmp_path: Path) -> None:
+    writer = ScoreTableWriter(tmp_path / "table.npz")
+    writer.write({"row": np.arange(3), "lm": np.zeros(3, np.float32)})
+    with pytest.raises(AssertionError):
+        writer.write({"row": np.arange(3), "lm": np.zeros(3, np.float64)})
+
+
+def flip_data(file: Path) -> None:
+    """One bit of a log-probability."""
+    content = file.read_bytes()
+    place = content.index(columns()["lm"].tobytes()) + 5
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def no_card(file: Path) -> None:
+    np.savez(file, **columns())
+
+
+def newer_card(file: Path) -> None:
+    card = json.dumps({"format": module.FORMAT, "version": module.VERSION + 1})
+    np.savez(file, card=np.array([card]), **columns())
+
+
+def foreign_card(file: Path) -> None:
+    np.savez(file, card=np.array(['{"format": "x", "version": 1}']), **columns())
+
+
+def pickled(file: Path) -> None:
+    np.savez(file, card=np.array([{"format": module.FORMAT}], dtype=object), **columns())
+
+
+def text(file: Path) -> None:
+    file.write_text("lm,knn\n-1,-2\n")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [truncate, flip_data, no_card, newer_card, foreign_card, pickled, text, Path.unlink],
+)
+def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = tmp_path / "table.npz"
+    write(path)
+    spoil(path)
+    with pytest.raises(TableError) as caught:
+        read_table(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "expected: a score table" in message
+    assert "found:" in message
+
+
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(TableError):
+        read_table(tmp_path)
