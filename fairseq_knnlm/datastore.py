@@ -194,8 +194,11 @@ class DatastoreWriter:
         check_new(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path.parent, datastore_bytes(rows, width, key_dtype, origin.vocabulary))
+        prefix = f".{path.name}.partial-"
+        for left in path.parent.glob(f"{prefix}*"):
+            logger.warning("%s was left by a save that was killed; it can be removed", left)
         self._folder = tempfile.TemporaryDirectory(
-            prefix=f".{path.name}.partial-", dir=path.parent, ignore_cleanup_errors=True
+            prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
         )
         self._keys = self._array(KEYS, np.dtype(key_dtype), (rows, width))
         self._values = self._array(VALUES, value_dtype(origin.vocabulary), (rows,))

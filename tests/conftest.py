@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,17 +139,22 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     text = [word for split, file in files.items() for word in (f"--{split}pref", file)]
     must("fairseq-preprocess", "--only-source", *text, "--destdir", folder / "bin")
     world = Lab(folder)
-    for name, flags in MODELS.items():
-        updates = 60 if name == "adaptive" else 5
-        must(
-            *("fairseq-train", world.data, "--user-dir", ROOT / "fairseq_knnlm"),
-            *("--task", "knn_lm", "--arch", "transformer_lm", *TINY, *flags, "--cpu"),
-            *("--ddp-backend", "legacy_ddp", "--optimizer", "adam", "--lr", "0.01"),
-            *("--tokens-per-sample", 16, "--sample-break-mode", "none", "--max-tokens", 512),
-            *("--max-update", updates, "--seed", 1, "--save-dir", folder / name),
-            *("--no-epoch-checkpoints", "--disable-validation", "--num-workers", 0),
-        )
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(lambda name: train(world, name), MODELS))
     return world
+
+
+def train(world: Lab, name: str) -> None:
+    """Trains one of ``MODELS`` with the stock command; only "adaptive" for long enough to learn."""
+    must(
+        *("fairseq-train", world.data, "--user-dir", ROOT / "fairseq_knnlm"),
+        *("--task", "knn_lm", "--arch", "transformer_lm", *TINY, *MODELS[name], "--cpu"),
+        *("--ddp-backend", "legacy_ddp", "--optimizer", "adam", "--lr", "0.01"),
+        *("--tokens-per-sample", 16, "--sample-break-mode", "none", "--max-tokens", 512),
+        *("--max-update", 60 if name == "adaptive" else 5, "--seed", 1),
+        *("--save-dir", world.folder / name, "--no-epoch-checkpoints", "--disable-validation"),
+        *("--num-workers", 0),
+    )
 
 
 @pytest.fixture(scope="session")

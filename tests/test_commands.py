@@ -14,7 +14,8 @@ import pytest
 from conftest import MODELS, ROOT, Lab, eval_lm, must
 
 from fairseq_knnlm.datastore import open_datastore
-from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.errors import ConfigError, ModelError
+from fairseq_knnlm.scorer import KnnScorer
 from fairseq_knnlm.tables import read_table
 
 KNN = ["--k", 64, "--lmbda", 0.3, "--knn-temp", 2.0]
@@ -227,7 +228,6 @@ def test_hub_interface_scores_with_neighbours(lab: Lab, datastore: Path) -> None
 
 def test_every_key_type(lab: Lab, tmp_path: Path) -> None:
     """Six representations; the six differ, and those the model lacks are refused."""
-    from fairseq_knnlm.errors import ModelError
     from fairseq_knnlm.lm import KEY_TYPES
 
     lacking = {
@@ -247,6 +247,35 @@ def test_every_key_type(lab: Lab, tmp_path: Path) -> None:
             keys = np.load(store / "keys.npy").astype(np.float32)
             assert all(np.abs(keys - other).max() > 1e-3 for other in seen), (model, key_type)
             seen.append(keys)
+
+
+def test_ensembles(lab: Lab, datastore: Path) -> None:
+    """Several models: the stock scorer's mean of probabilities, or with keys a clear refusal."""
+    import torch
+    from fairseq import checkpoint_utils
+    from fairseq.sequence_scorer import SequenceScorer
+
+    paths = [str(lab.checkpoint(name)) for name in ("adaptive", "untied")]
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        paths, arg_overrides={"data": str(lab.data)}
+    )
+    pad, eos = task.dictionary.pad(), task.dictionary.eos()
+    tokens = torch.tensor([[2, 7, 9, 30, 90], [2, 100, 5, pad, pad]])
+    target = torch.tensor([[7, 9, 30, 90, 2], [100, 5, 2, pad, pad]])
+    sample = {
+        "id": torch.arange(2),
+        "net_input": {"src_tokens": tokens, "src_lengths": torch.tensor([5, 3])},
+        "target": target,
+    }
+    stock = SequenceScorer(task.dictionary).generate(models, sample)
+    ours = KnnScorer(pad, eos).generate(models, sample)
+    for (one,), (other,) in zip(ours, stock, strict=True):
+        assert torch.equal(one["tokens"], other["tokens"])
+        torch.testing.assert_close(
+            one["positional_scores"], other["positional_scores"], atol=1e-5, rtol=0
+        )
+    with pytest.raises(ModelError, match="one language model"):
+        KnnScorer(pad, eos, key_type="last_ffn_input").generate(models, sample)
 
 
 def test_fp16_model_matches_its_datastore(lab: Lab, datastore: Path) -> None:
