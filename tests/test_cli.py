@@ -1,0 +1,324 @@
+"""The command ``fairseq-knnlm`` in this process, on small datastores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import alter, random_entries, truncate, write_store
+
+from fairseq_knnlm import cli, files
+from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
+from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.tables import ScoreTableWriter
+
+ROWS, WIDTH = 400, 8
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """``main`` sets up logging for a process of its own."""
+    before = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = before
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Datastore:
+    return write_store(tmp_path / "store", *random_entries(ROWS, WIDTH), dtype="float16")
+
+
+@pytest.fixture
+def indexed(store: Datastore, capsys: pytest.CaptureFixture[str]) -> Datastore:
+    say(capsys, "build-index", "--dstore", store.path, "--recipe", "IVF8,Flat", "--probe", 4)
+    return store
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    """A datastore of urvashik/knnlm."""
+    keys, values = random_entries(ROWS, WIDTH)
+    keys.astype(np.float16).tofile(tmp_path / "old_keys.npy")
+    values.astype(np.int16).tofile(tmp_path / "old_vals.npy")
+    return tmp_path / "old"
+
+
+def say(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a command that succeeds prints."""
+    code = cli.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a command that fails says, on standard error and nowhere else."""
+    code = cli.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+def write_table(path: Path, datastore: str, *, helpful: bool = True) -> Path:
+    """100 tokens; the neighbours know half of them for certain at temperature 2, or nothing."""
+    lm = np.full(100, -2.0, np.float32)
+    sharp = np.where(np.arange(100) % 2, 0.0, -np.inf).astype(np.float32)
+    other = lm - 1
+    writer = ScoreTableWriter(path)
+    columns = np.stack([other, sharp if helpful else other], axis=1)
+    writer.write({"row": np.arange(100), "lm": lm, "knn_by_temperature": columns})
+    card = {"datastore": datastore, "model": "m" * 64, "split": "valid", "k": 8}
+    card |= {"index": "Flat", "distances": "exact squared L2", "temperatures": [1.0, 2.0]}
+    writer.publish(card)
+    return path
+
+
+def test_info_says_what_the_manifest_says(
+    store: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = say(capsys, "info", "--dstore", store.path)
+    size = sum(file["bytes"] for file in store.manifest.files.values())
+    for words in (
+        f"{ROWS} entries of width {WIDTH}",
+        "float16, last_ffn_input",
+        "uint16, below 50",
+        "split        train",
+        f"model        {'a' * 64}",
+        f"dictionary   {'b' * 64}",
+        f"fingerprint  {store.fingerprint}",
+        files.human_bytes(size),
+        "index        none; build it with `fairseq-knnlm build-index`",
+        "calibration  none; fit it with `fairseq-knnlm tune`",
+    ):
+        assert words in said
+
+
+def test_info_knows_index_and_calibration(
+    indexed: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("valid", 100, 8, "Flat", "exact", 150.0, 120.25)
+    fitted = Calibration(0.125, 12.0, indexed.fingerprint, "m" * 64, *texts)
+    write_calibration(indexed.calibration_path, fitted)
+    said = say(capsys, "info", "--dstore", indexed.path)
+    assert "index        IVF8,Flat, nprobe 4, recall@399" in said
+    assert "calibration  lambda 0.1250, temperature 12, valid perplexity 150.00 -> 120.25" in said
+
+
+def test_info_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no datastore at" in refuse(capsys, "info", "--dstore", tmp_path / "nowhere")
+
+
+def test_info_of_an_old_datastore(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--dstore-size" in refuse(capsys, "info", "--dstore", prefix)
+    said = say(capsys, "info", "--dstore", prefix, "--dstore-size", ROWS, "--dstore-fp16")
+    assert f"{ROWS} entries of width {WIDTH}" in said
+    assert "model        unknown" in said
+
+
+def test_verify_finds_everything_in_order(
+    indexed: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = say(capsys, "verify", "--dstore", indexed.path)
+    assert f"{ROWS} entries, every byte as it was written" in said
+    assert "IVF8,Flat" in said
+    assert "of this datastore" in said
+
+
+@pytest.mark.parametrize("spoil", [truncate, alter])
+@pytest.mark.parametrize(
+    "name", ["keys.npy", "values.npy", "manifest.json", "knn.index", "knn.index.json"]
+)
+def test_verify_finds_damage(
+    indexed: Datastore,
+    name: str,
+    spoil: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(indexed.path / name)
+    cli.main(["verify", "--dstore", str(indexed.path)])
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert f"{name} is damaged" in said
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "knn.index"])
+def test_verify_reads_every_byte(
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also what opening a huge datastore leaves unread: here all but both ends."""
+    monkeypatch.setattr(files, "CHUNK_BYTES", 64)
+    path = tmp_path / "store"
+    write_store(path, *random_entries(ROWS, WIDTH))
+    say(capsys, "build-index", "--dstore", path, "--recipe", "IVF8,Flat")
+    monkeypatch.setattr(files, "CHUNKS_ON_OPEN", 2)
+    alter(path / name)
+    say(capsys, "info", "--dstore", path)
+    cli.main(["verify", "--dstore", str(path)])
+    assert f"{name} is damaged" in capsys.readouterr().err
+
+
+def test_verify_refuses_the_index_of_another_datastore(
+    indexed: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys, values = random_entries(ROWS, WIDTH)
+    other = write_store(indexed.path.with_name("other"), keys + 1, values, dtype="float16")
+    for name in ("knn.index", "knn.index.json"):
+        shutil.copy(indexed.path / name, other.path / name)
+    cli.main(["verify", "--dstore", str(other.path)])
+    assert "index of another datastore" in capsys.readouterr().err
+
+
+def test_build_index_reports_what_it_made(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "elsewhere" / "my.index"
+    said = say(capsys, "build-index", "--dstore", store.path, "--indexfile", path)
+    assert said.startswith(f"{path}: Flat, {ROWS} keys, 32 bytes a key")
+    assert "recall@399 1.000" in said
+    assert path.is_file()
+    assert not store.index_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--recipe", "paper"], "--recipe auto"),
+        (["--recipe", "IVF8,Nonsense"], "factory string"),
+        (["--recipe", "IVF8,Flat", "--probe", "0"], "--probe"),
+    ],
+)
+def test_build_index_refuses(
+    store: Datastore, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refuse(capsys, "build-index", "--dstore", store.path, *flags)
+    assert not store.index_path.exists()
+
+
+def test_import_converts(prefix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = ["--dstore", prefix, "--dstore-size", ROWS, "--dstore-fp16"]
+    said = say(capsys, "import", *old, "--out", tmp_path / "new", "--vocabulary", 50)
+    assert f"{ROWS} entries of width {WIDTH}" in said
+    keys, values = random_entries(ROWS, WIDTH)
+    new = open_datastore(tmp_path / "new", verify=True)
+    assert np.array_equal(new.keys, keys.astype(np.float16))
+    assert np.array_equal(new.values, values)
+    assert "exists already" in refuse(capsys, "import", *old, "--out", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "--dstore-size"),
+        (["--dstore-size", ROWS], "--dstore-fp16"),
+        (["--dstore-size", ROWS + 1, "--dstore-fp16"], "--dstore-size"),
+        (["--dstore-size", ROWS, "--dstore-fp16", "--vocabulary", 40_000], "overflowed"),
+        (["--dstore-size", ROWS, "--dstore-fp16", "--vocabulary", 30], "no token ids"),
+    ],
+)
+def test_import_refuses(
+    prefix: Path,
+    tmp_path: Path,
+    flags: list[object],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["import", "--dstore", prefix, "--out", tmp_path / "new", *flags]
+    assert says in refuse(capsys, *command)
+    assert not (tmp_path / "new").exists()
+
+
+def test_import_needs_old_files(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refuse(capsys, "import", "--dstore", store.path, "--out", tmp_path / "new")
+    assert "PREFIX_keys.npy" in said
+
+
+def test_tune_stores_the_fit(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half the tokens are certain at temperature 2. With a = exp(-2) the loss is least where
+    0.5 (1 - a) / (lambda + (1 - lambda) a) = 0.5 / (1 - lambda).
+    """
+    table = write_table(tmp_path / "valid.npz", store.fingerprint)
+    said = say(capsys, "tune", "--dstore", store.path, "--score-table", table)
+    fitted = read_calibration(store.calibration_path, store.fingerprint)
+    assert fitted is not None
+    a = np.exp(-2)
+    assert fitted.lmbda == pytest.approx((1 - 2 * a) / (2 * (1 - a)), abs=1e-6)
+    assert fitted.temperature == 2.0
+    assert f"lambda {fitted.lmbda:.4f}, temperature 2" in said
+    assert f"base LM  perplexity {np.exp(2):.2f}" in said
+    assert f"kNN-LM   perplexity {fitted.perplexity:.2f}" in said
+    assert str(store.calibration_path) in said
+
+
+def test_tune_says_where_neighbours_do_not_help(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / "valid.npz", store.fingerprint, helpful=False)
+    said = say(capsys, "tune", "--dstore", store.path, "--score-table", table)
+    assert "lambda 0.0000" in said
+    assert "do not help" in said
+
+
+def test_tune_refuses_a_table_of_another_datastore(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / "valid.npz", "e" * 64)
+    said = refuse(capsys, "tune", "--dstore", store.path, "--score-table", table)
+    assert "not of this datastore" in said
+    assert f"expected: datastore {store.fingerprint[:12]}" in said
+    assert "found:    datastore eeeeeeeeeeee" in said
+    assert not store.calibration_path.exists()
+
+
+def test_tune_refuses_what_is_no_table(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refuse(capsys, "tune", "--dstore", store.path, "--score-table", tmp_path / "x.npz")
+    assert "no score table" in said
+
+
+def test_info_refuses_a_calibration_of_another_datastore(
+    store: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("valid", 100, 8, "Flat", "exact", 150.0, 120.25)
+    write_calibration(store.calibration_path, Calibration(0.1, 1.0, "e" * 64, "m" * 64, *texts))
+    cli.main(["info", "--dstore", str(store.path)])
+    assert "fitted for another datastore" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["info"], ["info", "--dstore", "x", "--y"]])
+def test_wrong_words_get_the_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert "usage: fairseq-knnlm" in capsys.readouterr().err
+
+
+def test_an_interruption_is_told_without_a_traceback(
+    store: Datastore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build", interrupt)
+    assert cli.main(["build-index", "--dstore", str(store.path)]) == 130
+    assert "nothing was published" in capsys.readouterr().err
+    assert not store.index_path.exists()
+
+
+def test_what_is_written_is_json(indexed: Datastore) -> None:
+    for name in ("manifest.json", "knn.index.json"):
+        assert json.loads((indexed.path / name).read_text())["format"].startswith("fairseq-knnlm")
