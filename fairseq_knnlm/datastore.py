@@ -368,7 +368,8 @@ def _open_array(
         raise _damaged(file, f"{expected['bytes']:,} bytes", f"{size:,} bytes")
     if altered(file, expected["chunks"], everything=verify):
         raise _damaged(file, "the bytes that were written", "other ones (checksums differ)")
-    array = np.load(file, mmap_mode=None if in_memory else "r", allow_pickle=False)
+    # Copy on write: torch wants an array that could be written to; the file never is.
+    array = np.load(file, mmap_mode=None if in_memory else "c", allow_pickle=False)
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise _damaged(file, f"{shape} {dtype}", f"{array.shape} {array.dtype}")
     return array

@@ -144,7 +144,7 @@ def _raw(file: Path, dtype: str, shape: tuple[int, ...], in_memory: bool) -> np.
             found=f"{file.stat().st_size:,} bytes",
             do="check --dstore-size, and --dstore-fp16 where it was written with it",
         )
-    mapped = np.memmap(file, dtype=dtype, mode="r", shape=shape)
+    mapped = np.memmap(file, dtype=dtype, mode="c", shape=shape)
     return np.array(mapped) if in_memory else mapped
 
 

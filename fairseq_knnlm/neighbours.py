@@ -11,8 +11,8 @@ from torch import Tensor
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.index import SearchIndex
 
-#: Bytes of float32 keys held at a time while distances are recomputed.
-GATHER_BYTES = 128 * 2**20
+#: Bytes of float32 keys held at a time while distances are recomputed: few enough for a cache.
+GATHER_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Retriever:
         self.index = index
         self.store = store
         self.similarity = similarity
+        self._keys = None if store.keys is None else torch.from_numpy(store.keys)
 
     @property
     def distances(self) -> str:
@@ -81,18 +82,16 @@ class Retriever:
 
     def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
-        keys = self.store.keys
-        assert keys is not None
-        step = max(1, GATHER_BYTES // (rows.shape[1] * queries.shape[1] * 4))
-        out = torch.empty(rows.shape, dtype=torch.float32, device=queries.device)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            # Reading in file order turns random access into one sweep, each key once.
-            wanted, back = torch.unique(rows[part], return_inverse=True)
-            gathered = torch.from_numpy(keys[wanted.cpu().numpy()]).to(queries.device).float()
-            near = gathered[back]
+        assert self._keys is not None
+        queries_at_a_time = max(1, GATHER_BYTES // (rows.shape[1] * queries.shape[1] * 4))
+        parts = []
+        for asked, wanted in zip(
+            queries.split(queries_at_a_time), rows.cpu().split(queries_at_a_time), strict=True
+        ):
+            near = self._keys.index_select(0, wanted.reshape(-1)).to(queries.device).float()
+            near = near.view(*wanted.shape, -1)
             if self.similarity == "dot":
-                out[part] = -torch.einsum("nd,nkd->nk", queries[part], near)
+                parts.append(-(near @ asked[:, :, None]).squeeze(2))
             else:
-                out[part] = (near - queries[part, None]).square_().sum(dim=2)
-        return out
+                parts.append(near.sub_(asked[:, None]).square_().sum(dim=2))
+        return torch.cat(parts)
