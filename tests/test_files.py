@@ -31,8 +31,9 @@ def test_publish_shows_the_file_only_when_it_is_whole(tmp_path: Path) -> None:
     with publish(path) as temporary:
         temporary.write_text("whole")
         assert not path.exists()
-        assert temporary.parent == path.parent  # a rename within one file system
+        inode = temporary.stat().st_ino
     assert path.read_text() == "whole"
+    assert path.stat().st_ino == inode  # renamed, not copied
     assert list(path.parent.iterdir()) == [path]
 
 
