@@ -1,0 +1,252 @@
+"""A language model of Python's own documentation, and a memory for it, in minutes on a CPU.
+
+Trains a small language model on the standard library's docstrings, then evaluates it with and
+without nearest neighbours on two texts that it has not seen: other docstrings, with a datastore
+of its own training text, and the language reference, with a datastore of that. In the second
+the model adapts to another domain without any training, as in section 4.3 of Khandelwal et al.
+
+Every command is shown as one would type it. lambda and temperature are fitted on valid.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from demo_steps import StepError, Steps, clock, usable_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = ["--user-dir", "fairseq_knnlm", "--task", "knn_lm"]
+NEIGHBOURS = 1024
+
+# What is tested -> how the table names it. The first is what the LM is trained on.
+DOMAINS = {
+    "docstrings": "docstrings of the standard library",
+    "reference": "language reference",
+}
+
+# Baevski and Auli's model, small: adaptive input and softmax with tied weights.
+MODEL = """
+    --arch transformer_lm --decoder-layers 2 --decoder-attention-heads 4
+    --decoder-embed-dim 256 --decoder-input-dim 256 --decoder-output-dim 256
+    --decoder-ffn-embed-dim 1024 --dropout 0.1
+    --adaptive-input --adaptive-input-cutoff 1000,2500 --adaptive-input-factor 2
+    --adaptive-softmax-cutoff 1000,2500 --adaptive-softmax-factor 2
+    --tie-adaptive-weights --tie-adaptive-proj
+""".split()
+TRAINING = """
+    --criterion adaptive_loss --ddp-backend legacy_ddp
+    --tokens-per-sample 256 --sample-break-mode none --batch-size 4
+    --optimizer adam --adam-betas (0.9,0.98) --weight-decay 0.01 --clip-norm 1.0
+    --lr 0.0015 --lr-scheduler cosine --warmup-updates 200 --seed 1 --cpu --num-workers 0
+    --validate-interval 2 --save-interval 2 --no-epoch-checkpoints --no-last-checkpoints
+    --log-format simple --log-interval 20
+""".split()
+# fairseq takes the context off the sample: 64 tokens are scored with 192 to 255 before them.
+# A datastore is saved with 128 to 255 before each token, for half the work.
+READING = "--tokens-per-sample 256 --sample-break-mode none --max-tokens 4096 --cpu".split()
+SCORING = [*READING, "--context-window", 192]
+SAVING = [*READING, "--context-window", 128]
+
+
+class Demo:
+    """The steps, from text to table.
+
+    Args:
+        out: folder of everything that is made.
+        updates: training steps of the language model.
+    """
+
+    def __init__(self, out: Path, updates: int):
+        self.out = out
+        self.updates = updates
+        for folder in ("logs", "scores", "datastores"):
+            (out / folder).mkdir(parents=True)
+        self.steps = Steps(3 + 6 * len(DOMAINS), out / "logs", environment())
+
+    def run(self) -> list[dict[str, Any]]:
+        """Do it all, and return a row for each domain."""
+        self.prepare()
+        self.train()
+        return [self.evaluate(domain) for domain in DOMAINS]
+
+    def prepare(self) -> None:
+        """Text, pieces, and fairseq's binary files, all with one dictionary."""
+        text, pieces = self.out / "text", self.out / "pieces"
+        self.steps.run(
+            "Collect the text",
+            ["python", "examples/demo_corpus.py", "--out", text],
+            show="words in",
+        )
+        self.steps.run(
+            "Learn a vocabulary and split the text into pieces",
+            ["python", "examples/demo_pieces.py", "--text", text, "--out", pieces],
+            show="tokens in",
+        )
+        for domain in DOMAINS:
+            split = pieces / domain
+            self.steps.run(
+                f"Binarise the {domain}",
+                ["fairseq-preprocess", "--only-source", "--srcdict", pieces / "dict.txt"]
+                + ["--trainpref", split / "train.txt", "--validpref", split / "valid.txt"]
+                + ["--testpref", split / "test.txt", "--destdir", self.data(domain)],
+            )
+
+    def train(self) -> None:
+        """The base language model, with the stock command."""
+        self.steps.run(
+            "Train a language model on the docstrings",
+            ["fairseq-train", self.data("docstrings"), *TASK, *MODEL, *TRAINING]
+            + ["--max-update", self.updates, "--save-dir", self.out / "lm"],
+            progress=r"num_updates=(\d+)",
+            of=self.updates,
+        )
+
+    def evaluate(self, domain: str) -> dict[str, Any]:
+        """Save a datastore of the domain's training text, calibrate on valid, score test."""
+        store = self.out / "datastores" / domain
+        table = self.out / "scores" / f"{domain}-valid.npz"
+        found = self.out / "scores" / f"{domain}-test.json"
+        self.eval_lm(
+            f"Save a datastore of the {domain}",
+            domain,
+            "train",
+            ["--save-knnlm-dstore", "--dstore-mmap", store, *SAVING],
+            show="saved",
+        )
+        self.steps.run(
+            "Build its index",
+            ["python", "examples/build_index.py", "--dstore", store],
+            show="bytes a key",
+        )
+        knn = ["--knnlm", "--dstore-filename", store, "--k", NEIGHBOURS, *SCORING]
+        self.eval_lm(
+            f"Score the valid text of the {domain}",
+            domain,
+            "valid",
+            [*knn, "--score-table", table],
+        )
+        self.steps.run(
+            "Fit lambda and temperature on it",
+            ["fairseq-knnlm", "tune", "--dstore", store, "--score-table", table],
+            show="lambda [0-9]",
+        )
+        self.eval_lm(
+            f"Score the test text of the {domain}",
+            domain,
+            "test",
+            [*knn, "--results-json", found],
+            show="perplexity [0-9.]+, loss",
+        )
+        return row(domain, json.loads(found.read_text()))
+
+    def eval_lm(
+        self, title: str, domain: str, split: str, options: list[object], show: str = ""
+    ) -> None:
+        """One run of ``fairseq-eval-lm`` over a split."""
+        checkpoint = self.out / "lm" / "checkpoint_best.pt"
+        self.steps.run(
+            title,
+            ["fairseq-eval-lm", self.data(domain), *TASK]
+            + ["--path", checkpoint, "--gen-subset", split, *options],
+            show=show,
+        )
+
+    def data(self, domain: str) -> Path:
+        """The folder that fairseq reads a domain from."""
+        return self.out / "data" / domain
+
+
+def environment() -> dict[str, str]:
+    """The environment of the commands: this Python's programs, and threads that share."""
+    here = str(Path(sys.executable).parent)
+    return os.environ | {
+        "PATH": os.pathsep.join((here, os.environ.get("PATH", os.defpath))),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads()),
+        # Threads that wait must sleep: where others use the machine too, those that spin instead
+        # keep it from the one they wait for, and all is ten times slower.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def threads() -> int:
+    """Threads of a command. So small a model has no work for more than a few."""
+    return min(4, usable_cores())
+
+
+def row(domain: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What ``results.json`` says of one domain."""
+    columns = ("tokens", "base_perplexity", "perplexity", "lambda", "temperature", "k")
+    return {"name": DOMAINS[domain]} | {column: found[column] for column in columns}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for a person to read."""
+    lines = [
+        f"{'test text':36}{'tokens':>8}{'base LM':>10}{'kNN-LM':>9}{'change':>9}"
+        f"{'lambda':>9}{'T':>7}",
+    ]
+    lines.append("-" * len(lines[0]))
+    for found in rows:
+        base, knn = found["base_perplexity"], found["perplexity"]
+        lines.append(
+            f"{found['name']:36}{found['tokens']:>8,}{base:>10.2f}{knn:>9.2f}"
+            f"{knn / base - 1:>9.1%}{found['lambda']:>9.2f}{found['temperature']:>7.3g}"
+        )
+    return "\n".join(lines)
+
+
+def make_room(out: Path) -> None:
+    """Empty ``out`` if an earlier run made it.
+
+    Raises:
+        StepError: where it holds something else.
+    """
+    mark = out / ".demo"
+    if out.exists() and any(out.iterdir()):
+        if not mark.exists():
+            raise StepError(f"{out} is not empty, and not of this demo; name another with --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Train a small LM on Python's docstrings and give it a datastore.",
+        epilog="example: python examples/demo.py --out demo",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "demo", help="folder of all that is made (default: demo)"
+    )
+    parser.add_argument(
+        "--updates", type=int, default=2000, help="training steps of the LM (default: 2000)"
+    )
+    args = parser.parse_args()
+
+    out = args.out.resolve()
+    os.chdir(ROOT)  # commands are shown as they are typed there
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    print(f"About 7 minutes on two cores; this run uses {threads()}. Everything is in {out}/.")
+    try:
+        make_room(out)
+        demo = Demo(out, args.updates)
+        rows = demo.run()
+    except StepError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print(f"\nPerplexity a token of test text; lambda and T were fitted on valid.\n\n{table(rows)}")
+    print(f"\n{clock(demo.steps.elapsed)} in all; the table is in {out}/results.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
