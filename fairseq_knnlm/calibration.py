@@ -58,12 +58,11 @@ def read_calibration(path: Path, datastore: str) -> Calibration | None:
         return None
     remedy = "fit it again with `fairseq-knnlm tune`, or pass --lmbda and --knn-temp"
     try:
-        content, _ = read_sealed(path, FORMAT, VERSION)
+        calibration, _ = read_sealed(path, FORMAT, VERSION, Calibration)
     except ValueError as error:
         raise TableError(
             f"{path} is damaged", expected="a calibration", found=error, do=remedy
         ) from None
-    calibration = Calibration(**content)
     if calibration.datastore != datastore:
         raise TableError(
             f"{path} was fitted for another datastore",

@@ -196,16 +196,14 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
 
 def _tune(args: argparse.Namespace, _: list[str]) -> None:
     store = _open(args)
-    table = read_table(args.score_table)
-    found = table.card.get("datastore")
-    if found != store.fingerprint:
+    fitted = fit(read_table(args.score_table))
+    if fitted.datastore != store.fingerprint:
         raise ConfigError(
             "the score table is not of this datastore",
             expected=f"datastore {store.fingerprint[:12]}...",
-            found=f"datastore {str(found)[:12]}...",
+            found=f"datastore {fitted.datastore[:12]}...",
             do="write the table with --knnlm --dstore-filename of this datastore",
         )
-    fitted = fit(table)
     write_calibration(store.calibration_path, fitted)
     print(f"{fitted.split}, {fitted.tokens:,} tokens, k {fitted.k}, {fitted.distances}")
     print(f"  base LM  perplexity {fitted.base_perplexity:.2f}")
@@ -230,10 +228,10 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     total = sum(file["bytes"] for file in manifest.files.values())
     if total:
         print(f"  on disk      {human_bytes(total)}")
-    try:
+    if store.index_path.is_file():
         card = indexes.read_card(store.index_path)
         print(f"  index        {card.describe() if card else 'built elsewhere'}")
-    except IndexFileError:
+    else:
         print("  index        none; build it with `fairseq-knnlm build-index`")
     calibration = read_calibration(store.calibration_path, store.fingerprint)
     if calibration is None:
@@ -248,7 +246,11 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
 
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
     store = _open(args, verify=True)
-    print(f"{store.path}: {len(store):,} entries, every byte as it was written")
+    checked = store.manifest.files
+    print(
+        f"{store.path}: {len(store):,} entries, "
+        + ("every byte as it was written" if checked else "of the right length; no checksums")
+    )
     path = store.index_path
     if path.is_file():
         card = indexes.load(

@@ -16,6 +16,8 @@ from fairseq_knnlm.lm import KEY_TYPES
 
 logger = logging.getLogger(__name__)
 
+#: fairseq starts a process, and so a shard, for each GPU that it sees.
+ONE_PROCESS = "leave --num-shards out, and on several GPUs pass --distributed-world-size 1"
 DEFAULT_LAMBDA = 0.25
 DEFAULT_TEMPERATURE = 1.0
 
@@ -186,8 +188,8 @@ def check_metric(asked: str, metric: str) -> None:
         )
 
 
-def check_loader(context_window: int, num_workers: int, num_shards: int, saving: bool) -> None:
-    """Refuses ways of loading that would give wrong contexts or half a datastore.
+def check_loader(context_window: int, num_workers: int, num_shards: int, writing: bool) -> None:
+    """Refuses ways of loading that would give wrong contexts, or part of what is to be written.
 
     fairseq's context window is state in the process that collates, and shards take every n-th
     batch, so contexts would be of other blocks.
@@ -201,13 +203,35 @@ def check_loader(context_window: int, num_workers: int, num_shards: int, saving:
                 f"{flag} {number} would give wrong contexts with a context window",
                 expected=f"{flag} 1, or no --context-window",
                 found=f"{flag} {number} and --context-window {context_window}",
+                do=ONE_PROCESS if flag == "--num-shards" else None,
             )
-    if saving and num_shards > 1:
+    if writing and num_shards > 1:
         raise ConfigError(
-            "a datastore is saved by one process",
-            expected="--num-shards 1",
-            found=f"--num-shards {num_shards}",
+            "a datastore, score table or results file is written by one process",
+            expected="one process over the whole split",
+            found=f"{num_shards} shards",
+            do=ONE_PROCESS,
         )
+
+
+def check_stock_is_enough(cfg: Any, what: str) -> None:
+    """Refuses flags that only our scorer heeds where fairseq's own will do the work.
+
+    Args:
+        cfg: the flags.
+        what: what our scorer cannot do.
+
+    Raises:
+        ConfigError: naming a flag that would be ignored.
+    """
+    for flag in ("knnlm", "score_table", "results_json"):
+        if getattr(cfg, flag):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} does not work with {what}",
+                expected="scoring with a Transformer decoder",
+                found=what,
+                do="leave it out, or score with fairseq-eval-lm or --score-reference",
+            )
 
 
 def check_left_out(tokens: int, longest: Any, saving: bool) -> None:

@@ -218,13 +218,21 @@ class DatastoreWriter:
             values: (n,) token ids.
 
         Raises:
-            DatastoreError: where a row is outside the datastore or written already, or a key
-                does not fit the type (float16 ends at 65,504).
+            DatastoreError: where a row is outside the datastore or written already, a value is
+                no token of the vocabulary, or a key does not fit the type (float16 ends at
+                65,504).
         """
         if rows.size and (rows.min() < 0 or rows.max() >= len(self._written)):
             raise self._miscount("a token beyond the end of the split")
-        if self._written[rows].any():
+        if self._written[rows].any() or len(np.unique(rows)) < len(rows):
             raise self._miscount("a token that came twice")
+        if values.size and (values.min() < 0 or values.max() >= self.origin.vocabulary):
+            raise DatastoreError(
+                "a token is not in the dictionary",
+                expected=f"ids from 0 to {self.origin.vocabulary - 1:,}",
+                found=f"ids from {values.min():,} to {values.max():,}",
+                do="binarise the text with the dictionary of the checkpoint",
+            )
         with np.errstate(over="ignore"):  # reported just below, in words
             keys = keys.astype(self._keys.dtype, copy=False)
         if not np.isfinite(keys).all():
@@ -344,10 +352,13 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
             do="save one: fairseq-eval-lm ... --save-knnlm-dstore --dstore-mmap PATH",
         )
     try:
-        content, seal = read_sealed(file, FORMAT, VERSION)
+        return read_sealed(file, FORMAT, VERSION, _manifest)
     except ValueError as error:
         raise _damaged(file, "the manifest as it was written", str(error)) from None
-    return Manifest(**{**content, "origin": Origin(**content["origin"])}), seal
+
+
+def _manifest(origin: dict[str, Any], **fields: Any) -> Manifest:
+    return Manifest(origin=Origin(**origin), **fields)
 
 
 def _open_array(
@@ -368,8 +379,7 @@ def _open_array(
         raise _damaged(file, f"{expected['bytes']:,} bytes", f"{size:,} bytes")
     if altered(file, expected["chunks"], everything=verify):
         raise _damaged(file, "the bytes that were written", "other ones (checksums differ)")
-    # Copy on write: torch wants an array that could be written to; the file never is.
-    array = np.load(file, mmap_mode=None if in_memory else "c", allow_pickle=False)
+    array = np.load(file, mmap_mode=None if in_memory else "r", allow_pickle=False)
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise _damaged(file, f"{shape} {dtype}", f"{array.shape} {array.dtype}")
     return array

@@ -10,11 +10,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 64 * 2**20
 #: Chunks checked when a file is opened: all of a file up to 2 GiB.
@@ -64,12 +66,21 @@ def write_sealed(path: Path, kind: str, version: int, content: dict[str, Any]) -
     return seal
 
 
-def read_sealed(path: Path, kind: str, version: int) -> tuple[dict[str, Any], str]:
-    """Reads what ``write_sealed`` wrote: the content and its seal.
+def read_sealed(path: Path, kind: str, version: int, make: Callable[..., T]) -> tuple[T, str]:
+    """Reads what ``write_sealed`` wrote.
+
+    Args:
+        path: the file.
+        kind: its format.
+        version: the newest version that can be read.
+        make: makes an object of the content, given as keyword arguments.
+
+    Returns:
+        The object and the seal.
 
     Raises:
         ValueError: saying what was found, where it is no JSON object of that kind, of a newer
-            version, or altered.
+            version, altered, or with other fields.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +93,11 @@ def read_sealed(path: Path, kind: str, version: int) -> tuple[dict[str, Any], st
     seal = content.pop("fingerprint", None)
     if seal != fingerprint(content):
         raise ValueError("an altered file (its fingerprint differs)")
-    return {key: content[key] for key in content if key not in ("format", "version")}, seal
+    fields = {key: content[key] for key in content if key not in ("format", "version")}
+    try:
+        return make(**fields), seal
+    except TypeError as error:
+        raise ValueError(f"other fields ({error})") from None
 
 
 def fingerprint(content: dict[str, Any]) -> str:
@@ -99,7 +114,7 @@ def checksums(path: Path, chunks: Sequence[int] | None = None) -> list[str]:
         chunks: which chunks, by number; all of them where left out.
     """
     if chunks is None:
-        chunks = range(-(-path.stat().st_size // CHUNK_BYTES))
+        chunks = range(chunk_count(path))
 
     def digest(chunk: int) -> str:
         with path.open("rb") as file:
@@ -117,13 +132,21 @@ def altered(path: Path, expected: Sequence[str], *, everything: bool = False) ->
     Checks at most ``CHUNKS_ON_OPEN`` evenly spaced chunks (the first and last among them) unless
     ``everything`` is asked for.
     """
-    total = len(expected)
-    if everything or total <= CHUNKS_ON_OPEN:
-        chosen = list(range(total))
-    else:
-        step = (total - 1) / (CHUNKS_ON_OPEN - 1)
-        chosen = sorted({round(i * step) for i in range(CHUNKS_ON_OPEN)})
+    chosen = range(len(expected)) if everything else sampled_chunks(len(expected))
     return checksums(path, chosen) != [expected[chunk] for chunk in chosen]
+
+
+def sampled_chunks(total: int) -> Sequence[int]:
+    """At most ``CHUNKS_ON_OPEN`` of ``total`` chunks, evenly spaced, first and last among them."""
+    if total <= CHUNKS_ON_OPEN:
+        return range(total)
+    step = (total - 1) / (CHUNKS_ON_OPEN - 1)
+    return sorted({round(i * step) for i in range(CHUNKS_ON_OPEN)})
+
+
+def chunk_count(path: Path) -> int:
+    """Chunks of a file, the last one possibly short."""
+    return -(-path.stat().st_size // CHUNK_BYTES)
 
 
 def human_bytes(count: float) -> str:

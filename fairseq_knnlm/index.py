@@ -71,7 +71,7 @@ class IndexCard:
     seconds: float = 0.0
     faiss: str = ""
     bytes: int = 0
-    chunks: tuple[str, ...] = ()
+    chunks: Sequence[str] = ()
 
     def describe(self) -> str:
         """For a report: ``"IVF4096,PQ64, nprobe 32, recall@1024 0.87"``."""
@@ -137,7 +137,7 @@ def save(index: Any, card: IndexCard, path: Path, datastore: str) -> IndexCard:
         card,
         datastore=datastore,
         bytes=path.stat().st_size,
-        chunks=tuple(checksums(path)),
+        chunks=checksums(path),
     )
     write_sealed(card_path(path), FORMAT, VERSION, asdict(card))
     return card
@@ -208,10 +208,9 @@ def read_card(path: Path) -> IndexCard | None:
     if not file.is_file():
         return None
     try:
-        content, _ = read_sealed(file, FORMAT, VERSION)
+        return read_sealed(file, FORMAT, VERSION, IndexCard)[0]
     except ValueError as error:
         raise _damaged(file, "the card of an index", str(error)) from None
-    return IndexCard(**{**content, "chunks": tuple(content["chunks"])})
 
 
 def _check_file(path: Path, card: IndexCard, datastore: str) -> None:
@@ -385,5 +384,7 @@ def _set_nprobe(index: Any, nprobe: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """FAISS's reason, without its source location."""
-    return str(error).strip().splitlines()[0].split("Error: ")[-1]
+    """FAISS's reason, without its source location; its C++ signatures say nothing to a user."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[0].split("Error: ")[-1]
+    return "what FAISS does not know" if "::" in reason else reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +70,8 @@ def build(
         total=rows, unit=" keys", unit_scale=True, desc="adding", disable=not progress
     ) as bar:
         for chunk in _chunks(keys):
-            index.add(chunk)
+            with _refusals(f"FAISS cannot add keys to {recipe.factory!r}"):
+                index.add(chunk)
             bar.update(len(chunk))
     card = IndexCard(
         factory=recipe.factory,
@@ -94,15 +96,8 @@ def build(
 
 
 def _create(recipe: Recipe, width: int, metric: str) -> Any:
-    try:
+    with _refusals(f"FAISS cannot make the index {recipe.factory!r} for keys of width {width}"):
         return faiss.index_factory(width, recipe.factory, METRICS[metric])
-    except (RuntimeError, AssertionError) as error:
-        raise IndexFileError(
-            f"FAISS cannot make the index {recipe.factory!r} for keys of width {width}",
-            expected="auto, paper, or a factory string such as Flat or IVF1024,PQ32x4fs",
-            found=first_line(error),
-            do="see FAISS's index factory; code sizes must divide the width",
-        ) from None
 
 
 def _train(
@@ -111,14 +106,22 @@ def _train(
     rows = len(keys)
     sample = np.sort(rng.choice(rows, size=min(wanted, rows), replace=False))
     logger.info("training %s on %s of %s keys", recipe.factory, f"{len(sample):,}", f"{rows:,}")
-    try:
+    with _refusals(f"FAISS cannot train {recipe.factory!r} on {len(sample):,} keys"):
         index.train(np.ascontiguousarray(keys[sample], dtype=np.float32))
-    except RuntimeError as error:
+
+
+@contextmanager
+def _refusals(problem: str) -> Iterator[None]:
+    """Turns what FAISS throws at a recipe into an ``IndexFileError``."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise IndexFileError(
-            f"FAISS cannot train {recipe.factory!r} on {len(sample):,} keys",
-            expected="at least as many keys as centroids",
+            problem,
+            expected="auto, paper, or a factory string such as Flat or IVF1024,PQ32x4fs; code "
+            "sizes divide the width, and there are more keys than centroids",
             found=first_line(error),
-            do="build with --recipe auto, or fewer lists and shorter codes",
+            do="build with --recipe auto, or see FAISS's index factory",
         ) from None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Manifest, Origin
 from fairseq_knnlm.errors import DatastoreError
-from fairseq_knnlm.files import checksums, fingerprint
+from fairseq_knnlm.files import checksums, chunk_count, fingerprint, sampled_chunks
 
 #: The key type of the paper; the original code wrote no other by default.
 KEY_TYPE = "last_ffn_input"
@@ -88,7 +88,7 @@ def open_legacy(
     manifest = Manifest(rows, width, key_dtype, value_dtype, origin)
     identity = {
         "rows": rows,
-        "files": [[file.stat().st_size, checksums(file, [0])] for file in _files(prefix)],
+        "files": [checksums(file, sampled_chunks(chunk_count(file))) for file in _files(prefix)],
     }
     index_path = prefix.with_name(f"{prefix.name}_knn.index")
     return Datastore(
@@ -144,7 +144,7 @@ def _raw(file: Path, dtype: str, shape: tuple[int, ...], in_memory: bool) -> np.
             found=f"{file.stat().st_size:,} bytes",
             do="check --dstore-size, and --dstore-fp16 where it was written with it",
         )
-    mapped = np.memmap(file, dtype=dtype, mode="c", shape=shape)
+    mapped = np.memmap(file, dtype=dtype, mode="r", shape=shape)
     return np.array(mapped) if in_memory else mapped
 
 

@@ -66,7 +66,7 @@ def open_memory(args: Any, symbols: Sequence[str]) -> Memory:
         settled = index.card.exact or store.keys is None or index.card.metric == "ip"
         similarity = "do_not_recomp_l2" if settled else "l2"
     retriever = Retriever(index, store, similarity)
-    return Memory(store, retriever, *_mixture(args, store))
+    return Memory(store, retriever, *_mixture(args, store, retriever))
 
 
 def _open_store(args: Any, vocabulary: int) -> Datastore:
@@ -84,7 +84,7 @@ def _open_store(args: Any, vocabulary: int) -> Datastore:
     return store
 
 
-def _mixture(args: Any, store: Datastore) -> tuple[float, float, str]:
+def _mixture(args: Any, store: Datastore, retriever: Retriever) -> tuple[float, float, str]:
     """lambda, temperature, and where they come from: flags, else calibration, else defaults."""
     flags = {"lambda": args.lmbda, "temperature": args.knn_temp}
     given = {name: flag for name, flag in flags.items() if flag is not None}
@@ -94,6 +94,14 @@ def _mixture(args: Any, store: Datastore) -> tuple[float, float, str]:
     if calibration is not None:
         source = f"calibrated on {calibration.split}"
         fitted = {"lambda": calibration.lmbda, "temperature": calibration.temperature}
+        found = (args.k, retriever.index.card.describe(), retriever.distances)
+        if found != (calibration.k, calibration.index, calibration.distances):
+            logger.warning(
+                "the calibration was fitted with k %s, index %s, %s; this run has k %s, index %s, "
+                "%s. Fit it again with `fairseq-knnlm tune` where figures matter.",
+                *(calibration.k, calibration.index, calibration.distances),
+                *found,
+            )
     else:
         source = "uncalibrated defaults"
         fitted = {"lambda": config.DEFAULT_LAMBDA, "temperature": config.DEFAULT_TEMPERATURE}

@@ -28,17 +28,16 @@ def knn_log_probs(
     Returns:
         (N, M) float32, natural log; -inf where no neighbour matches or none is valid.
     """
-    missing = ~valid
-    # Subtracting the smallest distance keeps exp() in range whatever the temperature.
-    nearest = distances.masked_fill(missing, math.inf).amin(dim=1, keepdim=True)
-    gaps = (nearest - distances).masked_fill_(missing, -math.inf)
-    agreeing = matches & valid
+    scores = (-distances).masked_fill_(~valid, -math.inf)
+    # Shifting by the nearest keeps small differences exact where distances are large.
+    scores -= scores.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0)
+    agreeing = scores.masked_fill(~matches, -math.inf)
+    anybody = valid.any(dim=1)
     columns = []
     for temperature in temperatures:
-        weights = torch.exp(gaps / temperature)
-        total = weights.sum(dim=1)
-        agreed = (weights * agreeing).sum(dim=1)
-        columns.append(torch.log(agreed) - torch.log(total.clamp_min(1e-38)))
+        log_prob = torch.logsumexp(agreeing / temperature, dim=1)
+        log_prob -= torch.logsumexp(scores / temperature, dim=1)
+        columns.append(log_prob.where(anybody, -math.inf))
     return torch.stack(columns, dim=1)
 
 

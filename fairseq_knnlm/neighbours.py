@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ class Neighbours:
     Attributes:
         ids: (N, K) int64, rows of the datastore; -1 where missing.
         distances: (N, K) float32, squared L2, or the negative inner product: in both cases a
-            neighbour's weight is exp(-distance / T).
+            neighbour's weight is exp(-distance / T); infinite where missing.
         values: (N, K) int64 token ids; undefined where missing.
         valid: (N, K) bool, False where the index found fewer than K.
     """
@@ -48,7 +49,11 @@ class Retriever:
         self.index = index
         self.store = store
         self.similarity = similarity
-        self._keys = None if store.keys is None else torch.from_numpy(store.keys)
+        self._keys: Tensor | None = None
+        if store.keys is not None:
+            with warnings.catch_warnings():  # torch would rather have keys that can be written to
+                warnings.simplefilter("ignore", UserWarning)
+                self._keys = torch.from_numpy(store.keys)
 
     @property
     def distances(self) -> str:
@@ -75,6 +80,7 @@ class Retriever:
             distances = found if self.index.card.metric == "l2" else -found
         else:
             distances = self._recompute(queries, rows)
+        distances.masked_fill_(~valid, torch.inf)
         values = torch.from_numpy(
             np.take(self.store.values, rows.cpu().numpy()).astype(np.int64, copy=False)
         )
@@ -89,7 +95,7 @@ class Retriever:
             queries.split(queries_at_a_time), rows.cpu().split(queries_at_a_time), strict=True
         ):
             near = self._keys.index_select(0, wanted.reshape(-1)).to(queries.device).float()
-            near = near.view(*wanted.shape, -1)
+            near = near.view(*wanted.shape, queries.shape[1])
             if self.similarity == "dot":
                 parts.append(-(near @ asked[:, :, None]).squeeze(2))
             else:

@@ -79,8 +79,9 @@ def _auto(rows: int, width: int, gpu: bool) -> Recipe:
         return Recipe(f"IVF{lists},PQ{codes}", 0, train_rows)
     if width % 2:
         return Recipe(f"IVF{lists},SQ8", 0, train_rows)
-    # 4-bit codes of two dimensions each, scanned in registers ("fast scan").
-    return Recipe(f"IVF{lists},PQ{width // 2}x4fs", 0, train_rows)
+    # 4-bit codes of two dimensions each, or four in wide keys, scanned in registers ("fast scan").
+    codes = width // 2 if width <= 256 or width % 4 else width // 4
+    return Recipe(f"IVF{lists},PQ{codes}x4fs", 0, train_rows)
 
 
 def _power_of_two(number: float) -> int:

@@ -122,6 +122,8 @@ def read_table(path: Path) -> ScoreTable:
             raise ValueError(f"{card['format']}, version {card['version']}")
     except FileNotFoundError:
         raise TableError(f"no score table at {path}", expected=expected, found="nothing") from None
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise TableError(f"{path} cannot be read", expected=expected, found=error) from None
+    except Exception as error:  # NumPy, zipfile and JSON have a dozen ways to say no
+        raise TableError(
+            f"{path} cannot be read", expected=expected, found=f"{type(error).__name__}: {error}"
+        ) from None
     return ScoreTable(columns, card)

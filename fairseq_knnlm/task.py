@@ -63,9 +63,11 @@ class KnnLanguageModelingTask(LanguageModelingTask):
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         """For ``fairseq-generate --score-reference`` and the hub interface's ``score``."""
-        if not getattr(args, "score_reference", False) or not all(map(is_supported, models)):
-            return super().build_generator(models, args, *rest, **kwargs)
-        return make_scorer(self._setting(models))
+        scoring = getattr(args, "score_reference", False)
+        if scoring and all(map(is_supported, models)):
+            return make_scorer(self._setting(models))
+        config.check_stock_is_enough(self.args, "generation" if not scoring else "this decoder")
+        return super().build_generator(models, args, *rest, **kwargs)
 
     def eval_lm_dataloader(
         self,
@@ -81,7 +83,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
     ) -> Any:
         """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
         saving = self.args.save_knnlm_dstore
-        config.check_loader(context_window, num_workers, num_shards, saving)
+        writing = saving or self.args.score_table or self.args.results_json
+        config.check_loader(context_window, num_workers, num_shards, bool(writing))
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         left_out = int(sizes[sizes > max_positions].sum()) if isinstance(max_positions, int) else 0
         config.check_left_out(left_out, max_positions, saving)
@@ -97,6 +100,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             context_window,
         )
         if not all(map(is_supported, self.models)):
+            config.check_stock_is_enough(self.args, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
             return batches
         run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)

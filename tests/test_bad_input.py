@@ -6,6 +6,7 @@ exception reaches the user as a message, exit code 1 and no traceback is shown b
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from conftest import Lab, eval_lm, must, run
 
 from fairseq_knnlm import datastore as datastores
+from fairseq_knnlm.config import check_stock_is_enough
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError, ModelError
 
 
@@ -213,9 +215,24 @@ def test_model_without_the_layer(lab: Lab, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_saving_in_shards(lab: Lab, tmp_path: Path) -> None:
-    flags = ["--save-knnlm-dstore", "--dstore-mmap", tmp_path / "new", "--num-shards", 2]
-    refused(lab, ConfigError, *flags, "--tokens-per-sample", 8, "--context-window", 0)
+@pytest.mark.parametrize(
+    "flags",
+    [["--save-knnlm-dstore", "--dstore-mmap"], ["--results-json"], ["--score-table"]],
+)
+def test_writing_in_shards(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
+    blocks = ["--tokens-per-sample", 8, "--context-window", 0, "--num-shards", 2]
+    says = refused(lab, ConfigError, *flags, tmp_path / "new", *blocks)
+    assert "--distributed-world-size 1" in says
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["knnlm", "score_table", "results_json"])
+def test_flags_that_the_stock_scorer_would_ignore(flag: str) -> None:
+    args = argparse.Namespace(knnlm=False, score_table=None, results_json=None)
+    check_stock_is_enough(args, "this decoder")
+    setattr(args, flag, "x")
+    with pytest.raises(ConfigError, match="does not work with this decoder"):
+        check_stock_is_enough(args, "this decoder")
 
 
 def test_recipes_that_faiss_refuses(datastore: Path, tmp_path: Path) -> None:

@@ -322,3 +322,29 @@ def test_an_interruption_is_told_without_a_traceback(
 def test_what_is_written_is_json(indexed: Datastore) -> None:
     for name in ("manifest.json", "knn.index.json"):
         assert json.loads((indexed.path / name).read_text())["format"].startswith("fairseq-knnlm")
+
+
+def test_info_tells_a_damaged_card_from_a_missing_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_store(tmp_path / "store", *random_entries(300, 8))
+    words = ["--dstore", str(tmp_path / "store")]
+    cli.main(["build-index", *words])
+    (tmp_path / "store/knn.index.json").write_text("{}")
+    capsys.readouterr()
+    cli.main(["info", *words])
+    captured = capsys.readouterr()
+    assert "index        none" not in captured.out
+    assert "damaged" in captured.out + captured.err
+
+
+def test_verify_does_not_vouch_for_files_without_checksums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of urvashik/knnlm carry none: nothing says they are as they were written."""
+    keys, values = random_entries(300, 8)
+    keys.tofile(tmp_path / "old_keys.npy")
+    values.tofile(tmp_path / "old_vals.npy")
+    cli.main(["verify", "--dstore", str(tmp_path / "old"), "--dstore-size", "300"])
+    captured = capsys.readouterr()
+    assert "every byte as it was written" not in captured.out

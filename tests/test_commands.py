@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,9 @@ def test_blocks_that_fairseq_would_drop(
     assert "leaves out" in caplog.text
 
 
-def test_tuning_stores_what_evaluation_then_uses(lab: Lab, datastore: Path, tmp_path: Path) -> None:
+def test_tuning_stores_what_evaluation_then_uses(
+    lab: Lab, datastore: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = tmp_path / "store"
     shutil.copytree(datastore, store)
     memory = ["--knnlm", "--dstore-filename", store, "--k", 64]
@@ -159,6 +162,9 @@ def test_tuning_stores_what_evaluation_then_uses(lab: Lab, datastore: Path, tmp_
     assert calibrated["mixture_from"] == "calibrated on valid"
     assert calibrated["perplexity"] < calibrated["base_perplexity"]
     assert f"{calibrated['perplexity']:.2f}" in said
+    # Another k is worth a warning.
+    lab.evaluate("valid", "--knnlm", "--dstore-filename", store, "--k", 8)
+    assert "the calibration was fitted with k 64" in caplog.text
     # An explicit flag wins.
     lab.evaluate("valid", *memory, "--lmbda", 0, "--results-json", results)
     assert json.loads(results.read_text())["lambda"] == 0
@@ -209,21 +215,26 @@ def test_generate_score_reference(lab: Lab, datastore: Path, tmp_path: Path) -> 
 def test_hub_interface_scores_with_neighbours(lab: Lab, datastore: Path) -> None:
     from fairseq.models.transformer_lm import TransformerLanguageModel
 
-    def score(**task: object) -> list[float]:
-        hub = TransformerLanguageModel.from_pretrained(
+    def hub(**task: object) -> Any:
+        return TransformerLanguageModel.from_pretrained(
             str(lab.checkpoint().parent),
             lab.checkpoint().name,
             str(lab.data),
             user_dir=str(ROOT / "fairseq_knnlm"),
             **task,
         )
-        return hub.score("w1 w2 w3 w4")["positional_scores"].tolist()
+
+    def score(**task: object) -> list[float]:
+        return hub(**task).score("w1 w2 w3 w4")["positional_scores"].tolist()
 
     memory = {"knnlm": True, "dstore_filename": str(datastore), "k": 64, "knn_temp": 2.0}
     base, same = score(), score(**memory, lmbda=0.0)
     mixed = score(**memory, lmbda=0.5)
     assert same == pytest.approx(base, abs=1e-6)
     assert mixed != pytest.approx(base, abs=1e-3)
+    # Sampling would leave the neighbours out; it says so instead.
+    with pytest.raises(ConfigError, match="--knnlm does not work with generation"):
+        hub(**memory).sample("w1 w2", beam=1, max_len_b=3)
 
 
 def test_every_key_type(lab: Lab, tmp_path: Path) -> None:

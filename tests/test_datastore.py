@@ -286,3 +286,19 @@ def test_a_foreign_model_is_refused(tmp_path: Path, theirs: dict[str, object], s
     with pytest.raises(DatastoreError) as caught:
         store.check_origin(**{**ours, **theirs})
     assert_helps(caught, says)
+
+
+def test_a_row_twice_in_one_batch_is_refused(tmp_path: Path) -> None:
+    """Rows 0, 1, 1 for two rows: the count is full, one entry was overwritten."""
+    writer = DatastoreWriter(tmp_path / "store", 2, 4, origin())
+    with pytest.raises(DatastoreError, match="twice"):
+        writer.write(np.array([0, 1, 1]), np.ones((3, 4), np.float32), np.array([1, 2, 3]))
+
+
+@pytest.mark.parametrize("value", [-1, 50, 70_000])
+def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path, value: int) -> None:
+    """As uint16 they would turn into other tokens: 70,000 into 4,464, -1 into 65,535."""
+    writer = DatastoreWriter(tmp_path / "store", 1, 4, origin(50))
+    with pytest.raises(DatastoreError) as caught:
+        writer.write(np.array([0]), np.ones((1, 4), np.float32), np.array([value]))
+    assert_helps(caught, "0 to 49")

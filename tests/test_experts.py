@@ -84,3 +84,19 @@ def test_missing_neighbours_do_not_match(store: Datastore) -> None:
     assert found.columns["matches"].max() < 30
     expected = opinion(store, 100, "IVF32,Flat", for_table=False)
     assert torch.equal(found.log_probs, expected.log_probs)
+
+
+def test_distances_of_missing_neighbours_stay_out_of_the_table(tmp_path: Path) -> None:
+    """IVF finds about ten of 100; the rest were given their distance to row 0."""
+    keys, values = random_entries(300, 12)
+    store = write_store(tmp_path / "store", keys, values)
+    index, card = build(keys, "IVF32,Flat", nprobe=1, progress=False, recall_queries=0)
+    asked = torch.from_numpy(keys[:20] + 0.1)
+    retriever = Retriever(SearchIndex(index, card), store, "l2")
+    near = retriever.search(asked, 100)
+    targets = torch.zeros(20, dtype=torch.long)
+    scored = Scored(targets, asked, asked, torch.ones(1, 20, dtype=torch.bool))
+    columns = KnnExpert(retriever, 100, 1.0, for_table=True).opinion(scored).columns
+    found = columns["distances"]  # at ranks 1, 2, 4, 8, 16, 32, 64
+    true = near.distances.masked_fill(~near.valid, torch.inf).sort(dim=1).values
+    torch.testing.assert_close(found, true[:, [0, 1, 3, 7, 15, 31, 63]])

@@ -383,9 +383,9 @@ def test_a_gpu_finds_what_the_cpu_finds(recipe: str, metric: str, tmp_path: Path
         (1, 4, False, "Flat"),
         (65_535, 1024, False, "Flat"),
         (65_535, 1024, True, "Flat"),
-        (65_536, 1024, False, "IVF512,PQ512x4fs"),
+        (65_536, 1024, False, "IVF512,PQ256x4fs"),
         (2_000_000, 256, False, "IVF4096,PQ128x4fs"),
-        (100_000_000, 1024, False, "IVF32768,PQ512x4fs"),
+        (100_000_000, 1024, False, "IVF32768,PQ256x4fs"),
         (2_000_000, 255, False, "IVF4096,SQ8"),
         (2_000_000, 1024, True, "IVF4096,PQ64"),
         (2_000_000, 48, True, "IVF4096,PQ48"),
@@ -448,3 +448,11 @@ def test_a_copy_of_index_and_card_is_as_good(saved: Path, tmp_path: Path) -> Non
     for file in (saved, card_path(saved)):
         shutil.copy(file, other / file.name)
     assert loaded(other / "knn.index").card == loaded(saved).card
+
+
+@pytest.mark.parametrize("recipe", ["IDMap,Flat", "RFlat"])
+def test_what_faiss_refuses_is_told_without_its_source(recipe: str) -> None:
+    """The first is a bare RuntimeError from add; the second names a C++ signature."""
+    with pytest.raises(IndexFileError) as caught:
+        build(random_entries(300, 8)[0], recipe, progress=False)
+    assert "std::" not in str(caught.value)

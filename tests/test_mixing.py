@@ -168,3 +168,25 @@ def test_fixed_weights() -> None:
     assert fixed_log_weights(0.25) == (math.log(0.75), math.log(0.25))
     assert fixed_log_weights(0.0) == (0.0, -math.inf)
     assert fixed_log_weights(1.0) == (-math.inf, 0.0)
+
+
+def test_a_far_match_is_unlikely_and_not_impossible() -> None:
+    """exp(-400) is no float32, but log p = -400 is."""
+    found = knn_log_probs(
+        torch.tensor([[0.0, 400.0]]),
+        torch.tensor([[False, True]]),
+        torch.ones(1, 2, dtype=torch.bool),
+        [1.0, 0.25],
+    )
+    assert found.tolist() == [[-400.0, -1600.0]]
+
+
+def test_no_neighbours_where_the_processor_flushes_denormals() -> None:
+    """1e-38 is below the smallest normal float32: log(0) - log(0) is NaN."""
+    torch.set_flush_denormal(True)
+    try:
+        nobody = torch.zeros(1, 3, dtype=torch.bool)
+        found = knn_log_probs(torch.ones(1, 3), nobody, nobody, [1.0])
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.tolist() == [[-torch.inf]]

@@ -151,3 +151,18 @@ def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
 def test_a_folder_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(TableError):
         read_table(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["empty", "npy", "list", "scalar"])
+def test_what_is_no_table_is_told(tmp_path: Path, content: str) -> None:
+    """EOFError, TypeError, TypeError and IndexError today."""
+    path = tmp_path / "table.npz"
+    with path.open("wb") as file:
+        if content == "npy":
+            np.save(file, np.ones(3))
+        elif content == "list":
+            np.savez(file, lm=np.ones(3), card=np.array(["[1]"]))
+        elif content == "scalar":
+            np.savez(file, lm=np.ones(3), card=np.array("{}"))
+    with pytest.raises(TableError):
+        read_table(path)
