@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 T = TypeVar("T")
 
 CHUNK_BYTES = 64 * 2**20
@@ -123,7 +125,10 @@ def checksums(path: Path, chunks: Sequence[int] | None = None) -> list[str]:
 
     # hashlib lets go of the interpreter lock, so threads are enough; four bound the memory.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest, chunks))
+        digests = pool.map(digest, chunks)
+        label = f"checking {path.name}"
+        # Shown only where it takes long enough to wonder.
+        return list(tqdm(digests, total=len(chunks), desc=label, unit=" chunks", delay=2))
 
 
 def altered(path: Path, expected: Sequence[str], *, everything: bool = False) -> bool:

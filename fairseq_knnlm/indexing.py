@@ -66,13 +66,9 @@ def build(
     rng = np.random.default_rng(seed)
     if not index.is_trained:
         _train(index, keys, train_rows or recipe.train_rows, recipe, rng)
-    with tqdm(
-        total=rows, unit=" keys", unit_scale=True, desc="adding", disable=not progress
-    ) as bar:
-        for chunk in _chunks(keys):
-            with _refusals(f"FAISS cannot add keys to {recipe.factory!r}"):
-                index.add(chunk)
-            bar.update(len(chunk))
+    for chunk in _chunks(keys, "adding", progress):
+        with _refusals(f"FAISS cannot add keys to {recipe.factory!r}"):
+            index.add(chunk)
     card = IndexCard(
         factory=recipe.factory,
         metric=metric,
@@ -84,7 +80,9 @@ def build(
     )
     recall_at = min(recall_at, rows - 1)
     queries = 0 if recall_at < 1 else min(recall_queries, rows)
-    exam = Exam(keys, queries, recall_at, metric, rng) if queries and not card.exact else None
+    exam = None
+    if queries and not card.exact:
+        exam = Exam(keys, queries, recall_at, metric, rng, progress=progress)
     if has_lists(index):
         lists = faiss.extract_index_ivf(index).nlist
         chosen = nprobe or recipe.nprobe or (choose_nprobe(index, card, exam, lists) if exam else 0)
@@ -125,10 +123,16 @@ def _refusals(problem: str) -> Iterator[None]:
         ) from None
 
 
-def _chunks(keys: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(keys: np.ndarray, what: str, progress: bool) -> Iterator[np.ndarray]:
+    """The keys in float32, a chunk at a time, with a bar that says ``what`` is done to them."""
     step = max(1, CHUNK_BYTES // (keys.shape[1] * 4))
-    for start in range(0, len(keys), step):
-        yield np.ascontiguousarray(keys[start : start + step], dtype=np.float32)
+    with tqdm(
+        total=len(keys), unit=" keys", unit_scale=True, desc=what, disable=not progress
+    ) as bar:
+        for start in range(0, len(keys), step):
+            chunk = np.ascontiguousarray(keys[start : start + step], dtype=np.float32)
+            yield chunk
+            bar.update(len(chunk))
 
 
 class Exam:
@@ -142,17 +146,30 @@ class Exam:
         k: true neighbours of each.
         metric: ``"l2"`` or ``"ip"``.
         rng: draws the sample.
+        progress: show a bar.
     """
 
     def __init__(
-        self, keys: np.ndarray, queries: int, k: int, metric: str, rng: np.random.Generator
+        self,
+        keys: np.ndarray,
+        queries: int,
+        k: int,
+        metric: str,
+        rng: np.random.Generator,
+        *,
+        progress: bool = False,
     ) -> None:
         from faiss.contrib.exhaustive_search import knn_ground_truth
 
         self.k = k
         self._rows = np.sort(rng.choice(len(keys), size=queries, replace=False))
         self._queries = np.ascontiguousarray(keys[self._rows], dtype=np.float32)
-        _, true = knn_ground_truth(self._queries, _chunks(keys), k + 1, metric_type=METRICS[metric])
+        _, true = knn_ground_truth(
+            self._queries,
+            _chunks(keys, "measuring recall", progress),
+            k + 1,
+            metric_type=METRICS[metric],
+        )
         self._true = [set(ids.tolist()) for ids in true]
 
     def recall(self, searcher: SearchIndex) -> float:

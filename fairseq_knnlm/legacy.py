@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Manifest, Origin
 from fairseq_knnlm.errors import DatastoreError
@@ -112,9 +113,11 @@ def convert(store: Datastore, folder: Path, *, chunk: int = 65536) -> Path:
     writer = DatastoreWriter(
         folder, manifest.rows, manifest.width, manifest.origin, manifest.key_dtype
     )
-    for start in range(0, manifest.rows, chunk):
-        rows = np.arange(start, min(start + chunk, manifest.rows))
-        writer.write(rows, store.keys[rows], store.values[rows])
+    with tqdm(total=manifest.rows, desc="converting", unit=" keys", unit_scale=True) as bar:
+        for start in range(0, manifest.rows, chunk):
+            rows = np.arange(start, min(start + chunk, manifest.rows))
+            writer.write(rows, store.keys[rows], store.values[rows])
+            bar.update(len(rows))
     return writer.publish()
 
 
