@@ -2,7 +2,7 @@
 
 * The seam: ``fairseq-eval-lm`` makes its scorer itself, by the name ``SequenceScorer`` in its own
   module, and never asks the task. So ``eval_lm_dataloader``, the last thing it does ask of the
-  task before that, puts our scorer under that name; the end of the data puts the stock one back.
+  task before that, puts our scorer under that name; its use puts the stock one back.
 * A user's mistake (``KnnlmError``) ends a program with its message and exit code 1, not with a
   traceback. fairseq's commands catch nothing, so this hangs on the hook for uncaught exceptions.
 * Deprecations inside fairseq's libraries are kept off the screen.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from fairseq.sequence_scorer import SequenceScorer
 
 from fairseq_knnlm.errors import KnnlmError
 
@@ -54,23 +55,21 @@ def settle_in() -> None:
     sys.excepthook = hook
 
 
-def hand_over(scorer: Any) -> Callable[[], None]:
-    """Puts ``scorer``, a ``KnnScorer``, under the name by which ``fairseq-eval-lm`` makes its own.
+def hand_over(scorer: Any) -> None:
+    """Gives ``fairseq-eval-lm`` our ``scorer`` the next time it makes one, and only then.
 
-    Returns:
-        What puts the stock scorer back.
+    The name is put back as soon as it is used, so that a run which ends early leaves nothing.
     """
     modules: list[Any] = [sys.modules.get(name) for name in ("fairseq_cli.eval_lm", "__main__")]
     hosts = [module for module in modules if hasattr(module, "SequenceScorer")]
-    stock = [host.SequenceScorer for host in hosts]
+
+    def make(*_: Any, **__: Any) -> Any:
+        for host in hosts:
+            host.SequenceScorer = SequenceScorer
+        return scorer
+
     for host in hosts:
-        host.SequenceScorer = lambda *_, **__: scorer
-
-    def give_back() -> None:
-        for host, original in zip(hosts, stock, strict=True):
-            host.SequenceScorer = original
-
-    return give_back
+        host.SequenceScorer = make
 
 
 class WithEnd:

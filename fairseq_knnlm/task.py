@@ -104,13 +104,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
             return batches
         run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)
-        give_back = hand_over(run.scorer)
-
-        def finish() -> None:
-            give_back()
-            run.finish()
-
-        return WithEnd(batches, finish)
+        hand_over(run.scorer)
+        return WithEnd(batches, run.finish)
 
     def _setting(self, models: list[Any]) -> Setting:
         return Setting(self.args, models, self.target_dictionary, self.split, self.memory)

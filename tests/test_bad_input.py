@@ -279,3 +279,7 @@ def test_a_killed_save_leaves_nothing_that_opens(lab: Lab, tmp_path: Path) -> No
         with pytest.raises(KeyboardInterrupt):
             lab.evaluate("test", "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    # Nor does the next run in this process meet the scorer of the one that ended.
+    words = lab.command("test", "--num-workers", 0)
+    words[words.index("knn_lm")] = "language_modeling"
+    assert eval_lm(words)["loss"] == pytest.approx(lab.evaluate("test")["loss"], abs=2e-5)
