@@ -4,9 +4,9 @@ BIN := .venv/bin
 PYTHON ?=
 export PYTHON
 
-# Threads that wait sleep. By default they spin, and where others use the machine too that keeps
-# it from the threads they wait for: ten times slower, measured.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait for others go to sleep soon. By default they spin for long, and where the
+# machine is shared that keeps it from the very threads they wait for (examples/demo.py).
+export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format clean

@@ -161,16 +161,16 @@ class Demo:
 
 
 def environment() -> dict[str, str]:
-    """The environment of the commands: this Python's programs, and threads that share."""
+    """The environment of the commands: this Python's programs, and threads that share.
+
+    OpenMP's threads spin while they wait for one another. Where others use the machine too that
+    keeps it from the very threads they wait for: with three other programs on its two cores a
+    training step took 4.0 s; asleep after 10,000 turns 0.65 s; alone, 0.15 s either way.
+    """
     here = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": os.pathsep.join((here, os.environ.get("PATH", os.defpath))),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(threads()),
-        # Threads that wait must sleep: where others use the machine too, those that spin instead
-        # keep it from the one they wait for, and all is ten times slower.
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    path = os.pathsep.join((here, os.environ.get("PATH", os.defpath)))
+    defaults = {"OMP_NUM_THREADS": str(threads()), "GOMP_SPINCOUNT": "10000"}
+    return defaults | os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def threads() -> int:

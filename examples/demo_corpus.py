@@ -124,12 +124,14 @@ def drop_repeats(documents: Iterable[Document], seen: set[tuple[str, ...]]) -> l
 
 
 def split_documents(documents: list[Document], held_out: float, seed: int = SEED) -> Corpus:
-    """Deal documents into train, valid and test, the latter two of ``held_out`` words each.
+    """Deal documents into train, valid and test.
 
-    The order hangs on a hash of each name, so the split is the same on every machine and
+    ``held_out`` is the share of words that test gets; valid, which fits two numbers, gets half
+    of that. The order hangs on a hash of each name, so the split is the same on every machine and
     barely moves from one Python to the next. What is too long for a held-out split trains.
     """
-    room = dict.fromkeys(("test", "valid"), held_out * sum(d.words for d in documents))
+    words = held_out * count_words(documents)
+    room = {"test": words, "valid": words / 2}
     corpus: Corpus = {split: [] for split in SPLITS}
     for document in sorted(documents, key=lambda d: _shuffle_key(d.name, seed)):
         split = next((s for s in room if document.words <= room[s]), "train")

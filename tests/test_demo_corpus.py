@@ -54,9 +54,11 @@ def test_sizes(corpora: dict[str, Corpus]) -> None:
     }
     assert words["docstrings", "train"] > 150_000
     assert words["reference", "train"] > 30_000
-    for split in ("valid", "test"):
-        assert 10_000 < words["docstrings", split] < words["docstrings", "train"] / 10
-        assert 4_000 < words["reference", split] < words["reference", "train"] / 5
+    assert 10_000 < words["docstrings", "test"] < words["docstrings", "train"] / 10
+    assert 4_000 < words["reference", "test"] < words["reference", "train"] / 5
+    for domain in corpora:
+        half = words[domain, "test"] / 2
+        assert 0.8 * half < words[domain, "valid"] < 1.2 * half
 
 
 def test_two_builds_write_the_same_files(corpora: dict[str, Corpus], tmp_path: Path) -> None:
