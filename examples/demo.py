@@ -32,7 +32,7 @@ DOMAINS = {
 MODEL = """
     --arch transformer_lm --decoder-layers 2 --decoder-attention-heads 4
     --decoder-embed-dim 256 --decoder-input-dim 256 --decoder-output-dim 256
-    --decoder-ffn-embed-dim 1024 --dropout 0.1
+    --decoder-ffn-embed-dim 1024 --dropout 0.05
     --adaptive-input --adaptive-input-cutoff 1000,2500 --adaptive-input-factor 2
     --adaptive-softmax-cutoff 1000,2500 --adaptive-softmax-factor 2
     --tie-adaptive-weights --tie-adaptive-proj
@@ -41,7 +41,7 @@ TRAINING = """
     --criterion adaptive_loss --ddp-backend legacy_ddp
     --tokens-per-sample 256 --sample-break-mode none --batch-size 4
     --optimizer adam --adam-betas (0.9,0.98) --weight-decay 0.01 --clip-norm 1.0
-    --lr 0.0015 --lr-scheduler cosine --warmup-updates 200 --seed 1 --cpu --num-workers 0
+    --lr 0.0015 --lr-scheduler cosine --warmup-updates 100 --seed 1 --cpu --num-workers 0
     --validate-interval 2 --save-interval 2 --no-epoch-checkpoints --no-last-checkpoints
     --log-format simple --log-interval 20
 """.split()
@@ -224,7 +224,7 @@ def main() -> int:
         "--out", type=Path, default=ROOT / "demo", help="folder of all that is made (default: demo)"
     )
     parser.add_argument(
-        "--updates", type=int, default=2000, help="training steps of the LM (default: 2000)"
+        "--updates", type=int, default=1600, help="training steps of the LM (default: 1600)"
     )
     args = parser.parse_args()
 

@@ -31,8 +31,10 @@ step() {
     printf '%s ' "$title"
     [[ -t 1 ]] || printf '\n'
     printf '\n== %s\n$ %s\n' "$title" "$*" >>"$LOG"
+    set -m # a process group of its own, so that all of it can be stopped
     "$@" >>"$LOG" 2>&1 </dev/null &
     worker=$!
+    set +m
     while kill -0 "$worker" 2>/dev/null; do
         sleep 1
         seconds=$((SECONDS - start))
@@ -54,7 +56,7 @@ step() {
 }
 
 stop() {
-    [[ -z $worker ]] || kill "$worker" 2>/dev/null || true
+    [[ -z $worker ]] || kill -- "-$worker" 2>/dev/null || true
     die "interrupted; run it again to go on"
 }
 
@@ -67,7 +69,9 @@ find_python() {
             return
         fi
     done
-    die "Python 3.11 or newer is needed, found $(${PYTHON:-python3} --version 2>&1 | tail -n 1).
+    die "Python 3.11 or newer is needed, and ${PYTHON:-python3} is $(
+        "${PYTHON:-python3}" --version 2>/dev/null || echo 'not there'
+    ).
   Name another one: make PYTHON=/path/to/python3.11 ..."
 }
 
