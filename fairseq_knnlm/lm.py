@@ -15,11 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from fairseq_knnlm.errors import ModelError
 
 #: Logits held at a time, in numbers: bounds the memory of the output layer.
-LOGITS_AT_A_TIME = 2**25
+LOGITS_AT_A_TIME = 2**22
+#: Layers that are known to do nothing between positions but attend.
+PLAIN_LAYERS = {
+    "fairseq.modules.transformer_layer.TransformerDecoderLayer",
+    "fairseq.modules.transformer_layer.TransformerDecoderLayerBase",
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class Scored:
         targets: (N,) int64, the tokens to be predicted.
         features: (N, C), the decoder's output, from which the LM predicts them.
         keys: (N, D), the representation of their contexts; None where not captured.
-        mask: (B, T) bool, which positions of the batch these are.
+        mask: (B, T) bool, which positions these are; T ends with the batch's blocks, and begins
+            where the first scored position of any block is.
     """
 
     targets: Tensor
@@ -171,10 +178,12 @@ class TargetLM:
         target = sample["target"]
         mask = target.ne(self.pad)
         captured: list[Tensor] = []
-        with _reading(self.decoder, self.key_type, captured):
+        start = _first_scored(mask)
+        with _reading(self.decoder, self.key_type, captured), _last_layer_from(self.decoder, start):
             features, _ = self.model(**sample["net_input"], features_only=True)
-        # fairseq's layers run time first: T x B x C.
-        keys = captured[0].transpose(0, 1)[mask] if captured else None
+        target, mask = target[:, -features.shape[1] :], mask[:, -features.shape[1] :]
+        # fairseq's layers run time first: T x B x C. What lies before the last layer has all of T.
+        keys = captured[-1][-features.shape[1] :].transpose(0, 1)[mask] if captured else None
         return Scored(target[mask], features[mask], keys, mask)
 
     @torch.no_grad()
@@ -184,6 +193,57 @@ class TargetLM:
         if adaptive is None:
             return _log_softmax_at(self.decoder.output_layer, scored.features, scored.targets)
         return _adaptive_log_softmax_at(adaptive, scored.features, scored.targets)
+
+
+def _first_scored(mask: Tensor) -> int:
+    """The first column of a (B, T) mask in which any row is True; 0 where there is none."""
+    return int(mask.any(dim=0).int().argmax())
+
+
+@contextmanager
+def _last_layer_from(decoder: Any, start: int) -> Iterator[None]:
+    """While the block runs, the last layer works on the positions from ``start`` on only.
+
+    Positions of mere context lie before it. The last layer needs them as keys and values of its
+    attention; nobody reads what it would make of them. The features then begin at ``start``.
+    """
+    layer = decoder.layers[-1]
+    if start == 0 or not _narrows(layer):
+        yield
+        return
+    everything: list[Tensor] = []
+
+    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, *rest = args
+        everything[:] = [layer.self_attn_layer_norm(x) if layer.normalize_before else x]
+        return (x[start:], *rest), kwargs
+
+    def attend_to_everything(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attn_mask"]
+        (kv,) = everything
+        return args, kwargs | {"key": kv, "value": kv, "attn_mask": mask[start:]}
+
+    handles = (
+        layer.register_forward_pre_hook(narrow, with_kwargs=True),
+        layer.self_attn.register_forward_pre_hook(attend_to_everything, with_kwargs=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _narrows(layer: Any) -> bool:
+    """Whether this is fairseq's plain layer, whose attention takes fewer queries than keys."""
+    attention = layer.self_attn
+    return (
+        f"{type(layer).__module__}.{type(layer).__name__}" in PLAIN_LAYERS
+        and not layer.cross_self_attention
+        # These two ways of computing attention take keys and values from the queries.
+        and not attention.use_xformers
+        and not attention.skip_embed_dim_check
+    )
 
 
 @contextmanager
@@ -219,8 +279,7 @@ def _log_softmax_at(layer: Callable[[Tensor], Tensor], inputs: Tensor, columns: 
     while start < len(inputs):
         part = slice(start, start + step)
         logits = layer(inputs[part]).float()
-        chosen = logits.gather(1, columns[part, None]).squeeze(1)
-        out[part] = chosen - torch.logsumexp(logits, dim=1)
+        out[part] = -cross_entropy(logits, columns[part], reduction="none")
         start += step
         step = max(1, LOGITS_AT_A_TIME // logits.shape[1])
     return out

@@ -29,15 +29,21 @@ def knn_log_probs(
         (N, M) float32, natural log; -inf where no neighbour matches or none is valid.
     """
     scores = (-distances).masked_fill_(~valid, -math.inf)
-    # Shifting by the nearest keeps small differences exact where distances are large.
+    # Shifting by the nearest keeps small differences exact where distances are large, and the
+    # nearest's own weight of 1 in every sum of all.
     scores -= scores.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0)
-    agreeing = scores.masked_fill(~matches, -math.inf)
+    # Few neighbours agree: their logsumexp is taken over them alone, so that none underflows.
+    rows, places = (matches & valid).nonzero(as_tuple=True)
+    agreeing = scores[rows, places]
+    nobody = scores.new_full((len(scores),), -math.inf)
+    best = nobody.scatter_reduce(0, rows, agreeing, "amax")
     anybody = valid.any(dim=1)
     columns = []
     for temperature in temperatures:
-        log_prob = torch.logsumexp(agreeing / temperature, dim=1)
-        log_prob -= torch.logsumexp(scores / temperature, dim=1)
-        columns.append(log_prob.where(anybody, -math.inf))
+        weights = ((agreeing - best[rows]) / temperature).exp_()
+        agreed = torch.zeros_like(best).index_add_(0, rows, weights).log_() + best / temperature
+        total = (scores / temperature).exp_().sum(dim=1).log_()
+        columns.append((agreed - total).where(anybody, -math.inf))
     return torch.stack(columns, dim=1)
 
 

@@ -243,11 +243,41 @@ def test_a_key_belongs_to_its_position() -> None:
     assert (after[rows:] - before[rows:]).abs().amax(dim=1).min() > 1e-4
 
 
+def batch_with_context() -> dict[str, Any]:
+    """Four positions of context and more, and a sentence that ends early."""
+    sample = batch()
+    sample["target"][:, :4] = PAD
+    sample["net_input"]["src_tokens"][1, 7:] = PAD
+    return sample
+
+
+@pytest.mark.parametrize("key_type", list(KEY_TYPES))
+@pytest.mark.parametrize("kind", list(DECODERS))
+def test_the_last_layer_without_the_context_gives_the_same(
+    kind: str, key_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sample = decoder(**DECODERS[kind]), batch_with_context()
+    worked_on = []
+    model.decoder.layers[-1].fc1.register_forward_pre_hook(
+        lambda _, args: worked_on.append(len(args[0]))
+    )
+    reader = TargetLM(model, PAD, key_type)
+    found = reader.score(sample)
+    monkeypatch.setattr(module, "PLAIN_LAYERS", set())
+    expected = reader.score(sample)
+    assert worked_on == [6, 10]
+    assert found.mask.shape == (3, 6)
+    assert torch.equal(found.mask, expected.mask[:, 4:])
+    assert torch.equal(found.targets, expected.targets)
+    torch.testing.assert_close(found.features, expected.features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.keys, expected.keys, rtol=1e-5, atol=1e-5)
+
+
 def test_reading_leaves_no_hook_behind() -> None:
     model = decoder()
     for key_type in KEY_TYPES:
         keys(model, key_type)
-    sample = batch()
+    sample = batch_with_context()
     sample["net_input"]["src_tokens"] = torch.full((3, 10), 10**6)  # not in the embedding
     with pytest.raises(IndexError):
         TargetLM(model, PAD, "last_ffn_input").score(sample)
