@@ -24,8 +24,10 @@ class Neighbours:
         ids: (N, K) int64, rows of the datastore; -1 where missing.
         distances: (N, K) float32, squared L2, or the negative inner product: in both cases a
             neighbour's weight is exp(-distance / T); infinite where missing.
-        values: (N, K) int64 token ids; undefined where missing.
+        values: (N, K) int32 or int64 token ids; undefined where missing.
         valid: (N, K) bool, False where the index found fewer than K.
+
+    All on the queries' device.
     """
 
     ids: Tensor
@@ -49,11 +51,8 @@ class Retriever:
         self.index = index
         self.store = store
         self.similarity = similarity
-        self._keys: Tensor | None = None
-        if store.keys is not None:
-            with warnings.catch_warnings():  # torch would rather have keys that can be written to
-                warnings.simplefilter("ignore", UserWarning)
-                self._keys = torch.from_numpy(store.keys)
+        self._values = _as_tensor(store.values)
+        self._keys = _as_tensor(store.keys) if store.keys is not None else None
 
     @property
     def distances(self) -> str:
@@ -81,14 +80,21 @@ class Retriever:
         else:
             distances = self._recompute(queries, rows)
         distances.masked_fill_(~valid, torch.inf)
-        values = torch.from_numpy(
-            np.take(self.store.values, rows.cpu().numpy()).astype(np.int64, copy=False)
-        )
-        return Neighbours(ids, distances, values.to(ids.device), valid)
+        return Neighbours(ids, distances, self._values_of(rows), valid)
+
+    def _values_of(self, rows: Tensor) -> Tensor:
+        """The tokens at these rows, from a copy of the values on the rows' device."""
+        if self._values.device != rows.device:
+            self._values = self._values.to(rows.device)
+        values = self._values.index_select(0, rows.reshape(-1)).view(rows.shape)
+        # uint16 travels as int16, with which torch can do more.
+        return values.int() & 0xFFFF if values.dtype == torch.int16 else values
 
     def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
         assert self._keys is not None
+        # index_select reads the map in parallel. One query's neighbours lie in few lists but all
+        # over the file; sorting them by row first costs more than it gains.
         queries_at_a_time = max(1, GATHER_BYTES // (rows.shape[1] * queries.shape[1] * 4))
         parts = []
         for asked, wanted in zip(
@@ -101,3 +107,12 @@ class Retriever:
             else:
                 parts.append(near.sub_(asked[:, None]).square_().sum(dim=2))
         return torch.cat(parts)
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor over an array's memory, mapped or not; uint16 as int16."""
+    if array.dtype == np.uint16:
+        array = array.view(np.int16)
+    with warnings.catch_warnings():  # torch would rather have memory that can be written to
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

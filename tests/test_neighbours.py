@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +75,13 @@ def test_an_exact_index_finds_the_nearest(store: Datastore, metric: str) -> None
     )
 
 
-def test_values_are_those_of_the_ids(store: Datastore) -> None:
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "int64"])
+def test_values_are_those_of_the_ids(store: Datastore, dtype: str) -> None:
+    """Also those above 32,767, which urvashik/knnlm's int16 made negative."""
+    values = np.random.default_rng(0).integers(np.iinfo(dtype).max, size=ROWS).astype(dtype)
+    store = replace(store, values=values)
     found = Retriever(searcher(store), store, "l2").search(queries(), K)
-    assert found.values.dtype == torch.int64
-    assert np.array_equal(found.values.numpy(), np.asarray(store.values)[found.ids.numpy()])
+    assert np.array_equal(found.values.numpy(), values[found.ids.numpy()])
 
 
 @pytest.mark.parametrize("similarity", ["l2", "dot", "do_not_recomp_l2"])
