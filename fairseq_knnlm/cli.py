@@ -13,8 +13,10 @@ from fairseq_knnlm.calibration import read_calibration, write_calibration
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError, IndexFileError, KnnlmError
 from fairseq_knnlm.files import altered, human_bytes
-from fairseq_knnlm.indexing import build
+from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
+from fairseq_knnlm.recipes import choose
+from fairseq_knnlm.snapshots import Snapshots
 from fairseq_knnlm.tables import read_table
 from fairseq_knnlm.tune import fit
 
@@ -124,14 +126,24 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--indexfile", type=Path, help="index to write (default: in the datastore)")
     parser.add_argument("--metric", choices=("l2", "ip"), default="l2", help="default: l2")
     parser.add_argument(
-        "--probe", type=int, help="lists visited a query, stored with the index as its default"
+        "--max-bytes-per-key",
+        type=int,
+        help="memory that --recipe auto may spend on a key (default: 72 where compressed)",
     )
+    parser.add_argument(
+        "--recall",
+        type=float,
+        default=RECALL,
+        help="share of the true neighbours that the lists visited should hold; decides the number "
+        f"of lists, which is stored with the index (default: {RECALL})",
+    )
+    parser.add_argument("--probe", type=int, help="that number itself")
     parser.add_argument("--train-rows", type=int, help="keys in the training sample")
     parser.add_argument(
         "--recall-queries",
         type=int,
         default=100,
-        help="sampled keys on which recall is measured; 0 skips that (default: 100)",
+        help="sampled keys on which both are measured; 0 skips that (default: 100)",
     )
     parser.add_argument(
         "--knn-device", default="auto", help="where it will be searched (default: auto)"
@@ -175,22 +187,35 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
     assert store.keys is not None
     if args.probe is not None and args.probe < 1:
         raise ConfigError("--probe counts lists", expected="1 or more", found=args.probe)
+    if not 0 < args.recall <= 1:
+        raise ConfigError("--recall is a share", expected="above 0, to 1", found=args.recall)
     path = args.indexfile or store.index_path
-    index, card = build(
-        store.keys,
+    recipe = choose(
         args.recipe,
+        len(store),
+        store.manifest.width,
+        metric=args.metric,
+        gpu=indexes.wants_gpu(args.knn_device),
+        max_bytes=args.max_bytes_per_key,
+    )
+    wishes = Wishes(
         metric=args.metric,
         nprobe=args.probe,
+        recall=args.recall,
         train_rows=args.train_rows,
-        recall_queries=args.recall_queries,
+        queries=args.recall_queries,
         seed=args.seed,
-        gpu=indexes.wants_gpu(args.knn_device),
     )
+    snapshots = Snapshots(
+        path.with_name(f".{path.name}.building"), plan(recipe, wishes, store.fingerprint)
+    )
+    index, card = build(store.keys, recipe, wishes, snapshots=snapshots)
     card = indexes.save(index, card, path, store.fingerprint)
-    recall = f", recall@{card.recall_at} {card.recall:.3f}" if card.recall is not None else ""
+    snapshots.clear()
+    print(f"{path}: {card.describe()}")
     print(
-        f"{path}: {card.factory}, {card.rows:,} keys, {card.bytes / card.rows:.0f} bytes a key, "
-        f"nprobe {card.nprobe}{recall}, built in {card.seconds:.0f} s"
+        f"{card.rows:,} keys, {card.bytes / card.rows:.0f} bytes a key, built in "
+        f"{card.seconds:.0f} s"
     )
 
 

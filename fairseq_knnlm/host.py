@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from fairseq.sequence_scorer import SequenceScorer
 
-from fairseq_knnlm.errors import KnnlmError
+# Importing fairseq imports all its tasks, and one of them advertises a library on the screen.
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+from fairseq.sequence_scorer import SequenceScorer  # noqa: E402
+
+from fairseq_knnlm.errors import KnnlmError  # noqa: E402
 
 #: Warnings about fairseq's use of hydra and torch, by the start of their text.
 NOISE = (

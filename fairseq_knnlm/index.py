@@ -51,6 +51,8 @@ class IndexCard:
         nprobe: inverted lists visited a query, unless said otherwise; 0 without lists.
         exact: the index compares full keys.
         datastore: fingerprint of the datastore it was built of; empty for a foreign index.
+        coverage: share of the true ``recall_at`` nearest that lie in the lists visited, on sampled
+            keys; None without lists or unmeasured.
         recall: share of the true ``recall_at`` nearest that it finds, on sampled keys.
         recall_at: that k.
         seconds: time to build.
@@ -66,6 +68,7 @@ class IndexCard:
     nprobe: int
     exact: bool
     datastore: str = ""
+    coverage: float | None = None
     recall: float | None = None
     recall_at: int = 0
     seconds: float = 0.0
@@ -74,10 +77,11 @@ class IndexCard:
     chunks: Sequence[str] = ()
 
     def describe(self) -> str:
-        """For a report: ``"IVF4096,PQ64, nprobe 32, recall@1024 0.87"``."""
+        """For a report: ``"IVF4096,PQ64, nprobe 32 (covers 0.94), recall@1024 0.87"``."""
         parts = [self.factory]
         if self.nprobe:
-            parts.append(f"nprobe {self.nprobe}")
+            covers = f" (covers {self.coverage:.2f})" if self.coverage is not None else ""
+            parts.append(f"nprobe {self.nprobe}{covers}")
         if self.recall is not None and not self.exact:
             parts.append(f"recall@{self.recall_at} {self.recall:.2f}")
         return ", ".join(parts)
@@ -132,7 +136,7 @@ def save(index: Any, card: IndexCard, path: Path, datastore: str) -> IndexCard:
     """
     card_path(path).unlink(missing_ok=True)
     with publish(path) as temporary:
-        faiss.write_index(index, str(temporary))
+        write_file(index, temporary)
     card = replace(
         card,
         datastore=datastore,
@@ -177,7 +181,7 @@ def load(
     card = read_card(path)
     if card is not None:
         _check_file(path, card, datastore)
-    index = _read_index(path)
+    index = read_file(path)
     if index.ntotal != rows or index.d != width:
         raise IndexFileError(
             f"{path} is an index of another datastore",
@@ -228,7 +232,17 @@ def _check_file(path: Path, card: IndexCard, datastore: str) -> None:
         raise _damaged(path, "the bytes that were written", "other ones (checksums differ)")
 
 
-def _read_index(path: Path) -> Any:
+def write_file(index: Any, path: Path) -> None:
+    """Writes a FAISS index that is in the CPU's memory."""
+    faiss.write_index(index, str(path))
+
+
+def read_file(path: Path) -> Any:
+    """Reads a FAISS index.
+
+    Raises:
+        IndexFileError: where FAISS cannot.
+    """
     try:
         return faiss.read_index(str(path))
     except (RuntimeError, MemoryError) as error:

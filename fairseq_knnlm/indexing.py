@@ -6,52 +6,171 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import faiss
 import numpy as np
 from tqdm import tqdm
 
+from fairseq_knnlm.background import ahead
 from fairseq_knnlm.errors import IndexFileError
-from fairseq_knnlm.index import METRICS, IndexCard, SearchIndex, first_line, has_lists, is_exact
-from fairseq_knnlm.recipes import Recipe, choose
+from fairseq_knnlm.exam import Exam
+from fairseq_knnlm.index import (
+    METRICS,
+    IndexCard,
+    SearchIndex,
+    first_line,
+    has_lists,
+    is_exact,
+)
+from fairseq_knnlm.recipes import Recipe
+from fairseq_knnlm.snapshots import Snapshots
 
 logger = logging.getLogger(__name__)
-logging.getLogger("faiss.contrib.exhaustive_search").setLevel(logging.WARNING)
 
 #: Bytes of float32 keys that are in memory at a time while an index is filled.
 CHUNK_BYTES = 64 * 2**20
-#: Doubling nprobe goes on while it finds at least this share of the true neighbours more.
-WORTHWHILE = 0.01
+#: Share of the true neighbours that the visited lists should hold, where nothing else is said.
+RECALL = 0.9
+#: The paper's nprobe, for lists that are not examined.
+UNEXAMINED_NPROBE = 32
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked of an index beside its recipe.
+
+    Attributes:
+        metric: ``"l2"`` or ``"ip"``.
+        nprobe: lists visited a query; None for the recipe's, or as many as ``recall`` needs.
+        recall: share of the true neighbours that the visited lists should hold.
+        train_rows: size of the training sample; None for the recipe's.
+        queries: sampled keys to examine the index with; 0 for no examination.
+        k: neighbours of each that are looked for.
+        seed: of the samples.
+    """
+
+    metric: str = "l2"
+    nprobe: int | None = None
+    recall: float = RECALL
+    train_rows: int | None = None
+    queries: int = 100
+    k: int = 1024
+    seed: int = 0
+
+
+class IndexBuilder:
+    """An index in the making.
+
+    Args:
+        recipe: which index.
+        width: dimensions of a key, D.
+        rows: keys that will be added, N.
+        wishes: what else is asked of it.
+
+    Raises:
+        IndexFileError: where FAISS refuses the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, width: int, rows: int, wishes: Wishes) -> None:
+        self.recipe = recipe
+        self.width = width
+        self.rows = rows
+        self.wishes = wishes
+        self.exam: Exam | None = None
+        self._started = time.perf_counter()
+        with _refusals(f"FAISS cannot make the index {recipe.factory!r} for keys of width {width}"):
+            self.index = faiss.index_factory(width, recipe.factory, METRICS[wishes.metric])
+        exam = 0 if is_exact(self.index) else wishes.queries
+        training = 0 if self.index.is_trained else wishes.train_rows or recipe.train_rows
+        #: Keys to train and examine with.
+        self.sample_rows = min(max(exam, training), rows)
+
+    def train(self, sample: np.ndarray, rows: np.ndarray) -> None:
+        """Trains the index, unless it is trained, and sets the exam.
+
+        Args:
+            sample: (n, D) float32, keys drawn evenly from all.
+            rows: (n,) int64, which ones.
+        """
+        if not self.index.is_trained:
+            factory = self.recipe.factory
+            logger.info(
+                "training %s on %s of %s keys",
+                factory,
+                *(f"{number:,}" for number in (len(sample), self.rows)),
+            )
+            with _refusals(f"FAISS cannot train {factory!r} on {len(sample):,} keys"):
+                self.index.train(sample)
+        k = min(self.wishes.k, self.rows - 1)
+        asked = min(self.wishes.queries, len(sample))
+        if asked and k > 0 and not is_exact(self.index):
+            drawn = np.random.default_rng(self.wishes.seed).choice(len(sample), asked, False)
+            self.exam = Exam(sample[drawn], rows[drawn], k, self.wishes.metric)
+
+    def see(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Shows the exam keys (n, D) float32, which are rows (n,) of the datastore."""
+        if self.exam is not None:
+            self.exam.see(keys, rows)
+
+    def add(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Adds keys (n, D) float32, which are rows (n,) of the datastore."""
+        with _refusals(f"FAISS cannot add keys to {self.recipe.factory!r}"):
+            if len(rows) and rows[0] == self.index.ntotal and (np.diff(rows) == 1).all():
+                self.index.add(keys)
+            else:
+                self.index.add_with_ids(keys, rows)
+
+    def finish(self) -> tuple[Any, IndexCard]:
+        """The FAISS index and its card, examined."""
+        assert self.index.ntotal == self.rows, (self.index.ntotal, self.rows)
+        card = IndexCard(
+            factory=self.recipe.factory,
+            metric=self.wishes.metric,
+            rows=self.rows,
+            width=self.width,
+            nprobe=0,
+            exact=is_exact(self.index),
+            faiss=faiss.__version__,
+        )
+        if has_lists(self.index):
+            card = self._with_nprobe(card)
+        if self.exam is not None:
+            recall = self.exam.recall(SearchIndex(self.index, card))
+            card = replace(card, recall=recall, recall_at=self.exam.k)
+        elif card.exact:
+            card = replace(card, recall=1.0, recall_at=min(self.wishes.k, self.rows))
+        return self.index, replace(card, seconds=time.perf_counter() - self._started)
+
+    def _with_nprobe(self, card: IndexCard) -> IndexCard:
+        lists = faiss.extract_index_ivf(self.index).nlist
+        nprobe = self.wishes.nprobe or self.recipe.nprobe
+        if self.exam is None:
+            return replace(card, nprobe=min(nprobe or UNEXAMINED_NPROBE, lists))
+        coverage = self.exam.coverage(self.index)
+        # The last list completes the share, whatever rounding makes of it.
+        enough = min(int(np.searchsorted(coverage, self.wishes.recall)) + 1, lists)
+        nprobe = min(nprobe or enough, lists)
+        return replace(card, nprobe=nprobe, coverage=float(coverage[nprobe - 1]))
 
 
 def build(
     keys: np.ndarray,
-    recipe_name: str,
+    recipe: Recipe,
+    wishes: Wishes,
     *,
-    metric: str = "l2",
-    nprobe: int | None = None,
-    train_rows: int | None = None,
-    recall_queries: int = 100,
-    recall_at: int = 1024,
-    seed: int = 0,
-    gpu: bool = False,
+    snapshots: Snapshots | None = None,
     progress: bool = True,
 ) -> tuple[Any, IndexCard]:
-    """Trains and fills an index.
+    """Trains and fills an index with a datastore's keys.
 
     Args:
         keys: (N, D) float16 or float32, possibly memory-mapped; read in chunks of 64 MiB.
-        recipe_name: ``auto``, ``paper`` or a FAISS factory string.
-        metric: ``"l2"`` or ``"ip"``.
-        nprobe: lists visited a query, where not the recipe's.
-        train_rows: size of the training sample, where not the recipe's.
-        recall_queries: sampled keys on which recall is measured; 0 skips that.
-        recall_at: neighbours in that measurement.
-        seed: of the samples.
-        gpu: choose a recipe that a GPU can search.
-        progress: show bars.
+        recipe: which index.
+        wishes: what else is asked of it.
+        snapshots: from which a build that was stopped goes on; None for none.
+        progress: show a bar.
 
     Returns:
         The FAISS index and its card.
@@ -60,52 +179,44 @@ def build(
         IndexFileError: where FAISS refuses the recipe.
     """
     rows, width = keys.shape
-    started = time.perf_counter()
-    recipe = choose(recipe_name, rows, width, gpu=gpu)
-    index = _create(recipe, width, metric)
-    rng = np.random.default_rng(seed)
-    if not index.is_trained:
-        _train(index, keys, train_rows or recipe.train_rows, recipe, rng)
-    for chunk in _chunks(keys, "adding", progress):
-        with _refusals(f"FAISS cannot add keys to {recipe.factory!r}"):
-            index.add(chunk)
-    card = IndexCard(
-        factory=recipe.factory,
-        metric=metric,
-        rows=rows,
-        width=width,
-        nprobe=0,
-        exact=is_exact(index),
-        faiss=faiss.__version__,
-    )
-    recall_at = min(recall_at, rows - 1)
-    queries = 0 if recall_at < 1 else min(recall_queries, rows)
-    exam = None
-    if queries and not card.exact:
-        exam = Exam(keys, queries, recall_at, metric, rng, progress=progress)
-    if has_lists(index):
-        lists = faiss.extract_index_ivf(index).nlist
-        chosen = nprobe or recipe.nprobe or (choose_nprobe(index, card, exam, lists) if exam else 0)
-        card = replace(card, nprobe=min(chosen or 32, lists))
-    if queries:
-        recall = exam.recall(SearchIndex(index, card)) if exam else 1.0
-        card = replace(card, recall=recall, recall_at=recall_at)
-    return index, replace(card, seconds=time.perf_counter() - started)
+    builder = IndexBuilder(recipe, width, rows, wishes)
+    snapshot = snapshots.latest() if snapshots else None
+    done = 0
+    if snapshot is not None:
+        builder.index, done = snapshot
+        logger.info("going on from key %d of %d", done, rows)
+    rng = np.random.default_rng(wishes.seed)
+    drawn = np.sort(rng.choice(rows, builder.sample_rows, replace=False))
+    builder.train(np.ascontiguousarray(keys[drawn], dtype=np.float32), drawn)
+    for chunk, at in ahead(_chunks(keys, progress)):
+        builder.see(chunk, at)
+        fresh = at >= done
+        if fresh.any():
+            builder.add(chunk[fresh], at[fresh])
+            if snapshots:
+                snapshots.take(builder.index, builder.index.ntotal)
+    return builder.finish()
 
 
-def _create(recipe: Recipe, width: int, metric: str) -> Any:
-    with _refusals(f"FAISS cannot make the index {recipe.factory!r} for keys of width {width}"):
-        return faiss.index_factory(width, recipe.factory, METRICS[metric])
+def plan(recipe: Recipe, wishes: Wishes, fingerprint: str) -> dict[str, Any]:
+    """What a snapshot must agree with: all that decides which index is built."""
+    return {
+        "recipe": asdict(recipe),
+        "wishes": asdict(wishes),
+        "datastore": fingerprint,
+        "faiss": faiss.__version__,
+    }
 
 
-def _train(
-    index: Any, keys: np.ndarray, wanted: int, recipe: Recipe, rng: np.random.Generator
-) -> None:
-    rows = len(keys)
-    sample = np.sort(rng.choice(rows, size=min(wanted, rows), replace=False))
-    logger.info("training %s on %s of %s keys", recipe.factory, f"{len(sample):,}", f"{rows:,}")
-    with _refusals(f"FAISS cannot train {recipe.factory!r} on {len(sample):,} keys"):
-        index.train(np.ascontiguousarray(keys[sample], dtype=np.float32))
+def _chunks(keys: np.ndarray, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The keys in float32, a chunk at a time, and their rows, with a bar."""
+    step = max(1, CHUNK_BYTES // (keys.shape[1] * 4))
+    bar = tqdm(total=len(keys), unit=" keys", unit_scale=True, desc="adding", disable=not progress)
+    with bar:
+        for start in range(0, len(keys), step):
+            chunk = np.ascontiguousarray(keys[start : start + step], dtype=np.float32)
+            yield chunk, np.arange(start, start + len(chunk))
+            bar.update(len(chunk))
 
 
 @contextmanager
@@ -121,81 +232,3 @@ def _refusals(problem: str) -> Iterator[None]:
             found=first_line(error),
             do="build with --recipe auto, or see FAISS's index factory",
         ) from None
-
-
-def _chunks(keys: np.ndarray, what: str, progress: bool) -> Iterator[np.ndarray]:
-    """The keys in float32, a chunk at a time, with a bar that says ``what`` is done to them."""
-    step = max(1, CHUNK_BYTES // (keys.shape[1] * 4))
-    with tqdm(
-        total=len(keys), unit=" keys", unit_scale=True, desc=what, disable=not progress
-    ) as bar:
-        for start in range(0, len(keys), step):
-            chunk = np.ascontiguousarray(keys[start : start + step], dtype=np.float32)
-            yield chunk
-            bar.update(len(chunk))
-
-
-class Exam:
-    """Sampled keys with their true nearest neighbours, to examine an index with.
-
-    A key is its own nearest neighbour, so one more is asked for and the key itself left out.
-
-    Args:
-        keys: (N, D), read once in chunks.
-        queries: how many to sample.
-        k: true neighbours of each.
-        metric: ``"l2"`` or ``"ip"``.
-        rng: draws the sample.
-        progress: show a bar.
-    """
-
-    def __init__(
-        self,
-        keys: np.ndarray,
-        queries: int,
-        k: int,
-        metric: str,
-        rng: np.random.Generator,
-        *,
-        progress: bool = False,
-    ) -> None:
-        from faiss.contrib.exhaustive_search import knn_ground_truth
-
-        self.k = k
-        self._rows = np.sort(rng.choice(len(keys), size=queries, replace=False))
-        self._queries = np.ascontiguousarray(keys[self._rows], dtype=np.float32)
-        _, true = knn_ground_truth(
-            self._queries,
-            _chunks(keys, "measuring recall", progress),
-            k + 1,
-            metric_type=METRICS[metric],
-        )
-        self._true = [set(ids.tolist()) for ids in true]
-
-    def recall(self, searcher: SearchIndex) -> float:
-        """Share of the true k nearest that the index finds."""
-        _, found = searcher.index.search(self._queries, self.k + 1)
-        shares = [
-            len((true & set(ids.tolist())) - {row}) / len(true - {row})
-            for row, true, ids in zip(self._rows.tolist(), self._true, found, strict=True)
-        ]
-        return float(np.mean(shares))
-
-
-def choose_nprobe(index: Any, card: IndexCard, exam: Exam, lists: int) -> int:
-    """The lists to visit: doubled for as long as that is worthwhile.
-
-    Args:
-        index: a FAISS index with inverted lists.
-        card: what it is.
-        exam: what to measure recall with.
-        lists: how many it has.
-    """
-    nprobe, recall = 1, 0.0
-    while True:
-        found = exam.recall(SearchIndex(index, replace(card, nprobe=nprobe)))
-        if nprobe > 1 and found - recall < WORTHWHILE:
-            return nprobe // 2
-        if 2 * nprobe > lists:
-            return nprobe
-        nprobe, recall = 2 * nprobe, found

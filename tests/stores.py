@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Origin, open_datastore
 from fairseq_knnlm.errors import KnnlmError
+from fairseq_knnlm.index import IndexCard
+from fairseq_knnlm.indexing import Wishes, build
+from fairseq_knnlm.recipes import choose
 
 
 def origin(vocabulary: int = 50) -> Origin:
@@ -22,6 +26,13 @@ def random_entries(rows: int, width: int, vocabulary: int = 50) -> tuple[np.ndar
     return keys, rng.integers(0, vocabulary, size=rows)
 
 
+def clustered(rows: int = 3000, width: int = 8) -> np.ndarray:
+    """200 clusters: a few lists hold all that is near."""
+    rng = np.random.default_rng(1)
+    centres = 10 * rng.normal(size=(200, width))
+    return (centres[rng.integers(200, size=rows)] + rng.normal(size=(rows, width))).astype("f4")
+
+
 def write_store(
     path: Path, keys: np.ndarray, values: np.ndarray, vocabulary: int = 50, dtype: str = "float32"
 ) -> Datastore:
@@ -29,6 +40,28 @@ def write_store(
     writer = DatastoreWriter(path, *keys.shape, origin(vocabulary), dtype)
     writer.write(np.arange(len(keys)), keys, values)
     return open_datastore(writer.publish())
+
+
+def build_index(
+    keys: np.ndarray, recipe: str, *, queries: int = 0, **wishes: Any
+) -> tuple[Any, IndexCard]:
+    """Builds an index of a recipe by name, unexamined unless asked."""
+    chosen = choose(recipe, *keys.shape, metric=wishes.get("metric", "l2"))
+    return build(keys, chosen, Wishes(queries=queries, **wishes), progress=False)
+
+
+def brute_force(xb: np.ndarray, xq: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, ...]:
+    """(distances, ids) of the k nearest, in float64, best first."""
+    xb, xq = xb.astype(np.float64), xq.astype(np.float64)
+    scores = xq @ xb.T if metric == "ip" else -((xq[:, None] - xb[None]) ** 2).sum(axis=2)
+    ids = np.argsort(-scores, axis=1)[:, :k]
+    best = np.take_along_axis(scores, ids, axis=1)
+    return (best if metric == "ip" else -best), ids
+
+
+def share(found: np.ndarray, true: np.ndarray) -> float:
+    pairs = zip(found.tolist(), true.tolist(), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs]))
 
 
 def truncate(file: Path) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import random_entries, write_store
+from stores import build_index, random_entries, write_store
 
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.experts import TEMPERATURES, KnnExpert, Opinion
 from fairseq_knnlm.index import SearchIndex
-from fairseq_knnlm.indexing import build
 from fairseq_knnlm.lm import Scored
 from fairseq_knnlm.neighbours import Retriever
 
@@ -33,7 +32,7 @@ def asked() -> Scored:
 
 def opinion(store: Datastore, k: int, recipe: str = "Flat", *, for_table: bool = True) -> Opinion:
     assert store.keys is not None
-    index, card = build(store.keys, recipe, nprobe=1, progress=False, recall_queries=0)
+    index, card = build_index(store.keys, recipe, nprobe=1)
     retriever = Retriever(SearchIndex(index, card), store, "l2")
     return KnnExpert(retriever, k, T, for_table=for_table).opinion(asked())
 
@@ -90,7 +89,7 @@ def test_distances_of_missing_neighbours_stay_out_of_the_table(tmp_path: Path) -
     """IVF finds about ten of 100; the rest were given their distance to row 0."""
     keys, values = random_entries(300, 12)
     store = write_store(tmp_path / "store", keys, values)
-    index, card = build(keys, "IVF32,Flat", nprobe=1, progress=False, recall_queries=0)
+    index, card = build_index(keys, "IVF32,Flat", nprobe=1)
     asked = torch.from_numpy(keys[:20] + 0.1)
     retriever = Retriever(SearchIndex(index, card), store, "l2")
     near = retriever.search(asked, 100)

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import random_entries, write_store
+from stores import build_index, random_entries, write_store
 
 from fairseq_knnlm import neighbours as module
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.index import SearchIndex
-from fairseq_knnlm.indexing import build
 from fairseq_knnlm.neighbours import Retriever
 
 ROWS, WIDTH, K = 300, 12, 20
@@ -26,7 +25,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Datastore:
 
 def searcher(store: Datastore, recipe: str = "Flat", metric: str = "l2", **how: int) -> SearchIndex:
     assert store.keys is not None
-    index, card = build(store.keys, recipe, metric=metric, progress=False, recall_queries=0, **how)
+    index, card = build_index(store.keys, recipe, metric=metric, **how)
     return SearchIndex(index, card)
 
 
