@@ -184,7 +184,7 @@ def _save(args: argparse.Namespace, rest: list[str]) -> None:
 def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
     """Builds an index, measures its recall, and writes it beside the datastore."""
     store = _open(args)
-    assert store.keys is not None
+    keys = store.full_keys()
     if args.probe is not None and args.probe < 1:
         raise ConfigError("--probe counts lists", expected="1 or more", found=args.probe)
     if not 0 < args.recall <= 1:
@@ -209,7 +209,7 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
     snapshots = Snapshots(
         path.with_name(f".{path.name}.building"), plan(recipe, wishes, store.fingerprint)
     )
-    index, card = build(store.keys, recipe, wishes, snapshots=snapshots)
+    index, card = build(keys, recipe, wishes, snapshots=snapshots)
     card = indexes.save(index, card, path, store.fingerprint)
     snapshots.clear()
     print(f"{path}: {card.describe()}")
@@ -244,7 +244,7 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     manifest = store.manifest
     origin = manifest.origin
     print(f"{store.path}: {manifest.rows:,} entries of width {manifest.width}")
-    print(f"  keys         {manifest.key_dtype}, {origin.key_type}")
+    print(f"  keys         {manifest.key_dtype or 'in the index only'}, {origin.key_type}")
     print(f"  values       {manifest.value_dtype}, below {origin.vocabulary:,}")
     print(f"  split        {origin.split or 'unknown'} {origin.context or ''}")
     print(f"  model        {origin.model or 'unknown'}")

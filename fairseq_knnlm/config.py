@@ -54,6 +54,21 @@ class KnnlmConfig(LanguageModelingConfig):
         },
     )
     dstore_fp32: bool = field(default=False, metadata={"help": "save the keys in float32"})
+    no_save_keys: bool = field(
+        default=False,
+        metadata={
+            "help": "with --save-knnlm-dstore: do not write the keys, but pass them into an index "
+            "of --recipe, trained on a first pass over a part of the text"
+        },
+    )
+    recipe: str = field(
+        default="auto",
+        metadata={"help": "that index: auto, paper or a FAISS factory string (default: auto)"},
+    )
+    max_bytes_per_key: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "memory that --recipe auto may spend on a key (default: 72)"},
+    )
     k: int = field(default=1024, metadata={"help": "neighbours a token"})
     lmbda: Optional[float] = field(  # noqa: UP045
         default=None,
@@ -120,6 +135,10 @@ def check(cfg: Any) -> None:
         _need(cfg.dstore_mmap, "--save-knnlm-dstore", "--dstore-mmap FOLDER")
         if cfg.dstore_fp16 and cfg.dstore_fp32:
             raise ConfigError("--dstore-fp16 and --dstore-fp32 exclude each other", do="drop one")
+    elif cfg.no_save_keys:
+        _need(cfg.save_knnlm_dstore, "--no-save-keys", "--save-knnlm-dstore")
+    if cfg.recipe != "auto" or cfg.max_bytes_per_key is not None:
+        _need(cfg.no_save_keys, "--recipe", "--no-save-keys (else build-index takes it)")
     if cfg.knnlm:
         _need(cfg.dstore_filename, "--knnlm", "--dstore-filename DSTORE")
     elif not cfg.save_knnlm_dstore and (cfg.dstore_filename or cfg.dstore_mmap):

@@ -3,7 +3,8 @@
 A datastore is a folder that describes itself (``docs/format.md``):
 
 * ``manifest.json``: rows, width, types, and what made it;
-* ``keys.npy``: (rows, width) float16 or float32, the language model's representation of a context;
+* ``keys.npy``: (rows, width) float16 or float32, the language model's representation of a context,
+  unless the keys went into the index only;
 * ``values.npy``: (rows,) integers, the token that followed.
 
 Row i belongs to the i-th token of the split, in the order of the text, so row i + 1 follows row i.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,10 @@ from fairseq_knnlm.files import (
 logger = logging.getLogger(__name__)
 
 FORMAT = "fairseq-knnlm datastore"
-VERSION = 1
+#: Version 2 may lack keys; a datastore with keys is written as version 1 has it.
+VERSION = 2
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
+INDEX = "knn.index"
 KEY_DTYPES = ("float16", "float32")
 
 
@@ -69,7 +73,7 @@ class Manifest:
     Attributes:
         rows: entries, N.
         width: dimensions of a key, D.
-        key_dtype: ``"float16"`` or ``"float32"``.
+        key_dtype: ``"float16"`` or ``"float32"``; None for a datastore that kept no keys.
         value_dtype: the integer type of the values.
         origin: what made it.
         files: for each file its ``bytes`` and the checksums of its ``chunks``.
@@ -77,7 +81,7 @@ class Manifest:
 
     rows: int
     width: int
-    key_dtype: str
+    key_dtype: str | None
     value_dtype: str
     origin: Origin
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -90,7 +94,8 @@ class Datastore:
     Attributes:
         path: its folder, or the prefix of the two raw files of urvashik/knnlm.
         manifest: shape, types, origin.
-        keys: (N, D) float16 or float32, memory-mapped unless asked otherwise; None where left out.
+        keys: (N, D) float16 or float32, memory-mapped unless asked otherwise; None where left out
+            or not kept.
         values: (N,) integers.
         fingerprint: SHA-256 over the manifest, which holds checksums of the content.
         index_path: where its index lies unless said otherwise.
@@ -109,9 +114,22 @@ class Datastore:
     @property
     def calibration_path(self) -> Path:
         """Where the fitted lambda and temperature lie."""
-        return self.index_path.with_name(
-            self.index_path.name.replace("knn.index", "calibration.json")
-        )
+        return self.index_path.with_name(self.index_path.name.replace(INDEX, "calibration.json"))
+
+    def full_keys(self) -> np.ndarray:
+        """The keys.
+
+        Raises:
+            DatastoreError: where the datastore kept none.
+        """
+        if self.keys is None:
+            raise DatastoreError(
+                f"the datastore {self.path} holds no keys",
+                expected="keys.npy, to build an index of or to recompute distances on",
+                found="keys that went into its index only (--no-save-keys)",
+                do="use that index with its own distances, or save the datastore with its keys",
+            )
+        return self.keys
 
     def check_origin(
         self,
@@ -164,9 +182,10 @@ def value_dtype(vocabulary: int) -> np.dtype:
     raise AssertionError(vocabulary)
 
 
-def datastore_bytes(rows: int, width: int, key_dtype: str, vocabulary: int) -> int:
-    """Bytes on disk of a datastore, headers and manifest aside."""
-    return rows * (width * np.dtype(key_dtype).itemsize + value_dtype(vocabulary).itemsize)
+def datastore_bytes(rows: int, width: int, key_dtype: str | None, vocabulary: int) -> int:
+    """Bytes on disk of a datastore, headers, manifest and index aside."""
+    key_bytes = width * np.dtype(key_dtype).itemsize if key_dtype else 0
+    return rows * (key_bytes + value_dtype(vocabulary).itemsize)
 
 
 class DatastoreWriter:
@@ -180,16 +199,22 @@ class DatastoreWriter:
         rows: entries, N: all of them must be written.
         width: dimensions of a key, D.
         origin: what makes it.
-        key_dtype: ``"float16"`` or ``"float32"``.
+        key_dtype: ``"float16"`` or ``"float32"``; None to keep no keys.
 
     Raises:
         DatastoreError: where ``path`` exists, or the disk cannot hold the datastore.
     """
 
     def __init__(
-        self, path: Path, rows: int, width: int, origin: Origin, key_dtype: str = "float16"
+        self,
+        path: Path,
+        rows: int,
+        width: int,
+        origin: Origin,
+        key_dtype: str | None = "float16",
     ) -> None:
         self.path = path
+        self.width = width
         self.origin = origin
         check_new(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +225,7 @@ class DatastoreWriter:
         self._folder = tempfile.TemporaryDirectory(
             prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
         )
-        self._keys = self._array(KEYS, np.dtype(key_dtype), (rows, width))
+        self._keys = self._array(KEYS, np.dtype(key_dtype), (rows, width)) if key_dtype else None
         self._values = self._array(VALUES, value_dtype(origin.vocabulary), (rows,))
         self._written = np.zeros(rows, dtype=bool)
 
@@ -214,7 +239,7 @@ class DatastoreWriter:
 
         Args:
             rows: (n,) int64, where in the datastore.
-            keys: (n, D), cast to the key type.
+            keys: (n, D), cast to the key type; checked, but not kept, where no keys are.
             values: (n,) token ids.
 
         Raises:
@@ -234,20 +259,24 @@ class DatastoreWriter:
                 do="binarise the text with the dictionary of the checkpoint",
             )
         with np.errstate(over="ignore"):  # reported just below, in words
-            keys = keys.astype(self._keys.dtype, copy=False)
+            keys = keys if self._keys is None else keys.astype(self._keys.dtype, copy=False)
         if not np.isfinite(keys).all():
             raise DatastoreError(
                 "a key does not fit the type it is stored in",
-                expected=f"finite numbers in {self._keys.dtype}",
+                expected=f"finite numbers in {keys.dtype}",
                 found="infinity or NaN",
                 do="save with --dstore-fp32, or check the checkpoint",
             )
-        self._keys[rows] = keys
+        if self._keys is not None:
+            self._keys[rows] = keys
         self._values[rows] = values
         self._written[rows] = True
 
-    def publish(self) -> Path:
+    def publish(self, add_files: Callable[[Path, str], object] | None = None) -> Path:
         """Checks that every row was written, then gives the folder its name.
+
+        Args:
+            add_files: writes more into the folder before that, given it and the fingerprint.
 
         Raises:
             DatastoreError: where rows are missing; nothing is published then.
@@ -255,23 +284,28 @@ class DatastoreWriter:
         missing = len(self._written) - int(self._written.sum())
         if missing:
             raise self._miscount(f"{missing:,} tokens missing")
-        self._keys.flush()
-        self._values.flush()
         folder = Path(self._folder.name)
+        arrays = {KEYS: self._keys, VALUES: self._values}
         files = {}
-        for name in (KEYS, VALUES):
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            array.flush()
             flush_to_disk(folder / name)
             size = (folder / name).stat().st_size
             files[name] = {"bytes": size, "chunks": checksums(folder / name)}
         manifest = Manifest(
             rows=len(self._values),
-            width=self._keys.shape[1],
-            key_dtype=str(self._keys.dtype),
+            width=self.width,
+            key_dtype=None if self._keys is None else str(self._keys.dtype),
             value_dtype=str(self._values.dtype),
             origin=self.origin,
             files=files,
         )
-        write_sealed(folder / MANIFEST, FORMAT, VERSION, asdict(manifest))
+        version = 1 if manifest.key_dtype else VERSION
+        seal = write_sealed(folder / MANIFEST, FORMAT, version, asdict(manifest))
+        if add_files is not None:
+            add_files(folder, seal)
         check_new(self.path)  # somebody may have been faster
         folder.chmod(0o755)
         folder.rename(self.path)
@@ -335,10 +369,10 @@ def open_datastore(
     manifest, seal = _read_manifest(path)
     keys = None
     shape = (manifest.rows, manifest.width)
-    if load_keys:
+    if load_keys and manifest.key_dtype:
         keys = _open_array(path, KEYS, manifest.key_dtype, shape, manifest, in_memory, verify)
     values = _open_array(path, VALUES, manifest.value_dtype, shape[:1], manifest, in_memory, verify)
-    return Datastore(path, manifest, keys, values, seal, path / "knn.index")
+    return Datastore(path, manifest, keys, values, seal, path / INDEX)
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, str]:

@@ -5,7 +5,7 @@ who listens to it, what it leaves behind, what it reports.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ import numpy as np
 from fairseq_knnlm.datastore import DatastoreWriter, Origin
 from fairseq_knnlm.experts import DISTANCE_RANKS, TEMPERATURES, KnnExpert
 from fairseq_knnlm.files import write_json
-from fairseq_knnlm.lm import check_model, dictionary_fingerprint, model_fingerprint
+from fairseq_knnlm.index import wants_gpu
+from fairseq_knnlm.indexing import IndexBuilder, Wishes
+from fairseq_knnlm.lm import TargetLM, check_model, dictionary_fingerprint, model_fingerprint
 from fairseq_knnlm.memory import Memory
+from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.report import closing_lines, results
-from fairseq_knnlm.scorer import Blocks, FillsTable, KnnScorer, Listener, SavesKeys
+from fairseq_knnlm.saving import Saving
+from fairseq_knnlm.scorer import Blocks, FillsTable, KnnScorer, Listener
 from fairseq_knnlm.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -91,22 +95,40 @@ class EvaluationRun:
         self.left_out = left_out
         args = setting.args
         listeners: list[Listener] = []
-        self.writer: DatastoreWriter | None = None
+        self.saving: Saving | None = None
         self.table: FillsTable | None = None
         if args.save_knnlm_dstore:
-            self.writer = _datastore_writer(setting, int(sizes.sum()), context_window)
-            listeners.append(SavesKeys(self.writer))
+            self.saving = _saving(setting, int(sizes.sum()), context_window)
+            listeners.append(self.saving)
         if args.score_table:
             self.table = FillsTable(Path(args.score_table))
             listeners.append(self.table)
         bos = setting.dictionary.bos() if args.add_bos_token else None
-        self.scorer = make_scorer(setting, Blocks(np.cumsum(sizes) - sizes, bos), listeners)
+        self.blocks = Blocks(np.cumsum(sizes) - sizes, bos)
+        self.scorer = make_scorer(setting, self.blocks, listeners)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the split is to be read in part first, by ``learn``."""
+        return self.saving is not None and self.saving.builder is not None
+
+    def learn(self, batches: Iterable[Any], to_device: Callable[[Any], Any]) -> None:
+        """Trains the index that keys will be streamed into.
+
+        Args:
+            batches: fairseq's, over the whole split.
+            to_device: moves one to the model.
+        """
+        assert self.saving is not None
+        model, key_type = self.setting.models[0], str(self.setting.args.knn_keytype)
+        lm = TargetLM(model, self.setting.dictionary.pad(), key_type)
+        self.saving.learn(lm, self.blocks, batches, to_device)
 
     def finish(self) -> None:
         """Publishes what was written and reports what was measured."""
         args, found = self.setting.args, self._results()
-        if self.writer is not None:
-            path = self.writer.publish()
+        if self.saving is not None:
+            path = self.saving.publish()
             logger.info("saved %s entries in %s", f"{found['tokens']:,}", path)
         if self.table is not None:
             self.table.writer.publish(_card(self.setting, found))
@@ -147,7 +169,7 @@ class EvaluationRun:
         return found | {"split": self.setting.split, "versions": versions()}
 
 
-def _datastore_writer(setting: Setting, rows: int, context_window: int) -> DatastoreWriter:
+def _saving(setting: Setting, rows: int, context_window: int) -> Saving:
     args, model = setting.args, setting.models[0]
     origin = Origin(
         model=model_fingerprint(model),
@@ -163,8 +185,18 @@ def _datastore_writer(setting: Setting, rows: int, context_window: int) -> Datas
         versions=versions(),
     )
     width = check_model(model, origin.key_type)
-    key_dtype = "float32" if args.dstore_fp32 else "float16"
-    return DatastoreWriter(Path(args.dstore_mmap), rows, width, origin, key_dtype)
+    builder = _index_builder(args, rows, width) if args.no_save_keys else None
+    key_dtype = None if args.no_save_keys else "float32" if args.dstore_fp32 else "float16"
+    return Saving(DatastoreWriter(Path(args.dstore_mmap), rows, width, origin, key_dtype), builder)
+
+
+def _index_builder(args: Any, rows: int, width: int) -> IndexBuilder:
+    """Of the index that keys are streamed into."""
+    gpu, budget = wants_gpu(args.knn_device), args.max_bytes_per_key
+    recipe = choose(args.recipe, rows, width, gpu=gpu, max_bytes=budget, lists=True)
+    builder = IndexBuilder(recipe, width, rows, Wishes(nprobe=args.probe))
+    builder.check_any_order()
+    return builder
 
 
 def _card(setting: Setting, found: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,23 @@ class IndexBuilder:
         #: Keys to train and examine with.
         self.sample_rows = min(max(exam, training), rows)
 
+    def check_any_order(self) -> None:
+        """Refuses an index that must be given its rows in order and cannot be streamed into.
+
+        Raises:
+            IndexFileError: saying so.
+        """
+        index = faiss.downcast_index(self.index)
+        if isinstance(index, faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        if not isinstance(index, faiss.IndexIVF):
+            raise IndexFileError(
+                f"keys cannot be streamed into {self.recipe.factory!r}",
+                expected="an index with inverted lists and no refinement",
+                found=self.recipe.factory,
+                do="leave --recipe out, or save the keys and build the index from them",
+            )
+
     def train(self, sample: np.ndarray, rows: np.ndarray) -> None:
         """Trains the index, unless it is trained, and sets the exam.
 

@@ -47,12 +47,12 @@ class Retriever:
     """
 
     def __init__(self, index: SearchIndex, store: Datastore, similarity: str) -> None:
-        assert similarity == "do_not_recomp_l2" or store.keys is not None
         self.index = index
         self.store = store
         self.similarity = similarity
         self._values = _as_tensor(store.values)
-        self._keys = _as_tensor(store.keys) if store.keys is not None else None
+        recomputes = similarity != "do_not_recomp_l2"
+        self._keys = _as_tensor(store.full_keys()) if recomputes else None
 
     @property
     def distances(self) -> str:

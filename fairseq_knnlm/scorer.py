@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairseq_knnlm.datastore import DatastoreWriter
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts import KnnExpert, Opinion
 from fairseq_knnlm.lm import Scored, TargetLM
@@ -71,19 +70,6 @@ class Listener(Protocol):
     """Takes every scored batch."""
 
     def take(self, batch: Batch) -> None: ...
-
-
-class SavesKeys:
-    """Writes every token's key and value into a datastore."""
-
-    def __init__(self, writer: DatastoreWriter) -> None:
-        self.writer = writer
-
-    def take(self, batch: Batch) -> None:
-        assert batch.scored.keys is not None
-        counted = batch.rows >= 0
-        keys, values = batch.scored.keys.cpu().numpy(), batch.scored.targets.cpu().numpy()
-        self.writer.write(batch.rows[counted], keys[counted], values[counted])
 
 
 class FillsTable:

@@ -7,10 +7,12 @@ fits the model, and hands fairseq a ``KnnScorer`` (``host`` tells how).
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
@@ -88,7 +90,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         left_out = int(sizes[sizes > max_positions].sum()) if isinstance(max_positions, int) else 0
         config.check_left_out(left_out, max_positions, saving)
-        batches = super().eval_lm_dataloader(
+        load = partial(
+            super().eval_lm_dataloader,
             dataset,
             max_tokens,
             batch_size,
@@ -102,10 +105,13 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         if not all(map(is_supported, self.models)):
             config.check_stock_is_enough(self.args, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
-            return batches
+            return load()
         run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)
+        if run.learns:
+            on_gpu = next(self.models[0].parameters()).is_cuda
+            run.learn(load(), utils.move_to_cuda if on_gpu else lambda batch: batch)
         hand_over(run.scorer)
-        return WithEnd(batches, run.finish)
+        return WithEnd(load(), run.finish)
 
     def _setting(self, models: list[Any]) -> Setting:
         return Setting(self.args, models, self.target_dictionary, self.split, self.memory)

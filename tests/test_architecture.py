@@ -20,6 +20,7 @@ STOREYS = [
     {"exam", "legacy", "neighbours", "snapshots", "tune"},
     {"experts", "indexing", "memory"},
     {"scorer"},
+    {"saving"},
     {"evaluation"},
     {"task", "cli"},
     {"__init__"},

@@ -14,7 +14,13 @@ from stores import alter, assert_helps, lengthen, origin, random_entries, trunca
 
 from fairseq_knnlm import datastore as module
 from fairseq_knnlm import files
-from fairseq_knnlm.datastore import DatastoreWriter, datastore_bytes, open_datastore, value_dtype
+from fairseq_knnlm.datastore import (
+    VERSION,
+    DatastoreWriter,
+    datastore_bytes,
+    open_datastore,
+    value_dtype,
+)
 from fairseq_knnlm.errors import DatastoreError
 
 
@@ -256,7 +262,7 @@ def test_verify_reads_what_opening_does_not(
 def test_a_newer_version_is_told(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", *random_entries(10, 4))
     manifest = json.loads((store.path / "manifest.json").read_text())
-    manifest["version"] += 1
+    manifest["version"] = VERSION + 1
     (store.path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DatastoreError, match="newer fairseq-knnlm"):
         open_datastore(store.path)
