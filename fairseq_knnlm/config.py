@@ -90,7 +90,7 @@ class KnnlmConfig(LanguageModelingConfig):
         metadata={
             "help": "distances: the index's own (do_not_recomp_l2), or recomputed on the stored "
             "keys as squared L2 (l2) or inner product (dot); auto recomputes L2 unless the index "
-            "is exact or the keys are not loaded"
+            "loses less than a tenth of the neighbours in its lists, or the keys are not loaded"
         },
     )
     faiss_metric_type: METRIC_CHOICES = field(  # type: ignore[valid-type]
@@ -102,6 +102,10 @@ class KnnlmConfig(LanguageModelingConfig):
     )
     move_dstore_to_mem: bool = field(
         default=False, metadata={"help": "read the datastore into memory instead of mapping it"}
+    )
+    mmap_index: bool = field(
+        default=False,
+        metadata={"help": "map the index's codes instead of reading them into memory"},
     )
     knn_device: str = field(
         default="auto", metadata={"help": "where to search: auto, cpu, cuda or cuda:i,j"}

@@ -108,15 +108,16 @@ class EvaluationRun:
         self.scorer = make_scorer(setting, self.blocks, listeners)
 
     @property
-    def learns(self) -> bool:
-        """Whether the split is to be read in part first, by ``learn``."""
-        return self.saving is not None and self.saving.builder is not None
+    def sample_every(self) -> int:
+        """Call ``learn`` first, on every n-th batch; 0 where there is nothing to learn."""
+        builder = self.saving.builder if self.saving is not None else None
+        return max(1, builder.rows // builder.sample_rows) if builder is not None else 0
 
     def learn(self, batches: Iterable[Any], to_device: Callable[[Any], Any]) -> None:
         """Trains the index that keys will be streamed into.
 
         Args:
-            batches: fairseq's, over the whole split.
+            batches: fairseq's, a sample of the split.
             to_device: moves one to the model.
         """
         assert self.saving is not None

@@ -36,6 +36,8 @@ GPU_MAX = 2048
 GPU_CODE_SIZES = {1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96}
 FORMAT = "fairseq-knnlm index"
 VERSION = 1
+#: Share of what the lists hold that compressed keys must find to be trusted with distances.
+FAITHFUL = 0.9
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 
 
@@ -75,6 +77,19 @@ class IndexCard:
     faiss: str = ""
     bytes: int = 0
     chunks: Sequence[str] = ()
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the index's own distances do nearly as well as exact ones.
+
+        An exact index's do. Others' do where compression loses few of the true neighbours that the
+        lists visited hold.
+        """
+        if self.exact:
+            return True
+        if self.recall is None or self.coverage is None:
+            return False
+        return self.recall >= FAITHFUL * self.coverage
 
     def describe(self) -> str:
         """For a report: ``"IVF4096,PQ64, nprobe 32 (covers 0.94), recall@1024 0.87"``."""
@@ -161,6 +176,7 @@ def load(
     device: str = "cpu",
     nprobe: int | None = None,
     k: int = 1,
+    mapped: bool = False,
 ) -> SearchIndex:
     """Reads an index, checks that it belongs to the datastore, and places it.
 
@@ -172,16 +188,17 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0,1``.
         nprobe: lists visited a query, where not the card's.
         k: neighbours that will be asked for.
+        mapped: leave the keys' codes in the file, mapped, so that they take no memory of their own.
 
     Raises:
-        IndexFileError: where it is missing, damaged, of another datastore, or cannot be searched
-            on the device.
+        IndexFileError: where it is missing, damaged, of another datastore, or cannot be mapped or
+            searched on the device.
         ConfigError: where the device does not exist, or nprobe exceeds the lists.
     """
     card = read_card(path)
     if card is not None:
         _check_file(path, card, datastore)
-    index = read_file(path)
+    index = _map_file(path) if mapped else read_file(path)
     if index.ntotal != rows or index.d != width:
         raise IndexFileError(
             f"{path} is an index of another datastore",
@@ -247,6 +264,23 @@ def read_file(path: Path) -> Any:
         return faiss.read_index(str(path))
     except (RuntimeError, MemoryError) as error:
         raise _damaged(path, "an index that FAISS reads", first_line(error)) from None
+
+
+def _map_file(path: Path) -> Any:
+    """An index whose codes stay in the file."""
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    if is_exact(index):
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    lists: Any = faiss.extract_index_ivf(index).invlists if has_lists(index) else None
+    if not isinstance(lists and faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
+        raise IndexFileError(
+            f"{path} cannot be mapped",
+            expected="an index whose codes lie in the file as they are searched: Flat, or IVF..,PQ "
+            "of 8 bits, such as --recipe paper",
+            found=type(_innermost(index)).__name__,
+            do="leave --mmap-index out, or build another index",
+        )
+    return index
 
 
 def _damaged(file: Path, expected: str, found: str) -> IndexFileError:

@@ -59,11 +59,12 @@ def open_memory(args: Any, symbols: Sequence[str]) -> Memory:
         device=args.knn_device,
         nprobe=args.probe,
         k=args.k,
+        mapped=args.mmap_index,
     )
     config.check_metric(str(args.faiss_metric_type), index.card.metric)
     similarity = str(args.knn_sim_func)
     if similarity == "auto":
-        settled = index.card.exact or store.keys is None or index.card.metric == "ip"
+        settled = index.card.faithful or store.keys is None or index.card.metric == "ip"
         similarity = "do_not_recomp_l2" if settled else "l2"
     retriever = Retriever(index, store, similarity)
     return Memory(store, retriever, *_mixture(args, store, retriever))

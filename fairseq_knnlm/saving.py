@@ -41,21 +41,19 @@ class Saving:
         batches: Iterable[Any],
         to_device: Callable[[Any], Any],
     ) -> None:
-        """Trains the index on a part of the split, where there is one to train.
+        """Trains the index.
 
         Args:
-            lm: reads every n-th batch.
+            lm: reads the batches.
             blocks: where the blocks lie.
-            batches: fairseq's. All are made, since each takes its context from the one before.
+            batches: fairseq's, drawn evenly from the split.
             to_device: moves a batch to the model.
         """
         assert self.builder is not None
-        every = max(1, self.builder.rows // self.builder.sample_rows)
         sampled = []
-        for number, sample in enumerate(tqdm(batches, desc="sampling keys", unit=" batches")):
-            if number % every == 0:
-                scored = lm.score(to_device(sample))
-                sampled.append(_entries(blocks.rows(sample["id"], scored), scored))
+        for sample in tqdm(batches, desc="sampling keys", unit=" batches"):
+            scored = lm.score(to_device(sample))
+            sampled.append(_entries(blocks.rows(sample["id"], scored), scored))
         rows, keys = _joined(sampled)
         self.builder.train(keys, rows)
 

@@ -96,22 +96,26 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             max_tokens,
             batch_size,
             max_positions,
-            num_shards,
-            shard_id,
-            num_workers,
-            data_buffer_size,
-            context_window,
+            num_workers=num_workers,
+            data_buffer_size=data_buffer_size,
+            context_window=context_window,
         )
         if not all(map(is_supported, self.models)):
             config.check_stock_is_enough(self.args, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
-            return load()
+            return load(num_shards=num_shards, shard_id=shard_id)
         run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)
-        if run.learns:
+        if run.sample_every:
             on_gpu = next(self.models[0].parameters()).is_cuda
-            run.learn(load(), utils.move_to_cuda if on_gpu else lambda batch: batch)
+            run.learn(
+                # A shard is every n-th batch. Its first blocks see context that is not theirs,
+                # which the sample that an index is trained on can bear.
+                load(num_shards=run.sample_every),
+                utils.move_to_cuda if on_gpu else lambda batch: batch,
+            )
+            self.dataset_to_epoch_iter.clear()  # fairseq would hand out the shard again
         hand_over(run.scorer)
-        return WithEnd(load(), run.finish)
+        return WithEnd(load(num_shards=num_shards, shard_id=shard_id), run.finish)
 
     def _setting(self, models: list[Any]) -> Setting:
         return Setting(self.args, models, self.target_dictionary, self.split, self.memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from conftest import must
 from stores import (
     alter,
     assert_helps,
@@ -139,6 +141,63 @@ def test_a_new_index_never_lies_beside_an_old_card(
         save(*made("Flat"), saved, OURS)
     assert read_card(saved) is None
     assert loaded(saved).card.exact
+
+
+@pytest.mark.parametrize("recipe", ["Flat", "IVF16,Flat", "IVF16,PQ4x4", "OPQ4,IVF16,PQ4x4"])
+def test_a_mapped_index_finds_the_same(recipe: str, tmp_path: Path) -> None:
+    path = tmp_path / "knn.index"
+    save(*made(recipe), path, OURS)
+    pair = [loaded(path, mapped=mapped).search(queries(), K) for mapped in (False, True)]
+    assert torch.equal(pair[0][1], pair[1][1])
+    assert torch.equal(pair[0][0], pair[1][0])
+
+
+def test_a_mapped_index_takes_no_memory_of_its_own(tmp_path: Path) -> None:
+    """Measured in a process of its own: 64 MiB of codes, and what is not backed by a file."""
+    rows = 2**16
+    index = faiss.index_factory(1024, "IVF1,SQ8")
+    index.train(np.zeros((100, 1024), "f4"))
+    index.add(np.zeros((rows, 1024), "f4"))
+    path = tmp_path / "knn.index"
+    save(index, IndexCard("IVF1,SQ8", "l2", rows, 1024, 1, False), path, OURS)
+    program = (
+        "import sys, pathlib\n"
+        "from fairseq_knnlm.index import load\n"
+        "def memory():\n"
+        "    status = pathlib.Path('/proc/self/status').read_text()\n"
+        "    return int(status.split('RssAnon:')[1].split()[0])\n"
+        "before = memory()\n"
+        "index = load(pathlib.Path(sys.argv[1]), datastore='d' * 64, rows=2**16, width=1024,\n"
+        "             mapped=sys.argv[2] == 'mapped')\n"
+        "print(memory() - before)\n"
+    )
+    grown = {how: int(must(sys.executable, "-c", program, path, how)) for how in ("read", "mapped")}
+    assert grown["read"] > 60_000  # KiB
+    assert grown["mapped"] < 10_000
+
+
+def test_packed_codes_cannot_be_mapped(tmp_path: Path) -> None:
+    save(*made("IVF16,PQ4x4fs"), tmp_path / "knn.index", OURS)
+    with pytest.raises(IndexFileError, match="cannot be mapped") as caught:
+        loaded(tmp_path / "knn.index", mapped=True)
+    assert_helps(caught, "--mmap-index", "IndexIVFPQFastScan")
+
+
+@pytest.mark.parametrize(
+    ("exact", "recall", "coverage", "faithful"),
+    [
+        (True, None, None, True),
+        (False, 0.9, 1.0, True),
+        (False, 0.73, 0.8, True),
+        (False, 0.71, 0.8, False),
+        (False, None, None, False),
+    ],
+)
+def test_distances_are_trusted_where_codes_lose_little(
+    exact: bool, recall: float | None, coverage: float | None, faithful: bool
+) -> None:
+    card = IndexCard("", "l2", 1, 1, 0, exact, recall=recall, coverage=coverage)
+    assert card.faithful is faithful
 
 
 @pytest.mark.parametrize("nprobe", [0, -1, 17])
