@@ -357,6 +357,14 @@ def wants_gpu(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and _gpus() > 0)
 
 
+def gpu_of_torch_alone(device: str) -> str | None:
+    """The first GPU of a ``--knn-device`` where torch can use one and FAISS cannot."""
+    kind, _, numbers = device.partition(":")
+    if kind not in ("auto", "cuda") or _gpus() or not torch.cuda.is_available():
+        return None
+    return f"cuda:{numbers.split(',')[0] or 0}"
+
+
 def _gpus() -> int:
     """GPUs that FAISS can use; faiss-cpu knows none."""
     return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0

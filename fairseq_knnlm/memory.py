@@ -11,6 +11,8 @@ from typing import Any
 from fairseq_knnlm import config
 from fairseq_knnlm.calibration import read_calibration
 from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.exact import ExactSearch
+from fairseq_knnlm.index import SearchIndex, gpu_of_torch_alone, read_card
 from fairseq_knnlm.index import load as load_index
 from fairseq_knnlm.legacy import is_legacy, open_legacy
 from fairseq_knnlm.lm import dictionary_fingerprint
@@ -51,16 +53,7 @@ def open_memory(args: Any, symbols: Sequence[str]) -> Memory:
     store = _open_store(args, len(symbols))
     store.check_origin(dictionary=dictionary_fingerprint(symbols), key_type=str(args.knn_keytype))
     config.check_k(args.k, len(store))
-    index = load_index(
-        Path(args.indexfile) if args.indexfile else store.index_path,
-        datastore=store.fingerprint,
-        rows=len(store),
-        width=store.manifest.width,
-        device=args.knn_device,
-        nprobe=args.probe,
-        k=args.k,
-        mapped=args.mmap_index,
-    )
+    index = _open_index(args, store)
     config.check_metric(str(args.faiss_metric_type), index.card.metric)
     similarity = str(args.knn_sim_func)
     if similarity == "auto":
@@ -83,6 +76,22 @@ def _open_store(args: Any, vocabulary: int) -> Datastore:
     store = open_datastore(path, **options)
     config.check_size(args.dstore_size, len(store))
     return store
+
+
+def _open_index(args: Any, store: Datastore) -> SearchIndex | ExactSearch:
+    path = Path(args.indexfile) if args.indexfile else store.index_path
+    options: dict[str, Any] = {
+        "datastore": store.fingerprint,
+        "rows": len(store),
+        "width": store.manifest.width,
+        "nprobe": args.probe,
+        "k": args.k,
+    }
+    gpu, card = gpu_of_torch_alone(args.knn_device), read_card(path)
+    if gpu and card is not None and card.exact and store.keys is not None:
+        checked = load_index(path, mapped=True, **options)
+        return ExactSearch(store.keys, checked.card, gpu)
+    return load_index(path, device=args.knn_device, mapped=args.mmap_index, **options)
 
 
 def _mixture(args: Any, store: Datastore, retriever: Retriever) -> tuple[float, float, str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.index import SearchIndex
+from fairseq_knnlm.index import IndexCard
 
 #: Bytes of float32 keys held at a time while distances are recomputed: few enough for a cache.
 GATHER_BYTES = 8 * 2**20
@@ -36,6 +37,15 @@ class Neighbours:
     valid: Tensor
 
 
+class Searches(Protocol):
+    """Finds the nearest entries: a FAISS index, or exact search."""
+
+    card: IndexCard
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Distances (N, k) and ids (N, k) of queries (N, D)."""
+
+
 class Retriever:
     """Answers queries from an index, with the index's own distances or exact ones.
 
@@ -46,7 +56,7 @@ class Retriever:
             takes what the index says.
     """
 
-    def __init__(self, index: SearchIndex, store: Datastore, similarity: str) -> None:
+    def __init__(self, index: Searches, store: Datastore, similarity: str) -> None:
         self.index = index
         self.store = store
         self.similarity = similarity

@@ -96,6 +96,17 @@ def test_ways_of_getting_exact_distances_agree(lab: Lab, datastore: Path, flags:
     assert lab.evaluate("valid", *memory, *flags)["loss"] == pytest.approx(plain["loss"], abs=1e-4)
 
 
+def test_exact_search_in_torch_takes_the_place_of_an_exact_index(
+    lab: Lab, datastore: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if only torch had a GPU, which here is the CPU."""
+    flags = ["--knnlm", "--dstore-filename", datastore, *KNN]
+    expected = lab.evaluate("valid", *flags)
+    monkeypatch.setattr("fairseq_knnlm.memory.gpu_of_torch_alone", lambda device: "cpu")
+    # FAISS rounds otherwise, which at this temperature shows where neighbours are far apart.
+    assert lab.evaluate("valid", *flags)["loss"] == pytest.approx(expected["loss"], abs=1e-3)
+
+
 def test_lambda_zero_is_the_base(lab: Lab, datastore: Path) -> None:
     base = lab.evaluate("valid")
     silent = lab.evaluate(

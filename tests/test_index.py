@@ -248,6 +248,29 @@ def test_auto_without_a_gpu_is_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "faiss_gpus", "torch_gpu", "expected"),
+    [
+        ("cuda", 0, True, "cuda:0"),
+        ("cuda:2,3", 0, True, "cuda:2"),
+        ("auto", 0, True, "cuda:0"),
+        ("cuda", 1, True, None),
+        ("cuda", 0, False, None),
+        ("cpu", 0, True, None),
+    ],
+)
+def test_a_gpu_that_only_torch_can_use(
+    device: str,
+    faiss_gpus: int,
+    torch_gpu: bool,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_gpus", lambda: faiss_gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_gpu)
+    assert module.gpu_of_torch_alone(device) == expected
+
+
+@pytest.mark.parametrize(
     ("recipe", "reason"),
     [
         ("Flat", None),
