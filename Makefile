@@ -8,12 +8,15 @@ export PYTHON
 # machine is shared that keeps it from the very threads they wait for (examples/demo.py).
 export GOMP_SPINCOUNT ?= 10000
 
+# Where `make bench` looks for WikiText-2 and a language model of it (benchmarks/bench.py).
+SHARED ?= ../shared
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format bench bench-scale clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
 
 setup: ## make .venv with everything in it (the other targets do so themselves)
 	@tools/setup.sh
@@ -33,6 +36,12 @@ check: setup ## what CI runs: lint, format, types and tests
 format: setup ## put the code in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+bench: setup ## measure against the stock scorer and the published search (about an hour)
+	@$(BIN)/python benchmarks/bench.py --shared "$(SHARED)"
+
+bench-scale: setup ## measure how the index grows, to ten million keys (about an hour)
+	@$(BIN)/python benchmarks/scale.py
 
 clean: ## remove what the demo and the tools wrote, but not .venv
 	rm -rf demo build .mypy_cache .pytest_cache .ruff_cache

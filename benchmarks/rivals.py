@@ -1,0 +1,111 @@
+"""Those who search: exact search, the published procedure, and ours."""
+
+import time
+from collections.abc import Callable
+from functools import cache, cached_property
+
+import numpy as np
+import torch
+from commands import BenchError
+from material import Material, load
+from torch import Tensor
+
+from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.index import SearchIndex
+from fairseq_knnlm.indexing import Wishes
+from fairseq_knnlm.neighbours import Neighbours, Retriever
+
+Search = Callable[[Tensor, int], Neighbours]
+#: Keys that an index is examined with, where the build does not say otherwise.
+EXAM = Wishes().queries
+#: For an index whose nprobe is known.
+UNEXAMINED = 0
+#: The index's own distances.
+FROM_INDEX = "do_not_recomp_l2"
+#: Queries whose neighbours' keys are gathered at a time: all of a batch at once would be slower.
+AT_A_TIME = 64
+
+
+class Published:
+    """The search of urvashik/knnlm, written out.
+
+    The index finds ids; NumPy, in one thread, gathers their keys from the memory map; torch sums
+    the squared differences; the values come from their memory map.
+    """
+
+    def __init__(self, index: SearchIndex, store: Datastore) -> None:
+        self._index = index.index
+        self._keys, self._values = store.keys, store.values
+        assert self._keys is not None
+
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """The k nearest entries of (N, D) float32 queries."""
+        _, ids = self._index.search(queries.numpy(), k)
+        distances = []
+        for asked, rows in zip(queries.split(AT_A_TIME), _split(ids), strict=True):
+            keys = torch.from_numpy(self._keys[rows])  # type: ignore[index]
+            distances.append(torch.sum((asked[:, None] - keys) ** 2, dim=2))
+        values = torch.from_numpy(self._values[ids].astype(np.int64))
+        valid = torch.from_numpy(ids >= 0)
+        exact = torch.cat(distances).masked_fill(~valid, torch.inf)
+        return Neighbours(torch.from_numpy(ids), exact, values, valid)
+
+
+def _split(ids: np.ndarray) -> list[np.ndarray]:
+    return np.split(ids, range(AT_A_TIME, len(ids), AT_A_TIME))
+
+
+class Searches:
+    """Every way of searching, by name. An index is read or built when it is first asked for.
+
+    Args:
+        material: whose indexes.
+        k: neighbours a query.
+    """
+
+    def __init__(self, material: Material, k: int) -> None:
+        self.material = material
+        self.k = k
+
+    @cache  # noqa: B019  (there is one, and it lives as long as the program)
+    def of(self, name: str) -> Search:
+        """``exact``, ``ours``, ``ours_exact``, ``ivfpq``, ``published`` or ``streamed``."""
+        store = self.material.store
+        if name == "streamed":
+            bare = open_datastore(self.material.streamed(), load_keys=False)
+            return Retriever(load(bare.index_path, bare, self.k), bare, FROM_INDEX).search
+        if name == "exact":
+            # Not kept in a file: it is nothing but the keys.
+            index = SearchIndex(*self.material.build("Flat", UNEXAMINED))
+            return Retriever(index, store, FROM_INDEX).search
+        if name == "published":
+            return Published(self._paper, store).search
+        index = self._paper if name == "ivfpq" else self._ours
+        return Retriever(index, store, "l2" if name == "ours_exact" else FROM_INDEX).search
+
+    @cached_property
+    def _ours(self) -> SearchIndex:
+        return self.material.index("auto", EXAM)
+
+    @cached_property
+    def _paper(self) -> SearchIndex:
+        return self.material.index("paper", UNEXAMINED)
+
+    def rate(self, name: str, queries: Tensor) -> float:
+        """Queries a second of one search in a batch."""
+        search = self.of(name)
+        started = time.perf_counter()
+        search(queries, self.k)
+        return len(queries) / (time.perf_counter() - started)
+
+    def check_published(self, queries: Tensor) -> None:
+        """Compares the published procedure with the plugin's, on the same index.
+
+        Raises:
+            BenchError: where they find other neighbours or distances.
+        """
+        theirs = self.of("published")(queries, self.k)
+        ours = Retriever(self._paper, self.material.store, "l2").search(queries, self.k)
+        same = torch.equal(theirs.ids, ours.ids) and torch.equal(theirs.values, ours.values.long())
+        if not (same and torch.allclose(theirs.distances, ours.distances, rtol=1e-4)):
+            raise BenchError("the published procedure, as written here, finds something else")

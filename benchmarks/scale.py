@@ -1,0 +1,306 @@
+"""Measures how the default index grows: keys are streamed into it and never stored.
+
+    python benchmarks/scale.py --sizes 1000000 4000000 10000000
+
+Each size is measured in a process of its own. The time of a query is compared at equal recall of
+fresh queries, none of which is a key: that of the smallest index as it was built. The table at
+the end is also in OUT/scale.json.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# Also from a checkout that is not installed; and the demo, which counts cores.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import faiss
+import numpy as np
+import torch
+from measure import default_threads, machine, summary
+from synthetic import Mixture
+from tqdm import tqdm
+
+from fairseq_knnlm.files import write_json
+from fairseq_knnlm.index import IndexCard, SearchIndex, write_file
+from fairseq_knnlm.indexing import IndexBuilder, Wishes
+from fairseq_knnlm.recipes import choose
+
+ROOT = Path(__file__).resolve().parent.parent
+#: What is wanted: growth of a query's time from the smallest size to the largest, and memory.
+GROWTH, MEMORY_GIB = 2.5, 8.0
+#: Timed runs of all queries.
+REPEATS = 5
+
+
+@dataclass
+class Watch:
+    """Adds up seconds, by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+class Truth:
+    """The true k nearest keys of queries (Q, D), found while the keys go by."""
+
+    def __init__(self, queries: np.ndarray, k: int) -> None:
+        self.queries = queries
+        self.k = k
+        self._best = faiss.ResultHeap(len(queries), k)
+
+    def see(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        distances, found = faiss.knn(self.queries, keys, min(self.k, len(keys)))
+        self._best.add_result(distances, rows[found])
+
+    def finish(self) -> None:
+        self._best.finalize()
+
+    def recall(self, found: np.ndarray) -> float:
+        """Share of the true neighbours that are among those found, (Q, k)."""
+        pairs = zip(self._best.I, found, strict=True)
+        return float(np.mean([np.isin(true, ids).mean() for true, ids in pairs]))
+
+
+class Searcher:
+    """One index with any number of lists visited.
+
+    Args:
+        index: FAISS's.
+        card: its card.
+        truth: queries, and who their neighbours are.
+    """
+
+    def __init__(self, index: Any, card: IndexCard, truth: Truth) -> None:
+        self._index, self._card, self._truth = index, card, truth
+        self._recalls: dict[int, float] = {}
+
+    def search(self, nprobe: int) -> np.ndarray:
+        """The ids found for each query, (Q, k)."""
+        searcher = SearchIndex(self._index, replace(self._card, nprobe=nprobe))
+        return searcher.search(torch.from_numpy(self._truth.queries), self._truth.k)[1].numpy()
+
+    def recall(self, nprobe: int) -> float:
+        if nprobe not in self._recalls:
+            self._recalls[nprobe] = self._truth.recall(self.search(nprobe))
+        return self._recalls[nprobe]
+
+    def rates(self, nprobe: int) -> list[float]:
+        """Queries a second, run by run."""
+        rates = []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            self.search(nprobe)
+            rates.append(len(self._truth.queries) / (time.perf_counter() - started))
+        return rates
+
+    def at(self, nprobe: int) -> dict[str, Any]:
+        """What is found with so many lists, and how fast."""
+        recall = self.recall(nprobe)  # also warms up
+        return {
+            "nprobe": nprobe,
+            "recall": recall,
+            "queries_per_second": summary(self.rates(nprobe)),
+        }
+
+
+def fewest(recall: Callable[[int], float], goal: float, first: int, lists: int) -> int:
+    """The fewest lists with which recall reaches a goal; all of them where it never does."""
+    high, low = first, 0
+    while recall(high) < goal:
+        if high == lists:
+            return lists
+        low, high = high, min(2 * high, lists)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if recall(middle) >= goal else (middle, high)
+    return high
+
+
+def measure(args: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """Builds and searches an index of so many keys."""
+    mixture, watch = Mixture(args.width, args.seed, args.threads), Watch()
+    recipe = choose("auto", rows, args.width, lists=True)
+    builder = IndexBuilder(recipe, args.width, rows, Wishes(k=args.k, seed=args.seed))
+    truth = Truth(mixture.queries(args.queries), args.k)
+    with watch.on("generating"):
+        sample, places = mixture.sample(rows, builder.sample_rows)
+    with watch.on("training"):
+        builder.train(sample, places)
+    trained_on = len(sample)
+    del sample
+    _stream(mixture, rows, builder, truth, watch)
+    truth.finish()
+    with watch.on("examining"):
+        index, card = builder.finish()
+    searcher = Searcher(index, card, truth)
+    as_built = searcher.at(card.nprobe)
+    wanted = as_built["recall"] if args.recall is None else args.recall
+    lists = faiss.extract_index_ivf(index).nlist
+    nprobe = fewest(searcher.recall, wanted, card.nprobe, lists)
+    return {
+        "rows": rows,
+        "factory": card.factory,
+        "coverage": card.coverage,
+        "trained_on": trained_on,
+        "seconds": watch.seconds,
+        "added_per_second": rows / watch.seconds["adding"],
+        "bytes_per_key": _file_bytes(index, args.out) / rows,
+        "as_built": as_built,
+        "recall_wanted": wanted,
+        "at_equal_recall": as_built if nprobe == card.nprobe else searcher.at(nprobe),
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def _stream(mixture: Mixture, rows: int, builder: IndexBuilder, truth: Truth, watch: Watch) -> None:
+    """Makes all keys, shows them to those who look for true neighbours, and adds them."""
+    chunks = mixture.chunks(rows)
+    with tqdm(total=rows, desc=f"{rows:,} keys", unit=" keys", unit_scale=True) as bar:
+        while True:
+            with watch.on("generating"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            with watch.on("looking for true neighbours"):
+                builder.see(*chunk)
+                truth.see(*chunk)
+            with watch.on("adding"):
+                builder.add(*chunk)
+            bar.update(len(chunk[1]))
+
+
+def _file_bytes(index: Any, folder: Path) -> int:
+    """Length of an index's file."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        path = Path(temporary, "knn.index")
+        write_file(index, path)
+        return path.stat().st_size
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All sizes, the smallest first, each in a process of its own."""
+    found: list[dict[str, Any]] = []
+    for rows in sorted(args.sizes):
+        goal = ["--recall", str(found[0]["recall_wanted"])] if found else []
+        with tempfile.TemporaryDirectory(dir=args.out) as temporary:
+            path = Path(temporary, "found.json")
+            again = [
+                sys.executable,
+                __file__,
+                *sys.argv[1:],
+                "--one",
+                str(rows),
+                "--into",
+                str(path),
+            ]
+            subprocess.run([*again, *goal], check=True)
+            found.append(json.loads(path.read_text()))
+    return found
+
+
+def conclude(sizes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Growth and memory, against what is wanted."""
+    first, last = (at["at_equal_recall"] for at in (sizes[0], sizes[-1]))
+    growth = first["queries_per_second"]["median"] / last["queries_per_second"]["median"]
+    equal = last["recall"] >= sizes[-1]["recall_wanted"]
+    memory = max(size["peak_gib"] for size in sizes)
+    return {
+        "growth_of_query_time": {
+            "value": growth,
+            "target": {"at_most": GROWTH},
+            "met": equal and growth <= GROWTH,
+            "recall_reached": equal,
+        },
+        "peak_memory_gib": {
+            "value": memory,
+            "target": {"at_most": MEMORY_GIB},
+            "met": memory <= MEMORY_GIB,
+        },
+    }
+
+
+def table(sizes: Sequence[dict[str, Any]]) -> str:
+    """The sizes for a person to read; nprobe, recall and speed are those at equal recall."""
+    lines = [
+        f"{'keys':>12}{'training':>10}{'added/s':>10}{'bytes/key':>11}{'nprobe':>8}{'recall':>8}"
+        f"{'queries/s':>11}{'memory':>10}",
+    ]
+    lines.append("-" * len(lines[0]))
+    for size in sizes:
+        at = size["at_equal_recall"]
+        rate = at["queries_per_second"]["median"]
+        lines.append(
+            f"{size['rows']:>12,}{size['seconds']['training']:>8.0f} s"
+            f"{size['added_per_second']:>10,.0f}{size['bytes_per_key']:>11.1f}{at['nprobe']:>8}"
+            f"{at['recall']:>8.3f}{rate:>11,.0f}{size['peak_gib']:>6.1f} GiB"
+        )
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="example: python benchmarks/scale.py --sizes 100000 400000 --width 256",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    sizes = [1_000_000, 4_000_000, 10_000_000]
+    option("--sizes", type=int, nargs="+", default=sizes, metavar="N", help="keys of each index")
+    option("--width", type=int, default=1024, help="dimensions of a key")
+    option("--k", type=int, default=1024, help="neighbours a query")
+    option("--queries", type=int, default=1024, help="fresh queries")
+    option("--seed", type=int, default=0, help="of keys and queries")
+    option("--threads", type=int, default=default_threads(), help="of everything")
+    option("--out", type=Path, default=ROOT / "bench", help="folder of scale.json")
+    option("--one", type=int, metavar="N", help="measure this size only, in this process")
+    option("--recall", type=float, help="to compare at, where not that of the smallest index")
+    option("--into", type=Path, metavar="FILE", help="with --one: JSON file to write")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    faiss.omp_set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    if args.one:
+        found = measure(args, args.one)
+        if args.into:
+            write_json(args.into, found)
+        else:
+            print(json.dumps(found, indent=2))
+        return 0
+    about = machine(args.threads)
+    setting = {name: getattr(args, name) for name in ("width", "k", "queries", "seed")}
+    sizes = measure_all(args)
+    verdict = conclude(sizes)
+    write_json(
+        args.out / "scale.json",
+        {"machine": about, "setting": setting, "sizes": sizes, **verdict},
+    )
+    print(f"\n{table(sizes)}\n")
+    for name, entry in verdict.items():
+        wanted = f"at most {entry['target']['at_most']:g}, {'met' if entry['met'] else 'NOT met'}"
+        print(f"{name.replace('_', ' ')}: {entry['value']:.2f} ({wanted})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""How fast whole commands are: each run is a process, timed by what it reports of itself."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from commands import BenchError, Report
+from material import PLUGIN, ROOT, Material
+from measure import Rates, interleaved
+from perplexity import Fitted
+from rivals import EXAM, FROM_INDEX
+
+#: Lines that warm the caches up, and show that losses agree.
+WARM_UP = 50
+
+
+class Speeds:
+    """Evaluations of the test split, or its first lines.
+
+    Args:
+        material: text and language model.
+    """
+
+    def __init__(self, material: Material) -> None:
+        self.material = material
+        self.reports: dict[str, list[Report]] = {}
+        #: The mixture of ``knn``, which must be set before that runs.
+        self.fitted: Fitted | None = None
+        self.knn_perplexity = 0.0
+
+    def measure(self, names: Sequence[str], rounds: int) -> Rates:
+        """Tokens a second of some of these, round by round, once their losses are known to agree:
+
+        ``stock``, the stock scorer; ``base``, the plugin's; ``knn``; ``save``, a datastore;
+        ``forward``, the model up to its features.
+        """
+        for name in names:
+            self._run(name, min(WARM_UP, self.material.choice.lines or WARM_UP))
+        self._check()
+        self.reports.clear()
+        lines = self.material.choice.lines
+        runs = {name: partial(self._rate, name, lines) for name in names}
+        rates = interleaved(runs, rounds, "evaluations")
+        self._check()
+        return rates
+
+    def wall(self, name: str) -> list[float]:
+        """Seconds of each run, from start to end."""
+        return [report.wall for report in self.reports[name]]
+
+    def loss(self, name: str) -> str:
+        """Bits a token of the base LM, as a command reported it."""
+        return self.reports[name][0].loss
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one run."""
+        return next(iter(self.reports.values()))[0].tokens
+
+    def _rate(self, name: str, lines: int, _: int) -> float:
+        return self._run(name, lines).rate
+
+    def _run(self, name: str, lines: int) -> Report:
+        command = self._command(name, lines)
+        report = self.material.shell.evaluate(name, command)
+        if name == "save":
+            shutil.rmtree(self._saved)
+        if name == "knn":  # fairseq's own line is of the mixture
+            found = json.loads(self._results.read_text())
+            self.knn_perplexity = found["perplexity"]
+            report = Report(**vars(report) | {"loss": f"{found['base_loss']:.4f}"})
+        self.reports.setdefault(name, []).append(report)
+        return report
+
+    def _check(self) -> None:
+        """Refuses rivals that did not do the same.
+
+        Raises:
+            BenchError: where losses differ in four decimals, or tokens.
+        """
+        losses = {
+            report.loss
+            for name, runs in self.reports.items()
+            if name != "forward"
+            for report in runs
+        }
+        tokens = {report.tokens for runs in self.reports.values() for report in runs}
+        if len(losses) > 1 or len(tokens) > 1:
+            raise BenchError(f"the evaluations differ: losses {losses}, tokens {tokens}")
+
+    def _command(self, name: str, lines: int) -> list[object]:
+        stock = self.material.stock("test", lines)
+        if name == "stock":
+            return stock
+        if name == "forward":
+            return [sys.executable, ROOT / "benchmarks/forward.py", *stock[1:]]
+        options: dict[str, list[Any]] = {
+            "base": [],
+            "save": ["--save-knnlm-dstore", "--dstore-mmap", self._saved],
+        }
+        return [*stock, *PLUGIN, *(self._neighbours() if name == "knn" else options[name])]
+
+    def _neighbours(self) -> list[object]:
+        assert self.fitted is not None
+        material = self.material
+        store = ["--knnlm", "--dstore-filename", material.store.path]
+        index = ["--indexfile", material.index_file("auto", EXAM), "--k", material.choice.k]
+        mixture = ["--lmbda", self.fitted.lmbda, "--knn-temp", self.fitted.temperature]
+        return [*store, *index, "--knn-sim-func", FROM_INDEX, *mixture] + [
+            *("--results-json", self._results)
+        ]
+
+    @property
+    def _results(self) -> Any:
+        return self.material.folder / "knn.json"
+
+    @property
+    def _saved(self) -> Any:
+        return self.material.folder / "timed-save"

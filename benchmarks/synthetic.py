@@ -1,0 +1,95 @@
+"""Keys without end that lie as a language model's do: in clusters of few dimensions each."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+CLUSTERS = 20_000
+#: Dimensions in which a cluster extends, and in which the clusters' centres lie.
+LATENT, OF_CENTRES = 32, 128
+#: Directions that a cluster may extend in: one of so many sets.
+DIRECTIONS = 16
+#: Shares of a key's variance: where its cluster lies, where it lies in it, and noise.
+CENTRE, INSIDE, NOISE = 0.6, 0.35, 0.05
+#: Keys that one seed makes.
+PART = 4096
+#: Parts that are made at a time.
+PARTS = 8
+KEYS, QUERIES = 0, 1
+
+
+class Mixture:
+    """A mixture of clusters, the i-th of which has a weight of 1 / i (Zipf).
+
+    Keys are drawn independently. Any of them can be made again, from the seed and its place.
+
+    Args:
+        width: dimensions of a key, D; a coordinate has a variance of about 1.
+        seed: of everything.
+        threads: that make keys.
+    """
+
+    def __init__(self, width: int, seed: int, threads: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.width = width
+        self._seed = seed
+        self._pool = ThreadPoolExecutor(threads)
+        weights = 1 / np.arange(1, CLUSTERS + 1)
+        self._cumulative = np.cumsum(weights / weights.sum())
+        centres = rng.standard_normal((CLUSTERS, OF_CENTRES), dtype=np.float32)
+        self._centres = centres @ _directions(rng, (OF_CENTRES, width), CENTRE)
+        self._inside = _directions(rng, (DIRECTIONS, LATENT, width), INSIDE)
+
+    def chunks(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Keys 0 to ``rows`` in turn: (n, D) float32, rounded to float16, and their rows (n,)."""
+        for start in range(0, rows, PART * PARTS):
+            yield self.keys(start, min(rows - start, PART * PARTS))
+
+    def sample(self, rows: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        """About ``wanted`` of keys 0 to ``rows``: whole parts, spread evenly.
+
+        Of keys that are independent of one another they are as good as any sample.
+        """
+        parts = min(-(-wanted // PART), rows // PART)
+        chosen = np.linspace(0, rows // PART - 1, parts).astype(int)
+        keys = np.empty((parts * PART, self.width), np.float32)
+        for number, made in enumerate(self._made(chosen)):
+            keys[number * PART : (number + 1) * PART] = made
+        return keys, (chosen[:, None] * PART + np.arange(PART)).ravel()
+
+    def keys(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys from ``start``, where a part begins, and their rows."""
+        parts = range(start // PART, -(-(start + count) // PART))
+        return np.concatenate(list(self._made(parts)))[:count], np.arange(start, start + count)
+
+    def _made(self, parts: Iterable[int]) -> Iterator[np.ndarray]:
+        """These parts of the keys, made in parallel, in order."""
+        return self._pool.map(lambda part: self._part(KEYS, part), parts)
+
+    def queries(self, count: int) -> np.ndarray:
+        """Fresh draws, none of which is a key: (count, D) float32."""
+        return np.concatenate([self._part(QUERIES, p) for p in range(-(-count // PART))])[:count]
+
+    def _part(self, kind: int, number: int) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, kind, number])
+        drawn = np.searchsorted(self._cumulative, rng.random(PART)).clip(max=CLUSTERS - 1)
+        latent = rng.standard_normal((PART, LATENT), dtype=np.float32)
+        keys = rng.standard_normal((PART, self.width), dtype=np.float32)
+        keys *= np.float32(NOISE**0.5)
+        keys += self._centres[drawn]
+        for which, directions in enumerate(self._inside):
+            rows = drawn % DIRECTIONS == which
+            keys[rows] += latent[rows] @ directions
+        return keys.astype(np.float16).astype(np.float32)
+
+
+def _directions(rng: np.random.Generator, shape: tuple[int, ...], variance: float) -> np.ndarray:
+    """Directions (..., n, D) of which each is less important than the last.
+
+    Standard normal numbers, multiplied with them, have this variance in a coordinate.
+    """
+    drawn = rng.standard_normal(shape, dtype=np.float32)
+    scales = 1 / np.sqrt(np.arange(1, shape[-2] + 1))
+    scales *= (variance / (scales**2).sum()) ** 0.5
+    return drawn * scales[:, None].astype(np.float32)
