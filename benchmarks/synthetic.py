@@ -1,4 +1,9 @@
-"""Keys without end that lie as a language model's do: in clusters of few dimensions each."""
+"""Keys without end that lie as a language model's do: in clusters of few dimensions each.
+
+The numbers below make them as hard to search as the keys of a language model of WikiText-2. Of
+200,000 keys, in brackets that model's: 90% of the variance lies in 70 dimensions (69), 0.9 of the
+1,024 nearest lie in 18 of 512 lists (14), and 64-byte codes then find 0.85 of them (0.86).
+"""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,11 +12,13 @@ import numpy as np
 
 CLUSTERS = 20_000
 #: Dimensions in which a cluster extends, and in which the clusters' centres lie.
-LATENT, OF_CENTRES = 32, 128
-#: Directions that a cluster may extend in: one of so many sets.
-DIRECTIONS = 16
+LATENT, OF_CENTRES = 32, 64
+#: Sets of directions, in one of which a cluster extends.
+DIRECTIONS = 8
+#: The i-th dimension of either counts i ** -DECAY as much as the first.
+DECAY = 0.75
 #: Shares of a key's variance: where its cluster lies, where it lies in it, and noise.
-CENTRE, INSIDE, NOISE = 0.6, 0.35, 0.05
+CENTRE, INSIDE, NOISE = 0.6, 0.35, 0.01
 #: Keys that one seed makes.
 PART = 4096
 #: Parts that are made at a time.
@@ -90,6 +97,6 @@ def _directions(rng: np.random.Generator, shape: tuple[int, ...], variance: floa
     Standard normal numbers, multiplied with them, have this variance in a coordinate.
     """
     drawn = rng.standard_normal(shape, dtype=np.float32)
-    scales = 1 / np.sqrt(np.arange(1, shape[-2] + 1))
+    scales = np.arange(1, shape[-2] + 1) ** -DECAY
     scales *= (variance / (scales**2).sum()) ** 0.5
     return drawn * scales[:, None].astype(np.float32)
