@@ -38,10 +38,10 @@ format: setup ## put the code in the house format
 	@$(BIN)/ruff format .
 
 bench: setup ## measure against the stock scorer and the published search (about an hour)
-	@$(BIN)/python benchmarks/bench.py --shared "$(SHARED)"
+	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/bench.py --shared "$(SHARED)"
 
 bench-scale: setup ## measure how the index grows, to ten million keys (about an hour)
-	@$(BIN)/python benchmarks/scale.py
+	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/scale.py
 
 clean: ## remove what the demo and the tools wrote, but not .venv
 	rm -rf demo build .mypy_cache .pytest_cache .ruff_cache
