@@ -35,6 +35,7 @@ class Report:
         loss: bits a token, four decimals.
         perplexity: two decimals.
         wall: seconds from the command's start to its end.
+        peak: most memory that its process held, GiB.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class Report:
     loss: str
     perplexity: float
     wall: float
+    peak: float
 
 
 @contextmanager
@@ -75,7 +77,7 @@ class Shell:
     logs: Path
     threads: int
 
-    def run(self, name: str, command: Sequence[object]) -> tuple[str, float]:
+    def run(self, name: str, command: Sequence[object]) -> tuple[str, float, float]:
         """Runs a command to its end.
 
         Args:
@@ -83,7 +85,7 @@ class Shell:
             command: program and arguments, found where this Python's programs are.
 
         Returns:
-            What it said, and its wall time in seconds.
+            What it said, its wall time in seconds, and the most memory it held in GiB.
 
         Raises:
             BenchError: where it fails.
@@ -96,13 +98,19 @@ class Shell:
             del env["GOMP_SPINCOUNT"]
         started = time.perf_counter()
         with log.open("wb") as sink:
-            code = subprocess.run(words, env=env, stdout=sink, stderr=subprocess.STDOUT).returncode
+            process = subprocess.Popen(words, env=env, stdout=sink, stderr=subprocess.STDOUT)
+            try:
+                _, status, used = os.wait4(process.pid, 0)
+            except BaseException:
+                process.kill()
+                raise
+        process.returncode = code = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
         said = log.read_text(encoding="utf-8", errors="replace")
         if code:
             end = "\n".join(said.splitlines()[-15:])
             raise BenchError(f"{end}\n{words[0]} ended with code {code}; see {log}")
-        return said, seconds
+        return said, seconds, used.ru_maxrss / 2**20
 
     def prepare(self, name: str, command: Sequence[object]) -> None:
         """Runs a command that makes something, shown as one would type it."""
@@ -112,7 +120,7 @@ class Shell:
 
     def evaluate(self, name: str, command: Sequence[object]) -> Report:
         """Runs ``fairseq-eval-lm`` and reads its report."""
-        said, wall = self.run(name, command)
+        said, wall, peak = self.run(name, command)
         speed, loss = SPEED.search(said), LOSS.search(said)
         if speed is None or loss is None:
             raise BenchError(f"{name} reported no speed or no loss; see {self.logs / name}.log")
@@ -122,4 +130,5 @@ class Shell:
             loss=loss[1],
             perplexity=float(loss[2]),
             wall=wall,
+            peak=peak,
         )

@@ -27,6 +27,8 @@ class Speeds:
     def __init__(self, material: Material) -> None:
         self.material = material
         self.reports: dict[str, list[Report]] = {}
+        #: Those of the warm-up, on a few lines.
+        self.warm_up: dict[str, list[Report]] = {}
         #: The mixture of ``knn``, which must be set before that runs.
         self.fitted: Fitted | None = None
         self.knn_perplexity = 0.0
@@ -40,7 +42,7 @@ class Speeds:
         for name in names:
             self._run(name, min(WARM_UP, self.material.choice.lines or WARM_UP))
         self._check()
-        self.reports.clear()
+        self.warm_up, self.reports = self.reports, {}
         lines = self.material.choice.lines
         runs = {name: partial(self._rate, name, lines) for name in names}
         rates = interleaved(runs, rounds, "evaluations")
@@ -50,6 +52,13 @@ class Speeds:
     def wall(self, name: str) -> list[float]:
         """Seconds of each run, from start to end."""
         return [report.wall for report in self.reports[name]]
+
+    def peaks(self, name: str) -> dict[str, float]:
+        """Most memory held, GiB, by the number of tokens scored: it should not grow with them."""
+        peaks: dict[str, float] = {}
+        for run in (*self.warm_up[name], *self.reports[name]):
+            peaks[str(run.tokens)] = max(run.peak, peaks.get(str(run.tokens), 0.0))
+        return peaks
 
     def loss(self, name: str) -> str:
         """Bits a token of the base LM, as a command reported it."""

@@ -141,6 +141,7 @@ class Bench:
         names = (target.over, target.under)
         found: dict[str, Any] = {
             "wall_seconds": {name: summary(self.speeds.wall(name)) for name in names},
+            "peak_gib_by_tokens": {name: self.speeds.peaks(name) for name in names},
             "base_loss": {name: self.speeds.loss(name) for name in names},
             "lines": self.material.choice.lines or "all",
             "tokens": self.speeds.tokens,
