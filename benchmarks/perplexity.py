@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from material import Asked, Material
-from rivals import Searches
+from rivals import Searching
 from tqdm import tqdm
 
 from fairseq_knnlm.files import publish
@@ -44,7 +44,7 @@ class Perplexities:
         searches: who answers them.
     """
 
-    def __init__(self, material: Material, searches: Searches) -> None:
+    def __init__(self, material: Material, searches: Searching) -> None:
         self.material = material
         self.searches = searches
 

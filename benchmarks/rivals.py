@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import cache, cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,6 +54,14 @@ class Published:
 
 def _split(ids: np.ndarray) -> list[np.ndarray]:
     return np.split(ids, range(AT_A_TIME, len(ids), AT_A_TIME))
+
+
+class Searching(Protocol):
+    """Searches by name."""
+
+    k: int
+
+    def of(self, name: str) -> Search: ...
 
 
 class Searches:
