@@ -84,12 +84,14 @@ class Retriever:
         queries = queries.detach().float()
         found, ids = self.index.search(queries, k)
         valid = ids >= 0
-        rows = ids.clamp_min(0)
+        complete = bool(valid.all())
+        rows = ids if complete else ids.clamp_min(0)
         if self.similarity == "do_not_recomp_l2":
-            distances = found if self.index.card.metric == "l2" else -found
+            distances = found if self.index.card.metric == "l2" else found.neg_()
         else:
             distances = self._recompute(queries, rows)
-        distances.masked_fill_(~valid, torch.inf)
+        if not complete:
+            distances.masked_fill_(~valid, torch.inf)
         return Neighbours(ids, distances, self._values_of(rows), valid)
 
     def _values_of(self, rows: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class Retriever:
             self._values = self._values.to(rows.device)
         values = self._values.index_select(0, rows.reshape(-1)).view(rows.shape)
         # uint16 travels as int16, with which torch can do more.
-        return values.int() & 0xFFFF if values.dtype == torch.int16 else values
+        return values.int().bitwise_and_(0xFFFF) if values.dtype == torch.int16 else values
 
     def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
