@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     option("--queries", type=int, default=8192, help="sampled tokens of valid, and of test")
     option("--k", type=int, default=1024, help="neighbours a token")
     option("--rounds", type=int, default=3, help="timed runs of each command")
-    option("--searches", type=int, default=11, help="timed batches of each search")
+    option("--searches", type=int, default=7, help="timed runs of each search")
     option("--builds", type=int, default=2, help="timed builds of each index")
     option("--seed", type=int, default=0, help="of the samples")
     option("--threads", type=int, default=default_threads(), help="of everything")

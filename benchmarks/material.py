@@ -23,7 +23,7 @@ from fairseq_knnlm import index as indexes
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.files import publish
 from fairseq_knnlm.index import SearchIndex
-from fairseq_knnlm.indexing import Wishes, build, plan
+from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.tables import read_table
 
@@ -220,31 +220,34 @@ class Material:
     def _recipe(self, name: str) -> Any:
         return choose(name, len(self.store), self.store.manifest.width)
 
-    def _wishes(self, queries: int) -> Wishes:
-        return Wishes(queries=queries, k=self.choice.k)
+    def _wishes(self, queries: int, recall: float) -> Wishes:
+        return Wishes(queries=queries, k=self.choice.k, recall=recall)
 
-    def build(self, name: str, queries: int) -> tuple[Any, indexes.IndexCard]:
+    def build(
+        self, name: str, queries: int, recall: float = RECALL
+    ) -> tuple[Any, indexes.IndexCard]:
         """Builds an index of the datastore.
 
         Args:
             name: ``auto``, ``paper`` or a factory string.
             queries: keys to examine it with; nprobe is then as many lists as it needs.
+            recall: share of the true neighbours that these lists should hold.
         """
-        assert self.store.keys is not None
-        return build(self.store.keys, self._recipe(name), self._wishes(queries))
+        keys = self.store.full_keys()
+        return build(keys, self._recipe(name), self._wishes(queries, recall))
 
-    def index_file(self, name: str, queries: int) -> Path:
+    def index_file(self, name: str, queries: int, recall: float = RECALL) -> Path:
         """The file of such an index. Its name changes with anything that the index depends on."""
-        decided = plan(self._recipe(name), self._wishes(queries), self.store.fingerprint)
+        decided = plan(self._recipe(name), self._wishes(queries, recall), self.store.fingerprint)
         digest = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:8]
         path = self.folder / f"{name}-{digest}.index"
         if not indexes.card_path(path).is_file():
-            indexes.save(*self.build(name, queries), path, self.store.fingerprint)
+            indexes.save(*self.build(name, queries, recall), path, self.store.fingerprint)
         return path
 
-    def index(self, name: str, queries: int) -> SearchIndex:
+    def index(self, name: str, queries: int, recall: float = RECALL) -> SearchIndex:
         """Such an index, ready to search."""
-        return load(self.index_file(name, queries), self.store, self.choice.k)
+        return load(self.index_file(name, queries, recall), self.store, self.choice.k)
 
 
 def load(path: Path, store: Datastore, k: int) -> SearchIndex:

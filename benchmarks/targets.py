@@ -49,7 +49,7 @@ class Repeats:
 
     Attributes:
         rounds: of whole commands.
-        searches: of a batch of queries.
+        searches: of all sampled queries of test.
         builds: of indexes.
     """
 
@@ -119,11 +119,11 @@ class Bench:
         if "published" in names:
             self.searches.check_published(batches[0])
 
-        def rate(name: str, number: int) -> float:
-            return self.searches.rate(name, batches[number % len(batches)])
+        def rate(name: str, _: int) -> float:
+            return self.searches.rate(name, batches)
 
         for name in names:
-            rate(name, 0)  # warms up
+            self.searches.rate(name, batches[:1])  # warms up
         return interleaved(
             {name: partial(rate, name) for name in names}, self.repeats.searches, "searches"
         )
