@@ -15,6 +15,7 @@ from rivals import UNEXAMINED, Searches
 from speeds import Speeds
 
 from fairseq_knnlm.errors import KnnlmError
+from fairseq_knnlm.experts import QUERIES_AT_A_TIME
 
 #: Those of a kind are measured together, in this order.
 TARGETS = {
@@ -37,8 +38,6 @@ TARGETS = {
         "size", "streamed", "", "bytes", at_most=80, within=("streamed", "exact", 0.01)
     ),
 }
-#: Tokens of a batch of an evaluation.
-BATCH = 2048
 #: Bytes read at a time to bring a file into memory.
 READ_BYTES = 2**24
 
@@ -114,8 +113,8 @@ class Bench:
         return entries
 
     def _searches(self, names: Sequence[str]) -> Rates:
-        """Queries a second, in batches of the test sample."""
-        batches = self.perplexities.samples["test"].keys.split(BATCH)
+        """Queries a second, in such batches of the test sample as an evaluation makes."""
+        batches = self.perplexities.samples["test"].keys.split(QUERIES_AT_A_TIME)
         if "published" in names:
             self.searches.check_published(batches[0])
 

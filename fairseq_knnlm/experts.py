@@ -18,6 +18,9 @@ from fairseq_knnlm.neighbours import Retriever
 
 #: Temperatures in a score table: 0.25 to 512 in steps of the square root of 2.
 TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(-4, 19))
+#: Queries searched at a time: enough for FAISS to share work between them, and few enough for
+#: memory to be used again in the place of new memory, which costs more than the arithmetic on it.
+QUERIES_AT_A_TIME = 1024
 #: Neighbours whose distance is a column of the score table.
 DISTANCE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -59,10 +62,23 @@ class KnnExpert:
     def opinion(self, scored: Scored) -> Opinion:
         """log p_kNN of each target, given its key."""
         assert scored.keys is not None
+        some = zip(
+            scored.keys.split(QUERIES_AT_A_TIME),
+            scored.targets.split(QUERIES_AT_A_TIME),
+            strict=True,
+        )
+        parts = [self._opinion(keys, targets) for keys, targets in some]
+        return Opinion(
+            torch.cat([part.log_probs for part in parts]),
+            torch.cat([part.available for part in parts]),
+            {name: torch.cat([p.columns[name] for p in parts]) for name in parts[0].columns},
+        )
+
+    def _opinion(self, keys: Tensor, targets: Tensor) -> Opinion:
         started = time.perf_counter()
-        near = self.retriever.search(scored.keys, self.k)
+        near = self.retriever.search(keys, self.k)
         self.search_seconds += time.perf_counter() - started
-        matches = near.values == scored.targets[:, None]
+        matches = near.values == targets[:, None]
         temperatures = (self.temperature, *(TEMPERATURES if self.for_table else ()))
         columns = knn_log_probs(near.distances, matches, near.valid, temperatures)
         table = {}

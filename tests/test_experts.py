@@ -70,6 +70,19 @@ def test_the_table_holds_every_temperature(store: Datastore) -> None:
     np.testing.assert_allclose(columns, expected, atol=1e-4)
 
 
+def test_few_queries_at_a_time_are_as_good(
+    store: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = opinion(store, 20)
+    monkeypatch.setattr("fairseq_knnlm.experts.QUERIES_AT_A_TIME", 7)
+    apart = opinion(store, 20)
+    torch.testing.assert_close(apart.log_probs, together.log_probs)
+    assert torch.equal(apart.available, together.available)
+    assert set(apart.columns) == set(together.columns)
+    for name, column in apart.columns.items():
+        torch.testing.assert_close(column, together.columns[name])
+
+
 def test_without_a_table_there_are_no_columns(store: Datastore) -> None:
     silent, talking = opinion(store, 5, for_table=False), opinion(store, 5)
     assert silent.columns == {}
