@@ -121,8 +121,6 @@ class Bench:
         def rate(name: str, _: int) -> float:
             return self.searches.rate(name, batches)
 
-        for name in names:
-            self.searches.rate(name, batches[:1])  # warms up
         return interleaved(
             {name: partial(rate, name) for name in names}, self.repeats.searches, "searches"
         )
