@@ -15,10 +15,12 @@ from demo import environment
 from demo_steps import typed
 from tqdm import tqdm
 
+HERE = Path(__file__).resolve().parent
 #: Seconds between signs of life.
 HEARTBEAT = 5.0
 SPEED = re.compile(r"Evaluated ([\d,]+) tokens in [\d.]+s \(([\d.]+) tokens/s\)")
 LOSS = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")
+PEAK = re.compile(r"peak memory ([\d.]+) GiB")
 
 
 class BenchError(Exception):
@@ -77,7 +79,7 @@ class Shell:
     logs: Path
     threads: int
 
-    def run(self, name: str, command: Sequence[object]) -> tuple[str, float, float]:
+    def run(self, name: str, command: Sequence[object]) -> tuple[str, float]:
         """Runs a command to its end.
 
         Args:
@@ -85,7 +87,7 @@ class Shell:
             command: program and arguments, found where this Python's programs are.
 
         Returns:
-            What it said, its wall time in seconds, and the most memory it held in GiB.
+            What it said, its memory at the end of that, and its wall time in seconds.
 
         Raises:
             BenchError: where it fails.
@@ -98,19 +100,18 @@ class Shell:
             del env["GOMP_SPINCOUNT"]
         started = time.perf_counter()
         with log.open("wb") as sink:
-            process = subprocess.Popen(words, env=env, stdout=sink, stderr=subprocess.STDOUT)
-            try:
-                _, status, used = os.wait4(process.pid, 0)
-            except BaseException:
-                process.kill()
-                raise
-        process.returncode = code = os.waitstatus_to_exitcode(status)
+            code = subprocess.run(
+                [sys.executable, HERE / "peak.py", *words],
+                env=env,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+            ).returncode
         seconds = time.perf_counter() - started
         said = log.read_text(encoding="utf-8", errors="replace")
         if code:
             end = "\n".join(said.splitlines()[-15:])
             raise BenchError(f"{end}\n{words[0]} ended with code {code}; see {log}")
-        return said, seconds, used.ru_maxrss / 2**20
+        return said, seconds
 
     def prepare(self, name: str, command: Sequence[object]) -> None:
         """Runs a command that makes something, shown as one would type it."""
@@ -120,9 +121,9 @@ class Shell:
 
     def evaluate(self, name: str, command: Sequence[object]) -> Report:
         """Runs ``fairseq-eval-lm`` and reads its report."""
-        said, wall, peak = self.run(name, command)
-        speed, loss = SPEED.search(said), LOSS.search(said)
-        if speed is None or loss is None:
+        said, wall = self.run(name, command)
+        speed, loss, peak = SPEED.search(said), LOSS.search(said), PEAK.search(said)
+        if speed is None or loss is None or peak is None:
             raise BenchError(f"{name} reported no speed or no loss; see {self.logs / name}.log")
         return Report(
             tokens=int(speed[1].replace(",", "")),
@@ -130,5 +131,5 @@ class Shell:
             loss=loss[1],
             perplexity=float(loss[2]),
             wall=wall,
-            peak=peak,
+            peak=float(peak[1]),
         )
