@@ -269,13 +269,13 @@ def test_the_user_sees_a_message_and_no_traceback(
 
 def test_a_killed_save_leaves_nothing_that_opens(lab: Lab, tmp_path: Path) -> None:
     """Ended by an exception in the middle: no folder of that name, and no partial one either."""
-    from fairseq_knnlm.scorer import SavesKeys
+    from fairseq_knnlm.saving import Saving
 
-    def fail(self: SavesKeys, batch: object) -> None:
+    def fail(self: Saving, batch: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SavesKeys, "take", fail)
+        patch.setattr(Saving, "take", fail)
         with pytest.raises(KeyboardInterrupt):
             lab.evaluate("test", "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "new")
     assert not (tmp_path / "new").exists()
