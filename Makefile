@@ -37,10 +37,10 @@ format: setup ## put the code in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## measure against the stock scorer and the published search (about an hour)
+bench: setup ## measure against the stock scorer and the published search (40 minutes)
 	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/bench.py --shared "$(SHARED)"
 
-bench-scale: setup ## measure how the index grows, to ten million keys (about an hour)
+bench-scale: setup ## measure how the index grows, to ten million keys (15 minutes)
 	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/scale.py
 
 clean: ## remove what the demo and the tools wrote, but not .venv
