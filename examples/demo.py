@@ -120,7 +120,7 @@ class Demo:
         self.steps.run(
             "Build its index",
             ["python", "examples/build_index.py", "--dstore", store],
-            show="bytes a key",
+            show=r"knn\.index: |bytes a key",
         )
         knn = ["--knnlm", "--dstore-filename", store, "--k", NEIGHBOURS, *SCORING]
         self.eval_lm(
