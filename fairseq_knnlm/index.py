@@ -198,7 +198,8 @@ def load(
     card = read_card(path)
     if card is not None:
         _check_file(path, card, datastore)
-    index = _map_file(path) if mapped else read_file(path)
+    exact = card is not None and card.exact
+    index = _map_file(path, exact) if mapped else read_file(path)
     if index.ntotal != rows or index.d != width:
         raise IndexFileError(
             f"{path} is an index of another datastore",
@@ -254,23 +255,25 @@ def write_file(index: Any, path: Path) -> None:
     faiss.write_index(index, str(path))
 
 
-def read_file(path: Path) -> Any:
-    """Reads a FAISS index.
+def read_file(path: Path, flags: int = 0) -> Any:
+    """Reads a FAISS index, with FAISS's flags for reading.
 
     Raises:
         IndexFileError: where FAISS cannot.
     """
     try:
-        return faiss.read_index(str(path))
+        return faiss.read_index(str(path), flags)
     except (RuntimeError, MemoryError) as error:
         raise _damaged(path, "an index that FAISS reads", first_line(error)) from None
 
 
-def _map_file(path: Path) -> Any:
-    """An index whose codes stay in the file."""
-    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    if is_exact(index):
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+def _map_file(path: Path, exact: bool) -> Any:
+    """An index whose codes stay in the file; ``exact`` where its card says that it is."""
+    if exact:
+        return read_file(path, faiss.IO_FLAG_MMAP_IFC)
+    index = read_file(path, faiss.IO_FLAG_MMAP)
+    if is_exact(index):  # one without a card; this flag has read it into memory
+        return read_file(path, faiss.IO_FLAG_MMAP_IFC)
     lists: Any = faiss.extract_index_ivf(index).invlists if has_lists(index) else None
     if not isinstance(lists and faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
         raise IndexFileError(

@@ -104,7 +104,7 @@ def _auto(
             do="leave it out: auto then takes about 72",
         )
     if gpu:  # 8-bit codes only, of a few sizes
-        sizes = (96, 64, 48, 32, 16, 8, 4, 2, 1) if max_bytes else (64, 48, 32, 16, 8, 4, 2, 1)
+        sizes = (96, 64, 48, 32, 16, 8, 4, 2, 1)
         codes = next(s for s in sizes if width % s == 0 and s <= max(budget - ID_BYTES, 1))
         factory = f"IVF{lists},PQ{codes}"
     else:

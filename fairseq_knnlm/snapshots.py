@@ -29,11 +29,11 @@ class Snapshots:
     """The snapshots of one build.
 
     Args:
-        folder: where they lie; None for no snapshots.
+        folder: where they lie.
         plan: what is being built, as JSON has it. A snapshot of another plan is not used.
     """
 
-    def __init__(self, folder: Path | None, plan: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
         self.folder = folder
         self.plan = plan
         self._last = time.monotonic()
@@ -43,7 +43,7 @@ class Snapshots:
 
         A snapshot that is damaged or of another plan is passed over with a warning.
         """
-        if self.folder is None or not (self.folder / "snapshot.json").is_file():
+        if not (self.folder / "snapshot.json").is_file():
             return None
         try:
             (plan, rows), _ = read_sealed(
@@ -61,7 +61,7 @@ class Snapshots:
 
     def take(self, index: Any, rows: int) -> None:
         """Takes a snapshot of an index with so many rows, if the last is a while ago."""
-        if self.folder is None or time.monotonic() - self._last < INTERVAL:
+        if time.monotonic() - self._last < INTERVAL:
             return
         with publish(self._file(rows)) as temporary:
             write_file(index, temporary)
@@ -75,9 +75,7 @@ class Snapshots:
 
     def clear(self) -> None:
         """Removes them, once the index is where it belongs."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, rows: int) -> Path:
-        assert self.folder is not None
         return self.folder / f"{rows}.index"
