@@ -44,3 +44,7 @@ class ModelError(KnnlmError):
 
 class TableError(KnnlmError):
     """A score table or calibration that is missing, damaged, or of another run."""
+
+
+class NGramError(KnnlmError):
+    """N-gram counts that are missing, damaged, or of another datastore or dictionary."""

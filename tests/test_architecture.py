@@ -16,7 +16,7 @@ PACKAGE = "fairseq_knnlm"
 STOREYS = [
     {"background", "errors", "mixing", "report", "versions"},
     {"files", "host", "lm", "recipes"},
-    {"config", "datastore", "index", "calibration", "tables"},
+    {"config", "datastore", "index", "calibration", "ngram", "tables"},
     {"exact", "exam", "legacy", "neighbours", "snapshots", "tune"},
     {"experts", "indexing", "memory"},
     {"scorer"},
@@ -36,6 +36,7 @@ ALLOWED = {
     "recipes": {"errors"},
     "datastore": {"errors", "files"},
     "index": {"errors", "files"},
+    "ngram": {"errors", "files"},
     "exact": {"index"},
     "exam": {"index"},
     "neighbours": {"datastore", "index"},
