@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fairseq_knnlm import index as indexes
 from fairseq_knnlm.calibration import read_calibration, write_calibration
+from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError, IndexFileError, KnnlmError
 from fairseq_knnlm.files import altered, human_bytes
@@ -99,6 +100,27 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "verify", _verify, "check every byte of a datastore and its index", "--dstore DSTORE"
     )
     _add_store(verify)
+
+    compressing = command(
+        "compress",
+        _compress,
+        "write a smaller datastore: fewer dimensions, fewer entries, or both",
+        "--dstore DSTORE --out SMALLER --pca 128 --merge 8",
+    )
+    _add_store(compressing)
+    compressing.add_argument("--out", required=True, type=Path, help="folder to make")
+    compressing.add_argument("--pca", type=int, help="principal components of the keys to keep")
+    compressing.add_argument(
+        "--merge",
+        type=int,
+        help="neighbours of an entry to merge into it where their value is the same",
+    )
+    compressing.add_argument(
+        "--indexfile", type=Path, help="index that --merge searches (default: in the datastore)"
+    )
+    compressing.add_argument(
+        "--seed", type=int, default=0, help="of sample, rotation and order (default: 0)"
+    )
 
     importing = command(
         "import",
@@ -246,6 +268,8 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     print(f"{store.path}: {manifest.rows:,} entries of width {manifest.width}")
     print(f"  keys         {manifest.key_dtype or 'in the index only'}, {origin.key_type}")
     print(f"  values       {manifest.value_dtype}, below {origin.vocabulary:,}")
+    for step in manifest.compressions:
+        print(f"  compressed   {step.describe()}")
     print(f"  split        {origin.split or 'unknown'} {origin.context or ''}")
     print(f"  model        {origin.model or 'unknown'}")
     print(f"  dictionary   {origin.dictionary or 'unknown'}")
@@ -275,6 +299,7 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
     print(
         f"{store.path}: {len(store):,} entries, "
         + ("every byte as it was written" if checked else "of the right length; no checksums")
+        + (f" ({', '.join(checked)})" if checked else "")
     )
     path = store.index_path
     if path.is_file():
@@ -287,6 +312,17 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
         if card.chunks and altered(path, card.chunks, everything=True):
             raise IndexFileError(f"{path} is damaged", do="build the index again")
         print(f"{path}: {card.describe()}, of this datastore")
+
+
+def _compress(args: argparse.Namespace, _: list[str]) -> None:
+    store = _open(args)
+    choice = {"pca": args.pca, "merge": args.merge, "seed": args.seed}
+    smaller = open_datastore(compress(store, args.out, index=args.indexfile, **choice))
+    print(
+        f"{args.out}: {len(store):,} -> {len(smaller):,} entries, "
+        f"{human_bytes(store.nbytes)} -> {human_bytes(smaller.nbytes)}"
+    )
+    print("build its index with `fairseq-knnlm build-index`, then fit lambda and temperature again")
 
 
 def _import(args: argparse.Namespace, _: list[str]) -> None:

@@ -5,10 +5,12 @@ A datastore is a folder that describes itself (``docs/format.md``):
 * ``manifest.json``: rows, width, types, and what made it;
 * ``keys.npy``: (rows, width) float16 or float32, the language model's representation of a context,
   unless the keys went into the index only;
-* ``values.npy``: (rows,) integers, the token that followed.
+* ``values.npy``: (rows,) integers, the token that followed;
+* ``projection.npy``, ``weights.npy``: only in a datastore made of a larger one (``compress``).
 
-Row i belongs to the i-th token of the split, in the order of the text, so row i + 1 follows row i.
-The folder is written under a temporary name and renamed whole, manifest last.
+Row i belongs to the i-th token of the split, in the order of the text, so row i + 1 follows row i,
+unless entries were merged. The folder is written under a temporary name and renamed whole,
+manifest last.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,10 @@ from fairseq_knnlm.files import (
 logger = logging.getLogger(__name__)
 
 FORMAT = "fairseq-knnlm datastore"
-#: Version 2 may lack keys; a datastore with keys is written as version 1 has it.
-VERSION = 2
+#: Version 2 may lack keys; version 3 is compressed. What needs neither is written as version 1.
+VERSION = 3
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
+PROJECTION, WEIGHTS = "projection.npy", "weights.npy"
 INDEX = "knn.index"
 KEY_DTYPES = ("float16", "float32")
 
@@ -67,16 +70,44 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """How a datastore was made of a larger one.
+
+    Attributes:
+        datastore: fingerprint of the larger one.
+        rows: its entries.
+        width: dimensions of its keys.
+        pca: principal components kept; None where keys were not projected.
+        merge: nearest neighbours that an entry could absorb; None where none were merged.
+        seed: of everything random in it.
+    """
+
+    datastore: str
+    rows: int
+    width: int
+    pca: int | None
+    merge: int | None
+    seed: int
+
+    def describe(self) -> str:
+        """``"from 2,088,628 entries of width 256 by --merge 8 --pca 128 --seed 0"``."""
+        chosen = {"merge": self.merge, "pca": self.pca, "seed": self.seed}
+        flags = " ".join(f"--{name} {value}" for name, value in chosen.items() if value is not None)
+        return f"from {self.rows:,} entries of width {self.width} by {flags}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Shape, types and origin of a datastore.
 
     Attributes:
         rows: entries, N.
-        width: dimensions of a key, D.
+        width: dimensions of a key, D, or P after PCA.
         key_dtype: ``"float16"`` or ``"float32"``; None for a datastore that kept no keys.
         value_dtype: the integer type of the values.
         origin: what made it.
         files: for each file its ``bytes`` and the checksums of its ``chunks``.
+        compressions: what was done to the datastore that was saved, in that order.
     """
 
     rows: int
@@ -85,6 +116,17 @@ class Manifest:
     value_dtype: str
     origin: Origin
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compressions: Sequence[Compression] = ()
+
+    @property
+    def query_width(self) -> int:
+        """Dimensions of the language model's keys, which are projected where ``width`` is less."""
+        return self.compressions[0].width if self.compressions else self.width
+
+    @property
+    def merged(self) -> bool:
+        """Whether entries were merged, so that row i + 1 need not follow row i."""
+        return any(step.merge for step in self.compressions)
 
 
 @dataclass(frozen=True)
@@ -99,6 +141,9 @@ class Datastore:
         values: (N,) integers.
         fingerprint: SHA-256 over the manifest, which holds checksums of the content.
         index_path: where its index lies unless said otherwise.
+        projection: (D, P) float32, takes the language model's keys to those of the datastore;
+            None where they are the same.
+        weights: (N,) int32, entries that each one stands for; None where each is one.
     """
 
     path: Path
@@ -107,9 +152,17 @@ class Datastore:
     values: np.ndarray
     fingerprint: str
     index_path: Path
+    projection: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is opened."""
+        arrays = (self.keys, self.values, self.projection, self.weights)
+        return sum(array.nbytes for array in arrays if array is not None)
 
     @property
     def calibration_path(self) -> Path:
@@ -152,11 +205,11 @@ class Datastore:
         Raises:
             DatastoreError: naming the first difference.
         """
-        origin = self.manifest.origin
+        origin, model_width = self.manifest.origin, self.manifest.query_width
         rows = (
             ("dictionary", origin.dictionary, dictionary, "binarise the text with its dictionary"),
             ("key type", origin.key_type, key_type, f"pass --knn-keytype {origin.key_type}"),
-            ("key width", self.manifest.width, width, "evaluate the checkpoint that wrote it"),
+            ("key width", model_width, width, "evaluate the checkpoint that wrote it"),
             ("checkpoint", origin.model, model, "evaluate the checkpoint that wrote it"),
         )
         for what, ours, theirs, remedy in rows:
@@ -200,6 +253,9 @@ class DatastoreWriter:
         width: dimensions of a key, D.
         origin: what makes it.
         key_dtype: ``"float16"`` or ``"float32"``; None to keep no keys.
+        compressions: what was done to the datastore that was saved.
+        projection: (D, P) float32, where keys were projected to P dimensions, here ``width``.
+        weights: (N,) int32, where entries were merged.
 
     Raises:
         DatastoreError: where ``path`` exists, or the disk cannot hold the datastore.
@@ -212,27 +268,41 @@ class DatastoreWriter:
         width: int,
         origin: Origin,
         key_dtype: str | None = "float16",
+        *,
+        compressions: Sequence[Compression] = (),
+        projection: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.path = path
         self.width = width
         self.origin = origin
+        self.compressions = compressions
         check_new(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_room(path.parent, datastore_bytes(rows, width, key_dtype, origin.vocabulary))
+        extras = {PROJECTION: projection, WEIGHTS: weights}
+        extra_bytes = sum(array.nbytes for array in extras.values() if array is not None)
+        needed = datastore_bytes(rows, width, key_dtype, origin.vocabulary) + extra_bytes
+        check_room(path.parent, needed)
         prefix = f".{path.name}.partial-"
         for left in path.parent.glob(f"{prefix}*"):
             logger.warning("%s was left by a save that was killed; it can be removed", left)
         self._folder = tempfile.TemporaryDirectory(
             prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
         )
+        self._arrays: dict[str, np.memmap] = {}
         self._keys = self._array(KEYS, np.dtype(key_dtype), (rows, width)) if key_dtype else None
         self._values = self._array(VALUES, value_dtype(origin.vocabulary), (rows,))
+        for name, array in extras.items():
+            if array is not None:
+                self._array(name, array.dtype, array.shape)[:] = array
         self._written = np.zeros(rows, dtype=bool)
 
     def _array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-        return np.lib.format.open_memmap(
+        """A new array among those that will be published."""
+        self._arrays[name] = np.lib.format.open_memmap(
             Path(self._folder.name, name), mode="w+", dtype=dtype, shape=shape
         )
+        return self._arrays[name]
 
     def write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
         """Writes entries.
@@ -285,11 +355,8 @@ class DatastoreWriter:
         if missing:
             raise self._miscount(f"{missing:,} tokens missing")
         folder = Path(self._folder.name)
-        arrays = {KEYS: self._keys, VALUES: self._values}
         files = {}
-        for name, array in arrays.items():
-            if array is None:
-                continue
+        for name, array in self._arrays.items():
             array.flush()
             flush_to_disk(folder / name)
             size = (folder / name).stat().st_size
@@ -301,9 +368,9 @@ class DatastoreWriter:
             value_dtype=str(self._values.dtype),
             origin=self.origin,
             files=files,
+            compressions=self.compressions,
         )
-        version = 1 if manifest.key_dtype else VERSION
-        seal = write_sealed(folder / MANIFEST, FORMAT, version, asdict(manifest))
+        seal = _write_manifest(folder / MANIFEST, manifest)
         if add_files is not None:
             add_files(folder, seal)
         check_new(self.path)  # somebody may have been faster
@@ -330,7 +397,7 @@ def check_new(path: Path) -> None:
     if path.exists():
         raise DatastoreError(
             f"{path} exists already",
-            expected="a new path for --dstore-mmap",
+            expected="a new path for a datastore",
             found="a datastore" if (path / MANIFEST).exists() else "a file or folder",
             do="choose another path, or remove it first",
         )
@@ -372,7 +439,13 @@ def open_datastore(
     if load_keys and manifest.key_dtype:
         keys = _open_array(path, KEYS, manifest.key_dtype, shape, manifest, in_memory, verify)
     values = _open_array(path, VALUES, manifest.value_dtype, shape[:1], manifest, in_memory, verify)
-    return Datastore(path, manifest, keys, values, seal, path / INDEX)
+    projection = weights = None
+    if PROJECTION in manifest.files:
+        wide = (manifest.query_width, manifest.width)
+        projection = _open_array(path, PROJECTION, "float32", wide, manifest, in_memory, verify)
+    if WEIGHTS in manifest.files:
+        weights = _open_array(path, WEIGHTS, "int32", shape[:1], manifest, in_memory, verify)
+    return Datastore(path, manifest, keys, values, seal, path / INDEX, projection, weights)
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, str]:
@@ -391,8 +464,20 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
         raise _damaged(file, "the manifest as it was written", str(error)) from None
 
 
-def _manifest(origin: dict[str, Any], **fields: Any) -> Manifest:
-    return Manifest(origin=Origin(**origin), **fields)
+def _manifest(
+    origin: dict[str, Any], compressions: Sequence[dict[str, Any]] = (), **fields: Any
+) -> Manifest:
+    steps = [Compression(**step) for step in compressions]
+    return Manifest(origin=Origin(**origin), compressions=steps, **fields)
+
+
+def _write_manifest(file: Path, manifest: Manifest) -> str:
+    """Writes it in the oldest version that can say it; returns the fingerprint."""
+    content = asdict(manifest)
+    if manifest.compressions:
+        return write_sealed(file, FORMAT, VERSION, content)
+    del content["compressions"]
+    return write_sealed(file, FORMAT, 1 if manifest.key_dtype else 2, content)
 
 
 def _open_array(

@@ -80,7 +80,7 @@ class KnnExpert:
         self.search_seconds += time.perf_counter() - started
         matches = near.values == targets[:, None]
         temperatures = (self.temperature, *(TEMPERATURES if self.for_table else ()))
-        columns = knn_log_probs(near.distances, matches, near.valid, temperatures)
+        columns = knn_log_probs(near.distances, matches, near.valid, temperatures, near.log_weights)
         table = {}
         if self.for_table:
             ranks = torch.tensor([rank - 1 for rank in DISTANCE_RANKS if rank <= self.k])

@@ -1,8 +1,9 @@
 """The arithmetic of the mixture: pure functions on tensors, everything in natural log.
 
 p_kNN(y) is proportional to the sum over the neighbours with value y of exp(-d / T), with d the
-squared L2 distance and T the temperature (Khandelwal et al., 2020, equation 2, where T = 1). The
-mixture is p = lambda p_kNN + (1 - lambda) p_LM (equation 3), computed as a logsumexp.
+squared L2 distance and T the temperature (Khandelwal et al., 2020, equation 2, where T = 1). A
+neighbour that stands for s merged entries counts s times (He et al., 2021). The mixture is p =
+lambda p_kNN + (1 - lambda) p_LM (equation 3), computed as a logsumexp.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from torch import Tensor
 
 
 def knn_log_probs(
-    distances: Tensor, matches: Tensor, valid: Tensor, temperatures: Sequence[float]
+    distances: Tensor,
+    matches: Tensor,
+    valid: Tensor,
+    temperatures: Sequence[float],
+    log_weights: Tensor | None = None,
 ) -> Tensor:
     """log p_kNN of one token a query, at several temperatures.
 
@@ -24,27 +29,37 @@ def knn_log_probs(
         matches: (N, K) bool, the neighbour's value is the token asked for.
         valid: (N, K) bool, False where a neighbour is missing.
         temperatures: M numbers above 0.
+        log_weights: (N, K) float32, log s, natural log; None where every s is 1.
 
     Returns:
         (N, M) float32, natural log; -inf where no neighbour matches or none is valid.
     """
-    scores = (-distances).masked_fill_(~valid, -math.inf)
     # Shifting by the nearest keeps small differences exact where distances are large, and the
     # nearest's own weight of 1 in every sum of all.
-    scores -= scores.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0)
+    scores = _shifted((-distances).masked_fill_(~valid, -math.inf))
+    if log_weights is not None:
+        log_weights = log_weights.masked_fill(~valid, 0.0)
     # Few neighbours agree: their logsumexp is taken over them alone, so that none underflows.
     rows, places = (matches & valid).nonzero(as_tuple=True)
-    agreeing = scores[rows, places]
     nobody = scores.new_full((len(scores),), -math.inf)
-    best = nobody.scatter_reduce(0, rows, agreeing, "amax")
     anybody = valid.any(dim=1)
     columns = []
     for temperature in temperatures:
-        weights = ((agreeing - best[rows]) / temperature).exp_()
-        agreed = torch.zeros_like(best).index_add_(0, rows, weights).log_() + best / temperature
-        total = (scores / temperature).exp_().sum(dim=1).log_()
+        weighed = scores / temperature
+        if log_weights is not None:  # then the nearest need not be the heaviest
+            weighed = _shifted(weighed.add_(log_weights))
+        agreeing = weighed[rows, places]
+        best = nobody.scatter_reduce(0, rows, agreeing, "amax")
+        weights = (agreeing - best[rows]).exp_()
+        agreed = torch.zeros_like(best).index_add_(0, rows, weights).log_() + best
+        total = weighed.exp_().sum(dim=1).log_()
         columns.append((agreed - total).where(anybody, -math.inf))
     return torch.stack(columns, dim=1)
+
+
+def _shifted(scores: Tensor) -> Tensor:
+    """Scores (N, K), in place less the greatest of each row; -inf throughout stays as it is."""
+    return scores.sub_(scores.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0))
 
 
 def fixed_log_weights(lmbda: float) -> tuple[float, float]:

@@ -27,6 +27,8 @@ class Neighbours:
             neighbour's weight is exp(-distance / T); infinite where missing.
         values: (N, K) int32 or int64 token ids; undefined where missing.
         valid: (N, K) bool, False where the index found fewer than K.
+        log_weights: (N, K) float32, natural log of the entries that each neighbour stands for;
+            undefined where missing; None where each is one.
 
     All on the queries' device.
     """
@@ -35,6 +37,7 @@ class Neighbours:
     distances: Tensor
     values: Tensor
     valid: Tensor
+    log_weights: Tensor | None = None
 
 
 class Searches(Protocol):
@@ -61,6 +64,8 @@ class Retriever:
         self.store = store
         self.similarity = similarity
         self._values = _as_tensor(store.values)
+        self._weights = None if store.weights is None else _as_tensor(store.weights)
+        self._projection = None if store.projection is None else _as_tensor(store.projection)
         recomputes = similarity != "do_not_recomp_l2"
         self._keys = _as_tensor(store.full_keys()) if recomputes else None
 
@@ -78,10 +83,13 @@ class Retriever:
         """The k nearest entries.
 
         Args:
-            queries: (N, D), any float type, any device.
+            queries: (N, D), any float type, any device; D is the language model's width.
             k: neighbours a query.
         """
         queries = queries.detach().float()
+        if self._projection is not None:
+            self._projection = self._projection.to(queries.device)
+            queries = queries @ self._projection
         found, ids = self.index.search(queries, k)
         valid = ids >= 0
         complete = bool(valid.all())
@@ -92,7 +100,7 @@ class Retriever:
             distances = self._recompute(queries, rows)
         if not complete:
             distances.masked_fill_(~valid, torch.inf)
-        return Neighbours(ids, distances, self._values_of(rows), valid)
+        return Neighbours(ids, distances, self._values_of(rows), valid, self._log_weights_of(rows))
 
     def _values_of(self, rows: Tensor) -> Tensor:
         """The tokens at these rows, from a copy of the values on the rows' device."""
@@ -101,6 +109,12 @@ class Retriever:
         values = self._values.index_select(0, rows.reshape(-1)).view(rows.shape)
         # uint16 travels as int16, with which torch can do more.
         return values.int().bitwise_and_(0xFFFF) if values.dtype == torch.int16 else values
+
+    def _log_weights_of(self, rows: Tensor) -> Tensor | None:
+        if self._weights is None:
+            return None
+        self._weights = self._weights.to(rows.device)
+        return self._weights.index_select(0, rows.reshape(-1)).view(rows.shape).log()
 
     def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Distances of each query to its rows, (N, K) float32, on the keys as stored."""

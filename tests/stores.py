@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Origin, open_datastore
+from fairseq_knnlm.datastore import (
+    Compression,
+    Datastore,
+    DatastoreWriter,
+    Origin,
+    open_datastore,
+)
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.index import IndexCard
 from fairseq_knnlm.indexing import Wishes, build
@@ -39,6 +45,22 @@ def write_store(
     """Writes a datastore in one go and opens it."""
     writer = DatastoreWriter(path, *keys.shape, origin(vocabulary), dtype)
     writer.write(np.arange(len(keys)), keys, values)
+    return open_datastore(writer.publish())
+
+
+def write_compressed(path: Path) -> Datastore:
+    """100 entries that stand for 250, of width 6 where the model's is 9."""
+    keys, values = random_entries(100, 6)
+    rng = np.random.default_rng(6)
+    writer = DatastoreWriter(
+        path,
+        *keys.shape,
+        origin(),
+        compressions=[Compression("d" * 64, rows=250, width=9, pca=6, merge=4, seed=1)],
+        projection=rng.normal(size=(9, 6)).astype(np.float32),
+        weights=np.array([1, 4] * 50, np.int32),
+    )
+    writer.write(np.arange(100), keys, values)
     return open_datastore(writer.publish())
 
 

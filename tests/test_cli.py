@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import alter, random_entries, truncate, write_store
+from stores import alter, random_entries, truncate, write_compressed, write_store
 
 from fairseq_knnlm import cli, files
 from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
@@ -109,6 +109,44 @@ def test_info_knows_index_and_calibration(
     said = say(capsys, "info", "--dstore", indexed.path)
     assert "index        IVF8,Flat, nprobe 4 (covers 0.51), recall@399 0.51" in said
     assert "calibration  lambda 0.1250, temperature 12, valid perplexity 150.00 -> 120.25" in said
+
+
+def test_compress_says_what_it_saved(
+    indexed: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """400 entries of 16 bytes and 2; the projection takes 8 x 4 floats, a weight 4 bytes."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere.index"
+    for name in ("knn.index", "knn.index.json"):
+        target = elsewhere if name == "knn.index" else tmp_path / "elsewhere.index.json"
+        shutil.move(indexed.path / name, target)
+    compress = ["compress", "--dstore", indexed.path, "--out"]
+    said = say(capsys, *compress, out, "--pca", 4)
+    assert said.startswith(f"{out}: 400 -> 400 entries, 7.0 KiB -> 4.0 KiB\n")
+    assert "fairseq-knnlm build-index" in said
+    merged = tmp_path / "merged"
+    assert "build-index" in refuse(capsys, *compress, merged, "--merge", 100)
+    say(capsys, *compress, merged, "--merge", 100, "--indexfile", elsewhere, "--seed", 2)
+    assert "compressed   from 400 entries of width 8 by --merge 100 --seed 2" in say(
+        capsys, "info", "--dstore", merged
+    )
+    assert "exists already" in refuse(capsys, *compress, out, "--pca", 4)
+    assert "--pca P" in refuse(capsys, *compress, tmp_path / "new")
+
+
+def test_info_and_verify_of_a_compressed_datastore(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = write_compressed(tmp_path / "store")
+    said = say(capsys, "info", "--dstore", store.path)
+    assert "100 entries of width 6" in said
+    assert "compressed   from 250 entries of width 9 by --merge 4 --pca 6 --seed 1" in said
+    assert "(keys.npy, values.npy, projection.npy, weights.npy)" in say(
+        capsys, "verify", "--dstore", store.path
+    )
+    say(capsys, "build-index", "--dstore", store.path)
+    assert "Flat, of this datastore" in say(capsys, "verify", "--dstore", store.path)
+    alter(store.path / "weights.npy")
+    assert "weights.npy is damaged" in refuse(capsys, "verify", "--dstore", store.path)
 
 
 def test_info_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

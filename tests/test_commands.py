@@ -311,6 +311,9 @@ def test_fp16_model_matches_its_datastore(lab: Lab, datastore: Path) -> None:
 def test_the_script_and_the_command_offer_help() -> None:
     for command in (
         [sys.executable, ROOT / "examples/build_index.py"],
-        *(["fairseq-knnlm", name] for name in ("save", "build-index", "tune", "info", "verify")),
+        *(
+            ["fairseq-knnlm", name]
+            for name in ("save", "build-index", "compress", "tune", "info", "verify")
+        ),
     ):
         assert "example:" in must(*command, "--help")

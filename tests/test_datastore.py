@@ -10,12 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import alter, assert_helps, lengthen, origin, random_entries, truncate, write_store
+from stores import (
+    alter,
+    assert_helps,
+    lengthen,
+    origin,
+    random_entries,
+    truncate,
+    write_compressed,
+    write_store,
+)
 
 from fairseq_knnlm import datastore as module
 from fairseq_knnlm import files
 from fairseq_knnlm.datastore import (
     VERSION,
+    Compression,
     DatastoreWriter,
     datastore_bytes,
     open_datastore,
@@ -210,12 +220,19 @@ def test_a_disk_too_small_is_seen_before_the_work(
     assert not list(tmp_path.iterdir())
     free[0] = 18_000
     DatastoreWriter(tmp_path / "store", 1000, 8, origin())
+    with pytest.raises(DatastoreError, match="cannot hold") as caught:
+        DatastoreWriter(
+            tmp_path / "other", 1000, 8, origin(), weights=np.ones(1000, np.int32)
+        )  # 4,000 bytes more
+    assert_helps(caught, "21.5 KiB free")
 
 
-@pytest.mark.parametrize("name", ["keys.npy", "values.npy", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["keys.npy", "values.npy", "manifest.json", "projection.npy", "weights.npy"]
+)
 @pytest.mark.parametrize("spoil", [truncate, alter, lengthen, Path.unlink])
 def test_damage_is_told(tmp_path: Path, name: str, spoil: Callable[[Path], None]) -> None:
-    store = write_store(tmp_path / "store", *random_entries(100, 6))
+    store = write_compressed(tmp_path / "store")
     file = store.path / name
     if (name, spoil) == ("manifest.json", lengthen):
         file.write_text(file.read_text() + "{")
@@ -243,6 +260,55 @@ def test_swapped_files_are_told(tmp_path: Path) -> None:
     shutil.copy(theirs.path / "keys.npy", ours.path / "keys.npy")
     with pytest.raises(DatastoreError, match=r"keys\.npy is damaged"):
         open_datastore(ours.path)
+
+
+@pytest.mark.parametrize("name", ["projection.npy", "weights.npy"])
+def test_arrays_of_another_shape_are_told(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a manifest and its files agree with each other, and not with the datastore."""
+    monkeypatch.setattr(module, "altered", lambda *_, **__: False)
+    store = write_compressed(tmp_path / "store")
+    array = np.load(store.path / name)
+    np.save(store.path / name, array.reshape(-1, 2))
+    with pytest.raises(DatastoreError, match=rf"{name} is damaged"):
+        open_datastore(store.path)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_compressed_datastore_as_it_was_written(tmp_path: Path, in_memory: bool) -> None:
+    written = write_compressed(tmp_path / "store")
+    store = open_datastore(written.path, load_keys=False, in_memory=in_memory, verify=True)
+    assert store.projection is not None and store.weights is not None
+    assert isinstance(store.weights, np.memmap) is not in_memory
+    assert np.array_equal(store.projection, np.load(store.path / "projection.npy"))
+    assert store.weights.tolist() == [1, 4] * 50
+    assert (store.manifest.width, store.manifest.query_width) == (6, 9)
+    assert store.manifest.merged
+    (step,) = store.manifest.compressions
+    assert step == Compression("d" * 64, rows=250, width=9, pca=6, merge=4, seed=1)
+    assert step.describe() == "from 250 entries of width 9 by --merge 4 --pca 6 --seed 1"
+    assert written.nbytes == 100 * (6 * 2 + 2 + 4) + 9 * 6 * 4
+    assert store.nbytes == written.nbytes - 100 * 6 * 2
+
+
+def test_a_datastore_is_of_the_oldest_version_that_can_say_it(tmp_path: Path) -> None:
+    """Those that were not compressed are what they were before there was compression."""
+    keys, values = random_entries(10, 4)
+    plain = write_store(tmp_path / "plain", keys, values)
+    writer = DatastoreWriter(tmp_path / "keyless", 10, 4, origin(), None)
+    writer.write(np.arange(10), keys, values)
+    keyless, compressed = open_datastore(writer.publish()), write_compressed(tmp_path / "small")
+    manifests = [
+        json.loads((store.path / "manifest.json").read_text())
+        for store in (plain, keyless, compressed)
+    ]
+    assert [manifest["version"] for manifest in manifests] == [1, 2, 3]
+    fields = {"format", "version", "fingerprint", "rows", "width", "key_dtype", "value_dtype"}
+    fields |= {"origin", "files"}
+    assert [set(manifest) - fields for manifest in manifests] == [set(), set(), {"compressions"}]
+    assert not plain.manifest.merged
+    assert plain.manifest.query_width == 4
 
 
 def test_verify_reads_what_opening_does_not(

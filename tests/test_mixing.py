@@ -68,6 +68,35 @@ def test_each_temperature_has_its_column() -> None:
     torch.testing.assert_close(together, torch.stack(alone, dim=1))
 
 
+@pytest.mark.parametrize("temperature", [0.5, 7.0, 1000.0])
+def test_a_weight_counts_as_so_many_neighbours(temperature: float) -> None:
+    """Each of them repeated as often as its weight says."""
+    distances, values, valid = random_neighbours()
+    matches = values == 2
+    counts = torch.randint(1, 9, (distances.shape[1],), generator=torch.manual_seed(2))
+    log_weights = counts.log().expand_as(distances)
+    found = knn_log_probs(distances, matches, valid, [temperature], log_weights)
+    repeated = [part.repeat_interleave(counts, dim=1) for part in (distances, matches, valid)]
+    torch.testing.assert_close(found, knn_log_probs(*repeated, [temperature]))
+    ones = knn_log_probs(distances, matches, valid, [temperature], torch.zeros_like(distances))
+    torch.testing.assert_close(ones, knn_log_probs(distances, matches, valid, [temperature]))
+
+
+def test_weights_neither_overflow_nor_underflow() -> None:
+    """exp(2000) and exp(-2000) are no numbers; the differences of the scores are."""
+    distances = torch.tensor([[1e5, 1e5 + 2000, 0.0]])
+    matches = torch.tensor([[False, True, True]])
+    valid = torch.tensor([[True, True, False]])
+    for heavy, expected in (([0.0, 2002.0], -math.log1p(math.exp(-2))), ([0.0, 0.0], -2000.0)):
+        log_weights = torch.tensor([[*heavy, math.nan]])
+        found = knn_log_probs(distances, matches, valid, [1.0], log_weights)
+        assert found.item() == pytest.approx(expected, rel=1e-5)
+    light = torch.full((1, 3), -2000.0)
+    assert knn_log_probs(distances, matches, valid, [1.0], light).item() == pytest.approx(-2000)
+    nobody = torch.zeros(1, 3, dtype=torch.bool)
+    assert knn_log_probs(distances, matches, nobody, [1.0], light).item() == -math.inf
+
+
 def test_missing_neighbours_count_for_nothing() -> None:
     """Whatever stands in their places, the result is that of the others alone."""
     distances = torch.tensor([[1.0, 2.0, 0.0, math.nan, 3.4e38]])

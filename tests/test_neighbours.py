@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import build_index, random_entries, write_store
+from stores import build_index, random_entries, write_compressed, write_store
 
 from fairseq_knnlm import neighbours as module
 from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.exact import ExactSearch
 from fairseq_knnlm.index import SearchIndex
 from fairseq_knnlm.neighbours import Retriever
 
@@ -113,6 +114,29 @@ def test_half_precision_queries_and_none_at_all(store: Datastore) -> None:
     assert torch.equal(found.distances, same.distances)
     nothing = retriever.search(queries(0), K)
     assert nothing.ids.shape == nothing.distances.shape == nothing.values.shape == (0, K)
+
+
+@pytest.mark.parametrize("similarity", ["l2", "dot", "do_not_recomp_l2"])
+def test_queries_are_projected_and_weights_gathered(tmp_path: Path, similarity: str) -> None:
+    """By FAISS and by exact search in torch; one entry is missing."""
+    store = write_compressed(tmp_path / "store")
+    flat = searcher(store)
+    asked = torch.randn(15, 9, generator=torch.manual_seed(4))
+    for index in (flat, ExactSearch(store.full_keys(), flat.card, "cpu")):
+        found = Retriever(index, store, similarity).search(asked.half(), 101)
+        projected = asked.half().float() @ torch.from_numpy(np.array(store.projection))
+        kind = "ip" if similarity == "dot" else "l2"
+        ids = found.ids[:, :100].numpy()
+        expected = np.take_along_axis(distance_to_all(store, projected, kind), ids, axis=1)
+        np.testing.assert_allclose(found.distances[:, :100], expected, rtol=1e-4, atol=1e-4)
+        assert store.weights is not None and found.log_weights is not None
+        assert found.log_weights.dtype == torch.float32
+        np.testing.assert_allclose(found.log_weights[:, :100], np.log(store.weights[ids]))
+        assert not found.valid[:, 100].any()
+
+
+def test_without_weights_there_are_none(store: Datastore) -> None:
+    assert Retriever(searcher(store), store, "l2").search(queries(), K).log_weights is None
 
 
 def test_the_report_says_what_the_distances_are(store: Datastore) -> None:
