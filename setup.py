@@ -15,7 +15,7 @@ setup(
     license="MIT",
     packages=["fairseq_knnlm"],
     python_requires=">=3.10",
-    install_requires=[*FAIRSEQ, "torch>=2.0", "numpy", "tqdm"],
+    install_requires=[*FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "tqdm"],
     extras_require={
         # FAISS: one of these two. Requirements cannot say "either", so neither is forced on an
         # environment that has the other; the package asks for one when it needs it.
@@ -24,7 +24,7 @@ setup(
         "demo": ["sentencepiece", "rich"],
         "plot": ["matplotlib"],
         "cluster": ["ray"],
-        "dev": ["mypy", "pytest", "ruff", "safetensors", "types-tqdm"],
+        "dev": ["mypy", "pytest", "ruff", "types-tqdm"],
     },
     entry_points={"console_scripts": ["fairseq-knnlm = fairseq_knnlm.cli:main"]},
 )

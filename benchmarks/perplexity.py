@@ -12,8 +12,8 @@ from rivals import Searching
 from tqdm import tqdm
 
 from fairseq_knnlm.files import publish
+from fairseq_knnlm.fitting import best_lambda, mixture_loss
 from fairseq_knnlm.mixing import knn_log_probs
-from fairseq_knnlm.tune import best_lambda, mixture_loss
 
 #: 0.25 to 512, four to an octave.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 37))

@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fairseq_knnlm import index as indexes
-from fairseq_knnlm.calibration import read_calibration, write_calibration
+from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.errors import ConfigError, IndexFileError, KnnlmError
+from fairseq_knnlm.errors import ConfigError, IndexFileError, KnnlmError, TableError
 from fairseq_knnlm.files import altered, human_bytes
 from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
+from fairseq_knnlm.plots import draw_curves
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.snapshots import Snapshots
-from fairseq_knnlm.tables import read_table
-from fairseq_knnlm.tune import fit
+from fairseq_knnlm.tables import ScoreTable, read_table
+from fairseq_knnlm.tune import Parts, fit, lines, skipping_lines, tested
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -32,10 +35,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     Returns:
         The exit code: 0, or 1 after a message on standard error.
     """
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    # Importing fairseq has set the log to DEBUG already, in a format of its own.
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     parser = _parser(prog)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.run is not _save:
+    if rest and not (args.run is _save or (args.run is _tune and args.data)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         args.run(args, rest)
@@ -87,11 +91,37 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     tune = command(
         "tune",
         _tune,
-        "fit lambda and temperature from a score table of the valid split",
-        "--dstore DSTORE --score-table valid.npz",
+        "fit the mixture on valid text: lambda, temperature, and gates over all experts",
+        "--dstore DSTORE --data data-bin --path checkpoint_best.pt --tokens-per-sample 512",
     )
     _add_store(tune)
-    tune.add_argument("--score-table", required=True, type=Path, help="from --score-table")
+    tune.add_argument(
+        "--score-table",
+        type=Path,
+        help="of the valid split, from --score-table; with --data, where to write it (default: "
+        "valid.npz in the datastore)",
+    )
+    tune.add_argument(
+        "--data",
+        help="make the table first: folder that fairseq-preprocess wrote; further flags go to "
+        "fairseq-eval-lm",
+    )
+    tune.add_argument("--path", help="with --data: checkpoint of the language model")
+    tune.add_argument("--gen-subset", default="valid", help="with --data: split (default: valid)")
+    tune.add_argument(
+        "--experts", default="knn,cache,ngram", help="with --data (default: knn,cache,ngram)"
+    )
+    tune.add_argument("--plot", type=Path, help="PNG of curves (default: calibration.png there)")
+    tune.add_argument("--seed", type=int, default=0, help="of the gates (default: 0)")
+
+    report = command(
+        "report",
+        _report,
+        "say what every calibrated mixture does on a score table of test",
+        "--dstore DSTORE --score-table test.npz",
+    )
+    _add_store(report)
+    report.add_argument("--score-table", required=True, type=Path, help="from --score-table")
 
     info = command("info", _info, "say what a datastore and its index are", "--dstore DSTORE")
     _add_store(info)
@@ -194,12 +224,19 @@ def _open(args: argparse.Namespace, *, verify: bool = False) -> Datastore:
 
 def _save(args: argparse.Namespace, rest: list[str]) -> None:
     """Runs ``fairseq-eval-lm`` with the flags that save, and whatever else was typed."""
+    flags = ["--path", args.path, "--gen-subset", args.gen_subset]
+    flags += ["--save-knnlm-dstore", "--dstore-mmap", args.dstore]
+    _evaluate(args.data, [*flags, *rest])
+
+
+def _evaluate(data: str, flags: list[str]) -> None:
+    """Runs ``fairseq-eval-lm`` with this package's task."""
     from fairseq_cli import eval_lm
 
+    for name in ("fairseq", "fairseq_cli"):  # whose log begins with every flag there is
+        logging.getLogger(name).setLevel(logging.WARNING)
     package = Path(__file__).resolve().parent
-    flags = ["--user-dir", str(package), "--task", "knn_lm", "--path", args.path]
-    flags += ["--gen-subset", args.gen_subset, "--save-knnlm-dstore", "--dstore-mmap", args.dstore]
-    sys.argv = ["fairseq-eval-lm", args.data, *flags, *rest]
+    sys.argv = ["fairseq-eval-lm", data, "--user-dir", str(package), "--task", "knn_lm", *flags]
     eval_lm.cli_main()
 
 
@@ -241,24 +278,105 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
     )
 
 
-def _tune(args: argparse.Namespace, _: list[str]) -> None:
+def _tune(args: argparse.Namespace, rest: list[str]) -> None:
     store = _open(args)
-    fitted = fit(read_table(args.score_table))
-    if fitted.datastore != store.fingerprint:
+    table = _table(args, store, rest)
+    _check_table(table, store)
+
+    def steps(sets: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+        with tqdm(sets, desc="fitting", unit=" mixtures") as bar:
+            for experts in bar:
+                bar.set_postfix_str("+".join(experts))
+                yield experts
+
+    calibration = fit(table, args.seed, steps)
+    fitted = calibration.fitted_on
+    print(
+        f"{fitted['split']}, {fitted['tokens']:,} tokens; figures are of the "
+        f"{fitted['held_out']:,} that nothing was fitted on"
+    )
+    for line in lines(calibration):
+        print(f"  {line}")
+    _print_skipping(skipping_lines(calibration, table, Parts.of(len(table)).held_out))
+    if not calibration.best.experts:
+        print("nothing helps this model on this text: evaluation will use it alone")
+    write_calibration(store.calibration_path, calibration)
+    print(f"written to {store.calibration_path}; evaluation uses it unless told otherwise")
+    plot = args.plot or store.calibration_path.with_suffix(".png")
+    if draw_curves(table, plot):
+        print(f"curves: {plot}")
+    else:
+        print("no curves: they need matplotlib (pip install matplotlib)")
+
+
+def _table(args: argparse.Namespace, store: Datastore, rest: list[str]) -> ScoreTable:
+    """The score table, made first where ``--data`` asks for that."""
+    if not args.data:
+        if args.score_table is None:
+            raise ConfigError(
+                "tune needs a score table",
+                expected="--score-table FILE.npz, or --data DATA and --path CKPT to make one",
+                found="neither",
+            )
+        return read_table(args.score_table)
+    if not args.path:
+        raise ConfigError("--data needs --path", expected="--path CHECKPOINT", found="nothing")
+    path = args.score_table or store.calibration_path.with_name(f"{args.gen_subset}.npz")
+    flags = ["--path", args.path, "--gen-subset", args.gen_subset, "--knnlm"]
+    flags += ["--dstore-filename", str(args.dstore), "--experts", args.experts]
+    # What was fitted before has no say in a new table.
+    flags += ["--mixer", "none", "--score-table", str(path)]
+    if args.dstore_size is not None:
+        flags += ["--dstore-size", str(args.dstore_size)]
+    if args.dstore_fp16:
+        flags.append("--dstore-fp16")
+    _evaluate(args.data, [*flags, *rest])
+    return read_table(path)
+
+
+def _check_table(table: ScoreTable, store: Datastore) -> None:
+    found = table.card.get("datastores", [])
+    if store.fingerprint not in found[:1]:
         raise ConfigError(
             "the score table is not of this datastore",
             expected=f"datastore {store.fingerprint[:12]}...",
-            found=f"datastore {fitted.datastore[:12]}...",
+            found=", ".join(f"datastore {one[:12]}..." for one in found) or "no datastore",
             do="write the table with --knnlm --dstore-filename of this datastore",
         )
-    write_calibration(store.calibration_path, fitted)
-    print(f"{fitted.split}, {fitted.tokens:,} tokens, k {fitted.k}, {fitted.distances}")
-    print(f"  base LM  perplexity {fitted.base_perplexity:.2f}")
-    print(f"  kNN-LM   perplexity {fitted.perplexity:.2f}")
-    print(f"  lambda {fitted.lmbda:.4f}, temperature {fitted.temperature:g}")
-    if fitted.lmbda == 0:
-        print("the neighbours do not help this model on this text: they get no weight")
-    print(f"written to {store.calibration_path}; evaluation uses it unless told otherwise")
+
+
+def _report(args: argparse.Namespace, _: list[str]) -> None:
+    store, table = _open(args), read_table(args.score_table)
+    _check_table(table, store)
+    calibration = _calibration(store, table.card["datastores"])
+    found = tested(calibration, table)
+    print(f"{table.card['split']}, {len(table):,} tokens; fitted on {_fitted(calibration)}")
+    for line in lines(found):
+        print(f"  {line}")
+    _print_skipping(skipping_lines(calibration, table))
+
+
+def _print_skipping(found: list[str]) -> None:
+    if found:
+        print("perplexity where --skip-searches leaves out a share (in brackets, what it came to)")
+    for line in found:
+        print(f"  {line}")
+
+
+def _calibration(store: Datastore, seals: Sequence[str]) -> Calibration:
+    calibration = read_calibration(store.calibration_path, seals)
+    if calibration is None:
+        raise ConfigError(
+            f"{store.path} has no calibration",
+            expected=str(store.calibration_path),
+            found="nothing",
+            do="fit it on valid text with `fairseq-knnlm tune`",
+        )
+    return calibration
+
+
+def _fitted(calibration: Calibration) -> str:
+    return f"{calibration.fitted_on['split']}, {calibration.fitted_on['tokens']:,} tokens"
 
 
 def _info(args: argparse.Namespace, _: list[str]) -> None:
@@ -270,7 +388,8 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     print(f"  values       {manifest.value_dtype}, below {origin.vocabulary:,}")
     for step in manifest.compressions:
         print(f"  compressed   {step.describe()}")
-    print(f"  split        {origin.split or 'unknown'} {origin.context or ''}")
+    context = [f"{name} {value}" for name, value in (origin.context or {}).items()]
+    print(f"  split        {', '.join([origin.split or 'unknown', *context])}")
     print(f"  model        {origin.model or 'unknown'}")
     print(f"  dictionary   {origin.dictionary or 'unknown'}")
     print(f"  fingerprint  {store.fingerprint}")
@@ -282,14 +401,18 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
         print(f"  index        {card.describe() if card else 'built elsewhere'}")
     else:
         print("  index        none; build it with `fairseq-knnlm build-index`")
-    calibration = read_calibration(store.calibration_path, store.fingerprint)
+    try:
+        calibration = read_calibration(store.calibration_path, [store.fingerprint])
+    except TableError as error:  # the datastore is none the worse for it
+        print(f"  calibration  {error}")
+        return
     if calibration is None:
         print("  calibration  none; fit it with `fairseq-knnlm tune`")
     else:
+        best = calibration.best
         print(
-            f"  calibration  lambda {calibration.lmbda:.4f}, temperature "
-            f"{calibration.temperature:g}, {calibration.split} perplexity "
-            f"{calibration.base_perplexity:.2f} -> {calibration.perplexity:.2f}"
+            f"  calibration  {best.name}, fitted on {_fitted(calibration)}; perplexity "
+            f"{calibration.base_perplexity:.2f} -> {best.perplexity:.2f}"
         )
 
 

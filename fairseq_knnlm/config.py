@@ -20,9 +20,17 @@ logger = logging.getLogger(__name__)
 ONE_PROCESS = "leave --num-shards out, and on several GPUs pass --distributed-world-size 1"
 DEFAULT_LAMBDA = 0.25
 DEFAULT_TEMPERATURE = 1.0
+#: Pointers that save a search.
+DEFAULT_POINTER_MIN = 64
+#: Of the other experts, where nothing was fitted.
+DEFAULT_OTHER_LAMBDA = 0.1
+#: Who can be mixed with the language model; further datastores are knn2, knn3, ...
+EXPERTS = ("knn", "cache", "ngram", "lm2")
 
 KEY_TYPE_CHOICES = ChoiceEnum(list(KEY_TYPES))
 SIMILARITY_CHOICES = ChoiceEnum(["auto", "do_not_recomp_l2", "l2", "dot"])
+MIXER_CHOICES = ChoiceEnum(["auto", "fixed", "blend", "bins", "gate", "none"])
+POINTER_CHOICES = ChoiceEnum(["none", "join", "replace"])
 METRIC_CHOICES = ChoiceEnum(["auto", "l2", "ip"])
 
 
@@ -37,7 +45,10 @@ class KnnlmConfig(LanguageModelingConfig):
     )
     dstore_filename: Optional[str] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "datastore to read: its folder, or the PREFIX of urvashik/knnlm's files"},
+        metadata={
+            "help": "datastore to read: its folder, or the PREFIX of urvashik/knnlm's files; "
+            "several with : between them, each an expert"
+        },
     )
     indexfile: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "FAISS index (default: knn.index in the datastore)"}
@@ -69,6 +80,20 @@ class KnnlmConfig(LanguageModelingConfig):
         default=None,
         metadata={"help": "memory that --recipe auto may spend on a key (default: 72)"},
     )
+    experts: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "who is mixed with the language model: of knn, cache, ngram and lm2, with "
+            "commas between them (default: as calibrated, else knn)"
+        },
+    )
+    mixer: MIXER_CHOICES = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={
+            "help": "the calibrated mixer: fixed, blend, bins, gate, or auto for the best; none to "
+            "mix nothing, where a score table is all that is wanted"
+        },
+    )
     k: int = field(default=1024, metadata={"help": "neighbours a token"})
     lmbda: Optional[float] = field(  # noqa: UP045
         default=None,
@@ -77,6 +102,49 @@ class KnnlmConfig(LanguageModelingConfig):
     knn_temp: Optional[float] = field(  # noqa: UP045
         default=None,
         metadata={"help": "temperature of the distances (default: the calibration, else 1.0)"},
+    )
+    cache_lmbda: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "weight of the cache (default: the calibration, else 0.1)"},
+    )
+    cache_window: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "tokens that the cache looks back (default: the calibration, else 4000)"},
+    )
+    cache_theta: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "sharpness of the cache, times the product of features (default: the "
+            "calibration, else 1 / sqrt of their width)"
+        },
+    )
+    cache_reset: bool = field(
+        default=False, metadata={"help": "empty the cache where a document ends, at an empty line"}
+    )
+    ngram_lmbda: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "weight of the n-grams (default: the calibration, else 0.1)"},
+    )
+    expert_lm: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "checkpoint of a second language model, for lm2"}
+    )
+    expert_lm_lmbda: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "weight of that model (default: the calibration, else 0.1)"},
+    )
+    skip_searches: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "share of the searches to skip, 0 to 1: where a calibrated gate that sees only "
+            "what is known before the search expects least of the neighbours"
+        },
+    )
+    lm_features: bool = field(
+        default=False,
+        metadata={
+            "help": "with --score-table: also the entropy and top probability of the language "
+            "model, which costs a softmax over the vocabulary"
+        },
     )
     probe: Optional[int] = field(  # noqa: UP045
         default=None,
@@ -96,6 +164,21 @@ class KnnlmConfig(LanguageModelingConfig):
     faiss_metric_type: METRIC_CHOICES = field(  # type: ignore[valid-type]
         default="auto",
         metadata={"help": "the index's metric; checked against the index where given"},
+    )
+    pointers: POINTER_CHOICES = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "follow the neighbours through their text: their successors join the "
+            "neighbours of the next token, or replace the search for them; distances are "
+            "recomputed as squared L2"
+        },
+    )
+    pointer_min: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "with --pointers replace: pointers that save a search (default: 64); at most "
+            "k / 4 are kept"
+        },
     )
     no_load_keys: bool = field(
         default=False, metadata={"help": "do not open the keys; use the index's distances"}
@@ -128,9 +211,9 @@ def check(cfg: Any) -> None:
         ConfigError: naming the first flag that is wrong.
     """
     _check_block(cfg.tokens_per_sample)
-    if cfg.knnlm and cfg.save_knnlm_dstore:
+    if evaluates(cfg) and cfg.save_knnlm_dstore:
         raise ConfigError(
-            "--knnlm and --save-knnlm-dstore are two runs",
+            "--knnlm or --experts and --save-knnlm-dstore are two runs",
             expected="one of them",
             found="both",
             do="save first, build the index, then evaluate with --knnlm",
@@ -143,26 +226,151 @@ def check(cfg: Any) -> None:
         _need(cfg.save_knnlm_dstore, "--no-save-keys", "--save-knnlm-dstore")
     if cfg.recipe != "auto" or cfg.max_bytes_per_key is not None:
         _need(cfg.no_save_keys, "--recipe", "--no-save-keys (else build-index takes it)")
-    if cfg.knnlm:
-        _need(cfg.dstore_filename, "--knnlm", "--dstore-filename DSTORE")
+    if evaluates(cfg):
+        _check_experts(cfg)
     elif not cfg.save_knnlm_dstore and (cfg.dstore_filename or cfg.dstore_mmap):
         raise ConfigError(
             "a datastore is given, but nothing is asked of it",
             expected="--knnlm with --dstore-filename, or --save-knnlm-dstore with --dstore-mmap",
             found="neither --knnlm nor --save-knnlm-dstore",
         )
-    if cfg.lmbda is not None and not 0 <= cfg.lmbda <= 1:
-        raise ConfigError("--lmbda is a weight", expected="0 to 1", found=cfg.lmbda)
+    _check_weights(cfg)
+    if cfg.skip_searches is not None:
+        _check_skipping(cfg)
+    window, theta = cfg.cache_window, cfg.cache_theta
+    if window is not None and window < 1:
+        raise ConfigError("--cache-window counts tokens", expected="1 or more", found=window)
+    if theta is not None and not 0 <= theta < float("inf"):
+        raise ConfigError("--cache-theta is a sharpness", expected="0 or more", found=theta)
     if cfg.knn_temp is not None and not 0 < cfg.knn_temp < float("inf"):
         raise ConfigError("--knn-temp divides distances", expected="above 0", found=cfg.knn_temp)
     if cfg.k < 1:
         raise ConfigError("--k counts neighbours", expected="1 or more", found=cfg.k)
+    _check_pointers(cfg)
     if cfg.no_load_keys and cfg.knn_sim_func in ("l2", "dot"):
         raise ConfigError(
             f"--knn-sim-func {cfg.knn_sim_func} needs the keys",
             expected="keys to recompute distances on",
             found="--no-load-keys",
             do="drop one of the two",
+        )
+
+
+def evaluates(cfg: Any) -> bool:
+    """Whether experts are asked for."""
+    return bool(cfg.knnlm or cfg.experts)
+
+
+def named_experts(cfg: Any) -> list[str] | None:
+    """The experts that ``--experts`` names, None where it is left out; knn for each datastore."""
+    if not cfg.experts:
+        return None
+    stores = len(datastore_paths(cfg))
+    names = [name.strip() for name in cfg.experts.split(",")]
+    knn = ["knn", *(f"knn{number}" for number in range(2, stores + 1))]
+    return [each for name in names for each in (knn if name == "knn" else [name])]
+
+
+def datastore_paths(cfg: Any) -> list[str]:
+    """What ``--dstore-filename`` names."""
+    return cfg.dstore_filename.split(":") if cfg.dstore_filename else []
+
+
+def least_pointers(cfg: Any) -> int | None:
+    """The pointers that save a search; None where every token is searched."""
+    if str(cfg.pointers) != "replace":
+        return None
+    return DEFAULT_POINTER_MIN if cfg.pointer_min is None else cfg.pointer_min
+
+
+def pointers_in_words(cfg: Any) -> str:
+    """What pointers do in this run."""
+    least = least_pointers(cfg)
+    return str(cfg.pointers) if least is None else f"{cfg.pointers} from {least}"
+
+
+def given_weights(cfg: Any) -> dict[str, float]:
+    """The weights that flags give, by the expert's name."""
+    flags = {
+        "knn": cfg.lmbda,
+        "cache": cfg.cache_lmbda,
+        "ngram": cfg.ngram_lmbda,
+        "lm2": cfg.expert_lm_lmbda,
+    }
+    return {name: weight for name, weight in flags.items() if weight is not None}
+
+
+def _check_experts(cfg: Any) -> None:
+    names = [name.strip() for name in cfg.experts.split(",")] if cfg.experts else ["knn"]
+    unknown = [name for name in names if name not in EXPERTS]
+    if unknown or len(set(names)) < len(names):
+        raise ConfigError(
+            "--experts names experts, each once",
+            expected=f"of {', '.join(EXPERTS)}",
+            found=cfg.experts,
+        )
+    for name in {"knn", "ngram"} & set(names):
+        flag = "--knnlm" if not cfg.experts else f"--experts {name}"
+        _need(cfg.dstore_filename, flag, "--dstore-filename DSTORE")
+    if cfg.knnlm:
+        _need(cfg.dstore_filename, "--knnlm", "--dstore-filename DSTORE")
+    if "lm2" in names:
+        _need(cfg.expert_lm, "--experts lm2", "--expert-lm CHECKPOINT")
+
+
+def _check_pointers(cfg: Any) -> None:
+    if cfg.pointer_min is not None:
+        _need(str(cfg.pointers) == "replace", "--pointer-min", "--pointers replace")
+        if cfg.pointer_min < 1:
+            raise ConfigError(
+                "--pointer-min counts pointers", expected="1 or more", found=cfg.pointer_min
+            )
+    if str(cfg.pointers) == "none":
+        return
+    if not evaluates(cfg) or "knn" not in (cfg.experts or "knn"):
+        raise ConfigError(
+            "--pointers lead from neighbours to neighbours",
+            expected="--knnlm, or knn among --experts",
+            found="neither",
+        )
+    if cfg.no_load_keys or cfg.knn_sim_func not in ("auto", "l2"):
+        found = "--no-load-keys" if cfg.no_load_keys else f"--knn-sim-func {cfg.knn_sim_func}"
+        raise ConfigError(
+            f"--pointers {cfg.pointers} needs the keys",
+            expected="distances recomputed on them, as squared L2",
+            found=found,
+            do=f"leave {found} out",
+        )
+
+
+def _check_skipping(cfg: Any) -> None:
+    if not 0 <= cfg.skip_searches <= 1:
+        raise ConfigError("--skip-searches is a share", expected="0 to 1", found=cfg.skip_searches)
+    _need(evaluates(cfg), "--skip-searches", "--knnlm, or --experts with knn")
+    if cfg.score_table:
+        raise ConfigError(
+            "a score table tells what every search found",
+            expected="--score-table or --skip-searches",
+            found="both",
+            do="leave --skip-searches out; `fairseq-knnlm report` says from the table what "
+            "skipping would do",
+        )
+
+
+def _check_weights(cfg: Any) -> None:
+    given = given_weights(cfg)
+    flags = {"knn": "lmbda", "lm2": "expert-lm-lmbda"}
+    for name, weight in given.items():
+        if not 0 <= weight <= 1:
+            flag = flags.get(name, f"{name}-lmbda")
+            raise ConfigError(f"--{flag} is a weight", expected="0 to 1", found=weight)
+    total = sum(given.values())
+    total += given.get("knn", 0) * (len(datastore_paths(cfg)) - 1)  # a weight for each
+    if total > 1:
+        raise ConfigError(
+            "the experts' weights leave nothing to the language model",
+            expected="a sum of at most 1",
+            found=f"{total:g}",
         )
 
 
@@ -237,6 +445,36 @@ def check_loader(context_window: int, num_workers: int, num_shards: int, writing
         )
 
 
+def check_order(num_shards: int) -> None:
+    """Refuses a part of the text for the cache or pointers, which live on what was just read.
+
+    Raises:
+        ConfigError: where there are several shards.
+    """
+    if num_shards > 1:
+        raise ConfigError(
+            "the cache and pointers need the text in one piece",
+            expected="one process over the whole split",
+            found=f"{num_shards} shards",
+            do=ONE_PROCESS,
+        )
+
+
+def check_in_text(cfg: Any) -> None:
+    """Refuses pointers where tokens come without their place in a text.
+
+    Raises:
+        ConfigError: where pointers are asked for.
+    """
+    if str(cfg.pointers) != "none":
+        raise ConfigError(
+            f"--pointers {cfg.pointers} follows a text",
+            expected="fairseq-eval-lm, which reads one",
+            found="sentences by themselves",
+            do="leave --pointers out",
+        )
+
+
 def check_stock_is_enough(cfg: Any, what: str) -> None:
     """Refuses flags that only our scorer heeds where fairseq's own will do the work.
 
@@ -247,7 +485,7 @@ def check_stock_is_enough(cfg: Any, what: str) -> None:
     Raises:
         ConfigError: naming a flag that would be ignored.
     """
-    for flag in ("knnlm", "score_table", "results_json"):
+    for flag in ("knnlm", "experts", "score_table", "results_json"):
         if getattr(cfg, flag):
             raise ConfigError(
                 f"--{flag.replace('_', '-')} does not work with {what}",

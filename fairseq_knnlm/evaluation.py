@@ -12,13 +12,29 @@ from typing import Any
 
 import numpy as np
 
+from fairseq_knnlm import config
+from fairseq_knnlm.cache import CacheExpert, CacheSetting, cache_grid
 from fairseq_knnlm.datastore import DatastoreWriter, Origin
-from fairseq_knnlm.experts import DISTANCE_RANKS, TEMPERATURES, KnnExpert
+from fairseq_knnlm.experts import (
+    DISTANCE_RANKS,
+    Expert,
+    KeyExpert,
+    KnnExpert,
+    KnnSetting,
+    ModelExpert,
+    NGramExpert,
+    ShapeExpert,
+    knn_grid,
+)
 from fairseq_knnlm.files import write_json
 from fairseq_knnlm.index import wants_gpu
 from fairseq_knnlm.indexing import IndexBuilder, Wishes
 from fairseq_knnlm.lm import TargetLM, check_model, dictionary_fingerprint, model_fingerprint
 from fairseq_knnlm.memory import Memory
+from fairseq_knnlm.mixers import Component, Fixed
+from fairseq_knnlm.mixture import describe, mixed_experts, mixture
+from fairseq_knnlm.panel import Panel, SkippingPanel
+from fairseq_knnlm.pointers import PointerExpert
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.report import closing_lines, results
 from fairseq_knnlm.saving import Saving
@@ -37,7 +53,8 @@ class Setting:
         models: fairseq's language models, weights loaded.
         dictionary: fairseq's dictionary of the targets.
         split: the split loaded last.
-        memory: what ``--knnlm`` opened.
+        memory: what ``--knnlm`` or ``--experts`` opened.
+        second: the model of ``--expert-lm``.
     """
 
     args: Any
@@ -45,6 +62,7 @@ class Setting:
     dictionary: Any
     split: str
     memory: Memory | None
+    second: Any = None
 
 
 def make_scorer(
@@ -59,23 +77,121 @@ def make_scorer(
 
     Raises:
         DatastoreError: where the datastore is of another checkpoint.
+        TableError: where the calibration is.
+        ConfigError: where pointers are asked for and rows are not known.
     """
     args, memory = setting.args, setting.memory
+    if blocks is None:
+        config.check_in_text(args)
     key_type = str(args.knn_keytype) if memory or args.save_knnlm_dstore else None
-    knn = None
+    panel, source = Panel(), ""
     if memory is not None:
-        memory.store.check_origin(model=model_fingerprint(setting.models[0]))
-        for_table = bool(args.score_table and blocks is not None)
-        knn = KnnExpert(memory.retriever, args.k, memory.temperature, for_table=for_table)
+        panel, source = _panel(setting, memory, for_table=bool(args.score_table and blocks))
     return KnnScorer(
         setting.dictionary.pad(),
         setting.dictionary.eos(),
         blocks=blocks,
         key_type=key_type,
-        knn=knn,
-        lmbda=memory.lmbda if memory else 0.0,
+        panel=panel,
+        mixture_from=source,
         listeners=listeners,
     )
+
+
+def _panel(setting: Setting, memory: Memory, *, for_table: bool) -> tuple[Panel, str]:
+    """Experts and mixer, and where the mixer comes from."""
+    args = setting.args
+    model = model_fingerprint(setting.models[0])
+    for store in memory.stores:
+        store.check_origin(model=model)
+    if memory.calibration is not None:
+        memory.calibration.check_model(model)
+    width = check_model(setting.models[0], str(args.knn_keytype))
+    chosen = mixture(args, memory.calibration, memory.experts, described(setting), width)
+    skipping = memory.skipping
+    components, needed = list(chosen.mixer.components), set(chosen.mixer.features)
+    if skipping is not None:
+        components += skipping.rest.components
+        needed |= {*skipping.rest.features, *skipping.skip.gate.features}
+    mixed = {component.expert for component in components}
+    experts: list[Expert] = [
+        _expert(setting, memory, name, components, needed, width, for_table=for_table)
+        for name in memory.experts
+        if for_table or name in mixed
+    ]
+    if needed & {"lm_entropy", "lm_top"} or (for_table and args.lm_features):
+        pad = setting.dictionary.pad()
+        experts.append(ShapeExpert(TargetLM(setting.models[0], pad)))
+    if "lm_key" in needed or (for_table and memory.retrievers):
+        experts.append(KeyExpert())
+    if skipping is None:
+        return Panel(experts, chosen.mixer), chosen.source
+    skip, rest = skipping.skip, skipping.rest
+    return SkippingPanel(experts, chosen.mixer, rest, skip, args.skip_searches), chosen.source
+
+
+def _expert(
+    setting: Setting,
+    memory: Memory,
+    name: str,
+    components: Sequence[Component],
+    needed: set[str],
+    width: int,
+    *,
+    for_table: bool,
+) -> Expert:
+    """One expert, with the settings and features that mixers need, and those of a score table."""
+    args = setting.args
+    used = [component.setting for component in components if component.expert == name]
+    features = for_table or any(feature.startswith(f"{name}_") for feature in needed)
+    if name == "cache":
+        grid = cache_grid(width) if for_table else []
+        columns = _distinct([*grid, *(CacheSetting(**setting) for setting in used)])
+        eos = setting.dictionary.eos()
+        return CacheExpert(columns, eos, reset=args.cache_reset, features=features)
+    if name == "ngram":
+        assert memory.ngram is not None
+        return NGramExpert(memory.ngram, features=features)
+    if name == "lm2":
+        return ModelExpert(TargetLM(setting.second, setting.dictionary.pad()))
+    neighbours = knn_grid(args.k) if for_table else []
+    settings = _distinct([*neighbours, *(KnnSetting(**setting) for setting in used)])
+    retriever = memory.retrievers[name]
+    if not _pointers(args):
+        return KnnExpert(retriever, args.k, settings, features=features, name=name)
+    least = config.least_pointers(args)
+    return PointerExpert(retriever, args.k, settings, least=least, features=features, name=name)
+
+
+def _pointers(args: Any) -> dict[str, str]:
+    """What pointers do, where there are any."""
+    return {} if str(args.pointers) == "none" else {"pointers": config.pointers_in_words(args)}
+
+
+def _distinct(settings: list[Any]) -> list[Any]:
+    return list(dict.fromkeys(settings))
+
+
+def described(setting: Setting) -> dict[str, dict[str, Any]]:
+    """What each expert is in this run, by its name: what a calibration holds for."""
+    args, memory = setting.args, setting.memory
+    assert memory is not None
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            "k": args.k,
+            "index": retriever.index.card.describe(),
+            "distances": retriever.distances,
+            **_pointers(args),
+        }
+        for name, retriever in memory.retrievers.items()
+    }
+    if "cache" in memory.experts:
+        found["cache"] = {"reset": bool(args.cache_reset)}
+    if memory.ngram is not None:
+        found["ngram"] = {"order": memory.ngram.order, "tokens": memory.ngram.tokens}
+    if "lm2" in memory.experts:
+        found["lm2"] = {"model": model_fingerprint(setting.second)}
+    return found
 
 
 class EvaluationRun:
@@ -132,7 +248,8 @@ class EvaluationRun:
             path = self.saving.publish()
             logger.info("saved %s entries in %s", f"{found['tokens']:,}", path)
         if self.table is not None:
-            self.table.writer.publish(_card(self.setting, found))
+            experts = self.scorer.panel.experts
+            self.table.writer.publish(_card(self.setting, experts, self.table.features, found))
             logger.info("score table written to %s", args.score_table)
         if args.results_json:
             write_json(Path(args.results_json), found)
@@ -146,7 +263,7 @@ class EvaluationRun:
             logger.info(line)
 
     def _results(self) -> dict[str, Any]:
-        tally, knn, memory = self.scorer.tally, self.scorer.knn, self.setting.memory
+        tally, memory = self.scorer.tally, self.setting.memory
         found = results(
             tokens=tally.tokens,
             base_log_prob=tally.base,
@@ -155,19 +272,48 @@ class EvaluationRun:
             impossible=tally.impossible,
             left_out=self.left_out,
         )
-        if memory is not None and knn is not None:
-            found |= {
-                "lambda": memory.lmbda,
-                "temperature": memory.temperature,
-                "mixture_from": memory.mixture_from,
-                "k": knn.k,
-                "search_seconds": knn.search_seconds,
-                "index": memory.retriever.index.card.describe(),
-                "distances": memory.retriever.distances,
-                "datastore": str(memory.store.path),
-                "entries": len(memory.store),
-            }
+        if memory is not None:
+            found |= self._mixed(memory)
         return found | {"split": self.setting.split, "versions": versions()}
+
+    def _mixed(self, memory: Memory) -> dict[str, Any]:
+        """What was mixed, for the results."""
+        panel = self.scorer.panel
+        found: dict[str, Any] = {
+            "experts": list(memory.experts),
+            "mixed": mixed_experts(panel.mixer),
+            "mixer": panel.mixer.kind,
+            "mixture": describe(panel.mixer),
+            "mixture_from": self.scorer.mixture_from,
+        }
+        if isinstance(panel.mixer, Fixed):
+            pairs = zip(panel.mixer.components, panel.mixer.weights, strict=True)
+            found["weights"] = [
+                {"expert": component.expert, "weight": weight, **component.setting}
+                for component, weight in pairs
+            ]
+        if memory.retrievers:
+            knn = [expert for expert in panel.experts if isinstance(expert, KnnExpert)]
+            retriever = next(iter(memory.retrievers.values()))
+            found |= {
+                "k": self.setting.args.k,
+                "search_seconds": sum(expert.search_seconds for expert in knn),
+                "index": retriever.index.card.describe(),
+                "distances": retriever.distances,
+            }
+        pointed = [expert for expert in panel.experts if isinstance(expert, PointerExpert)]
+        if pointed:
+            searches = sum(expert.searches for expert in pointed)
+            saved = 1 - searches / max(1, sum(expert.queries for expert in pointed))
+            found |= {**_pointers(self.setting.args), "searches_saved": saved}
+        if isinstance(panel, SkippingPanel):
+            found["searches_skipped"] = 1 - panel.searched / max(panel.tokens, 1)
+        if memory.stores:
+            found |= {
+                "datastore": ":".join(str(store.path) for store in memory.stores),
+                "entries": sum(map(len, memory.stores)),
+            }
+        return found
 
 
 def _saving(setting: Setting, rows: int, context_window: int) -> Saving:
@@ -200,13 +346,21 @@ def _index_builder(args: Any, rows: int, width: int) -> IndexBuilder:
     return builder
 
 
-def _card(setting: Setting, found: dict[str, Any]) -> dict[str, Any]:
+def _card(
+    setting: Setting, experts: Sequence[Expert], features: Iterable[str], found: dict[str, Any]
+) -> dict[str, Any]:
     """What the score table says of itself: the results, and what its columns are."""
-    card = {**found, "model": model_fingerprint(setting.models[0])}
+    card = {**found, "model": model_fingerprint(setting.models[0]), "experts": {}, "features": []}
     if setting.memory is not None:
         card |= {
-            "datastore": setting.memory.store.fingerprint,
-            "temperatures": TEMPERATURES,
-            "distance_ranks": [rank for rank in DISTANCE_RANKS if rank <= found["k"]],
+            "datastores": [store.fingerprint for store in setting.memory.stores],
+            "described": described(setting),
+            "experts": {
+                expert.name: [dict(column) for column in expert.settings]
+                for expert in experts
+                if expert.settings
+            },
+            "features": sorted(features),
+            "distance_ranks": [rank for rank in DISTANCE_RANKS if rank <= setting.args.k],
         }
     return card

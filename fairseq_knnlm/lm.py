@@ -21,6 +21,8 @@ from fairseq_knnlm.errors import ModelError
 
 #: Logits held at a time, in numbers: bounds the memory of the output layer.
 LOGITS_AT_A_TIME = 2**22
+#: Tokens before a target that a scored position knows: what n-grams and matches of words go by.
+CONTEXT = 4
 #: Layers that are known to do nothing between positions but attend.
 PLAIN_LAYERS = {
     "fairseq.modules.transformer_layer.TransformerDecoderLayer",
@@ -99,12 +101,22 @@ class Scored:
         keys: (N, D), the representation of their contexts; None where not captured.
         mask: (B, T) bool, which positions these are; T ends with the batch's blocks, and begins
             where the first scored position of any block is.
+        context: (N, CONTEXT) int64, the tokens before each target, the nearest first; -1 where
+            the model saw none.
     """
 
     targets: Tensor
     features: Tensor
     keys: Tensor | None
     mask: Tensor
+    context: Tensor
+
+    def at(self, places: Tensor) -> Scored:
+        """Some of the positions, ascending places (M,) int64 among the N."""
+        mask = torch.zeros_like(self.mask)
+        mask[self.mask.nonzero()[places].unbind(dim=1)] = True
+        keys = None if self.keys is None else self.keys[places]
+        return Scored(self.targets[places], self.features[places], keys, mask, self.context[places])
 
 
 def is_supported(model: nn.Module) -> bool:
@@ -181,10 +193,11 @@ class TargetLM:
         start = _first_scored(mask)
         with _reading(self.decoder, self.key_type, captured), _last_layer_from(self.decoder, start):
             features, _ = self.model(**sample["net_input"], features_only=True)
+        context = _tokens_before(sample["net_input"]["src_tokens"])[mask]
         target, mask = target[:, -features.shape[1] :], mask[:, -features.shape[1] :]
         # fairseq's layers run time first: T x B x C. What lies before the last layer has all of T.
         keys = captured[-1][-features.shape[1] :].transpose(0, 1)[mask] if captured else None
-        return Scored(target[mask], features[mask], keys, mask)
+        return Scored(target[mask], features[mask], keys, mask, context)
 
     @torch.no_grad()
     def target_log_probs(self, scored: Scored) -> Tensor:
@@ -193,6 +206,29 @@ class TargetLM:
         if adaptive is None:
             return _log_softmax_at(self.decoder.output_layer, scored.features, scored.targets)
         return _adaptive_log_softmax_at(adaptive, scored.features, scored.targets)
+
+    @torch.no_grad()
+    def shape(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """Entropy and log of the largest probability of p_LM, (N,) float32 each, natural log."""
+        entropies, tops = [], []
+        for features in scored.features.split(256):
+            log_probs = self._log_probs(features)
+            entropies.append(torch.special.entr(log_probs.exp()).sum(dim=1))
+            tops.append(log_probs.amax(dim=1))
+        return torch.cat(entropies), torch.cat(tops)
+
+    def _log_probs(self, features: Tensor) -> Tensor:
+        """(N, V) float32, natural log."""
+        adaptive = self.decoder.adaptive_softmax
+        if adaptive is None:
+            return self.decoder.output_layer(features).float().log_softmax(dim=1)
+        return adaptive.get_log_prob(features[None], None)[0].float()
+
+
+def _tokens_before(inputs: Tensor) -> Tensor:
+    """(B, T, CONTEXT): the inputs up to each position of (B, T), the nearest first, else -1."""
+    # The input at a position is the token before that position's target.
+    return nn.functional.pad(inputs, (CONTEXT - 1, 0), value=-1).unfold(1, CONTEXT, 1).flip(2)
 
 
 def _first_scored(mask: Tensor) -> int:

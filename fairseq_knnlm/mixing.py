@@ -2,8 +2,9 @@
 
 p_kNN(y) is proportional to the sum over the neighbours with value y of exp(-d / T), with d the
 squared L2 distance and T the temperature (Khandelwal et al., 2020, equation 2, where T = 1). A
-neighbour that stands for s merged entries counts s times (He et al., 2021). The mixture is p =
-lambda p_kNN + (1 - lambda) p_LM (equation 3), computed as a logsumexp.
+neighbour that stands for s merged entries counts s times (He et al., 2021). The mixture is the sum
+over experts of their weights times their probabilities (equation 3), computed as a logsumexp. An
+expert that has nothing to go by says NaN, and leaves its weight to the others.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def knn_log_probs(
     Args:
         distances: (N, K) float32, squared L2 (or negative inner product).
         matches: (N, K) bool, the neighbour's value is the token asked for.
-        valid: (N, K) bool, False where a neighbour is missing.
+        valid: (N, K) bool, False where a neighbour is missing or does not count.
         temperatures: M numbers above 0.
         log_weights: (N, K) float32, log s, natural log; None where every s is 1.
 
     Returns:
-        (N, M) float32, natural log; -inf where no neighbour matches or none is valid.
+        (N, M) float32, natural log; -inf where no neighbour matches, NaN where none is valid.
     """
     # Shifting by the nearest keeps small differences exact where distances are large, and the
     # nearest's own weight of 1 in every sum of all.
@@ -53,7 +54,7 @@ def knn_log_probs(
         weights = (agreeing - best[rows]).exp_()
         agreed = torch.zeros_like(best).index_add_(0, rows, weights).log_() + best
         total = weighed.exp_().sum(dim=1).log_()
-        columns.append((agreed - total).where(anybody, -math.inf))
+        columns.append((agreed - total).where(anybody, math.nan))
     return torch.stack(columns, dim=1)
 
 
@@ -62,29 +63,26 @@ def _shifted(scores: Tensor) -> Tensor:
     return scores.sub_(scores.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0))
 
 
-def fixed_log_weights(lmbda: float) -> tuple[float, float]:
-    """(log(1 - lambda), log lambda): the weights of the language model and of the neighbours."""
-    return _log(1.0 - lmbda), _log(lmbda)
-
-
-def _log(value: float) -> float:
+def safe_log(value: float) -> float:
+    """Natural log, -inf of 0."""
     return math.log(value) if value > 0 else -math.inf
 
 
-def mix(log_probs: Tensor, log_weights: Tensor, available: Tensor) -> Tensor:
+def mix(log_probs: Tensor, log_weights: Tensor) -> Tensor:
     """The mixture's log-probability, over the experts that have something to say.
 
     Args:
-        log_probs: (N, E) float32, natural log, one column an expert.
+        log_probs: (N, E) float32, natural log, one column an expert, the language model first; NaN
+            where an expert has nothing to go by: its weight then goes to the others.
         log_weights: (E,) or (N, E), natural log, exp sums to 1 a row.
-        available: (N, E) bool; an expert that is not available leaves its weight to the others.
 
     Returns:
         (N,) float32, natural log.
     """
-    weights = log_weights.expand_as(log_probs).masked_fill(~available, -math.inf)
+    silent = log_probs.isnan()
+    weights = log_weights.expand_as(log_probs).masked_fill(silent, -math.inf)
     norm = torch.logsumexp(weights, dim=1)
-    # Rows in which every weight is -inf (lambda 1 and no neighbours) fall back on expert 0, the LM.
+    # Rows in which every weight is -inf (lambda 1 and no neighbours) fall back on the LM.
     nobody = torch.isneginf(norm)
-    mixed = torch.logsumexp(log_probs.masked_fill(~available, -math.inf) + weights, dim=1) - norm
+    mixed = torch.logsumexp(log_probs.masked_fill(silent, -math.inf) + weights, dim=1) - norm
     return torch.where(nobody, log_probs[:, 0], mixed)

@@ -39,6 +39,17 @@ class Neighbours:
     valid: Tensor
     log_weights: Tensor | None = None
 
+    def nearest_first(self) -> Neighbours:
+        """The same, in ascending order of their distances; the missing ones at the end."""
+        order, weights = self.distances.argsort(dim=1), self.log_weights
+        return Neighbours(
+            self.ids.gather(1, order),
+            self.distances.gather(1, order),
+            self.values.gather(1, order),
+            self.valid.gather(1, order),
+            None if weights is None else weights.gather(1, order),
+        )
+
 
 class Searches(Protocol):
     """Finds the nearest entries: a FAISS index, or exact search."""
@@ -86,21 +97,64 @@ class Retriever:
             queries: (N, D), any float type, any device; D is the language model's width.
             k: neighbours a query.
         """
-        queries = queries.detach().float()
-        if self._projection is not None:
-            self._projection = self._projection.to(queries.device)
-            queries = queries @ self._projection
+        queries = self._projected(queries)
         found, ids = self.index.search(queries, k)
-        valid = ids >= 0
-        complete = bool(valid.all())
-        rows = ids if complete else ids.clamp_min(0)
         if self.similarity == "do_not_recomp_l2":
-            distances = found if self.index.card.metric == "l2" else found.neg_()
-        else:
-            distances = self._recompute(queries, rows)
-        if not complete:
+            return self.entries(ids, found if self.index.card.metric == "l2" else found.neg_())
+        return self.entries(ids, self._recompute(queries, ids.clamp_min(0)))
+
+    def entries(self, ids: Tensor, distances: Tensor) -> Neighbours:
+        """Entries as neighbours.
+
+        Args:
+            ids: (N, K) int64, rows of the datastore; -1 where missing.
+            distances: (N, K) float32, anything where missing; written to.
+        """
+        valid = ids >= 0
+        rows = ids
+        if not bool(valid.all()):
+            rows = ids.clamp_min(0)
             distances.masked_fill_(~valid, torch.inf)
         return Neighbours(ids, distances, self._values_of(rows), valid, self._log_weights_of(rows))
+
+    def distances_to(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """Recomputed distances to a few entries, (N, K) float32, infinite where missing.
+
+        Args:
+            queries: (N, D), as for ``search``.
+            ids: (N, K) int64, rows of the datastore; -1 where missing, which costs nothing.
+        """
+        queries = self._projected(queries)
+        distances = torch.full(ids.shape, torch.inf, device=ids.device)
+        for pairs in (ids >= 0).nonzero().split(GATHER_BYTES // (queries.shape[1] * 4)):
+            asking, columns = pairs.unbind(dim=1)
+            wanted = ids[asking, columns][:, None]
+            distances[asking, columns] = self._recompute(queries[asking], wanted)[:, 0]
+        return distances
+
+    def _projected(self, queries: Tensor) -> Tensor:
+        """Queries as the datastore's keys are."""
+        queries = queries.detach().float()
+        if self._projection is None:
+            return queries
+        self._projection = self._projection.to(queries.device)
+        return queries @ self._projection
+
+    def tokens_before(self, ids: Tensor, steps: int) -> Tensor:
+        """The values ``steps`` rows before entries: the tokens that stand there in the text.
+
+        Args:
+            ids: rows of the datastore, any shape; below 0 where missing.
+            steps: 1 for the token just before an entry's value; 0 for that value itself.
+
+        Returns:
+            Token ids of the same shape; -1 where there are none, or where what stood before an
+            entry was merged away.
+        """
+        if self.store.manifest.merged:
+            return torch.full_like(ids, -1)
+        rows = ids - steps
+        return self._values_of(rows.clamp_min(0)).masked_fill(rows < 0, -1)
 
     def _values_of(self, rows: Tensor) -> Tensor:
         """The tokens at these rows, from a copy of the values on the rows' device."""

@@ -44,11 +44,11 @@ class NGramScores:
     mixer may go by it (He et al., 2021, use the like).
 
     Attributes:
-        log_probs: (N,) float32, natural log, finite.
-        lengths: (N,) int8, tokens of the longest known context, from 0 to order - 1.
-        counts: (N,) float32, natural log of how often that context was seen: occurrences at
+        log_probs: (N,) or (..., N) float32, natural log, finite; the others have its shape.
+        lengths: int8, tokens of the longest known context, from 0 to order - 1.
+        counts: float32, natural log of how often that context was seen: occurrences at
             order - 1 tokens, below that distinct pairs of a token before and a token after it.
-        types: (N,) float32, natural log of how many distinct tokens followed that context.
+        types: float32, natural log of how many distinct tokens followed that context.
     """
 
     log_probs: np.ndarray
@@ -174,20 +174,22 @@ class NGramModel:
         """Scores ``tokens[skip:]``, each given up to order - 1 tokens before it.
 
         Args:
-            tokens: (M,) ids in the order of the text.
-            skip: how many at the beginning are context only.
+            tokens: (..., M) ids in the order of the text, or of several; -1 for an unknown token
+                of the context.
+            skip: how many at the beginning of each text are context only.
 
         Returns:
-            Arrays of M - skip.
+            Arrays of (..., M - skip).
 
         Raises:
             NGramError: where a token is not below the model's vocabulary.
         """
-        _check_tokens(tokens, self.vocabulary)
-        probs = np.full(len(tokens), 1 / self.vocabulary)
-        lengths = np.zeros(len(tokens), np.int8)
-        counts = np.ones(len(tokens), np.int64)
-        types = np.ones(len(tokens), np.int64)
+        _check_tokens(tokens[..., skip:], self.vocabulary)
+        _check_tokens(tokens[..., :skip].clip(0), self.vocabulary)
+        probs = np.full(tokens.shape, 1 / self.vocabulary)
+        lengths = np.zeros(tokens.shape, np.int8)
+        counts = np.ones(tokens.shape, np.int64)
+        types = np.ones(tokens.shape, np.int64)
         for length, (order, contexts, grams) in enumerate(self._look_up(tokens)):
             probs = order.interpolate(contexts, grams, probs)
             known = order.totals[contexts] > 0
@@ -195,10 +197,10 @@ class NGramModel:
             counts[known] = order.totals[contexts[known]]
             types[known] = order.types[contexts[known]]
         return NGramScores(
-            log_probs=np.log(probs[skip:]).astype(np.float32),
-            lengths=lengths[skip:],
-            counts=np.log(counts[skip:]).astype(np.float32),
-            types=np.log(types[skip:]).astype(np.float32),
+            log_probs=np.log(probs[..., skip:]).astype(np.float32),
+            lengths=lengths[..., skip:],
+            counts=np.log(counts[..., skip:]).astype(np.float32),
+            types=np.log(types[..., skip:]).astype(np.float32),
         )
 
     def distribution(self, context: np.ndarray) -> np.ndarray:
@@ -220,11 +222,13 @@ class NGramModel:
         """Each order, lowest first, with the contexts of (..., M) tokens and the grams they end.
 
         Both are numbers of the shape of ``tokens``, whose last axis is the text; -1 for a gram
-        that was never seen. After such a context the key is negative, so nothing is found.
+        that was never seen. After such a context the key is negative, so nothing is found; after
+        any other an unknown token's would be the key of the gram before.
         """
-        contexts = np.zeros(tokens.shape, np.int64)
+        contexts, unknown = np.zeros(tokens.shape, np.int64), tokens < 0
         for order in self.orders:
             grams = order.find(contexts * self.vocabulary + tokens)
+            grams[unknown] = UNSEEN
             yield order, contexts, grams
             contexts = np.full_like(grams, UNSEEN)
             contexts[..., 1:] = grams[..., :-1]

@@ -53,17 +53,25 @@ def _power(loss: float | None) -> float | None:
 def closing_lines(found: dict[str, Any]) -> list[str]:
     """The end of a run's report."""
     lines = [_line("base LM", found["base_loss"], found["base_perplexity"], found["tokens"])]
-    if "lambda" in found:
-        lines.append(_line("kNN-LM", found["loss"], found["perplexity"], found["tokens"]))
-        lines.append(
-            f"lambda {found['lambda']:g}, temperature {found['temperature']:g} "
-            f"({found['mixture_from']}), k {found['k']}"
-        )
-        lines.append(f"index {found['index']}; distances {found['distances']}")
+    if "mixture" in found:
+        if found["mixed"]:
+            name = "kNN-LM" if all(map(_is_knn, found["mixed"])) else "mixture"
+            lines.append(_line(name, found["loss"], found["perplexity"], found["tokens"]))
+        lines.append(f"{found['mixture']} ({found['mixture_from']})")
+    if "index" in found:
+        lines.append(f"k {found['k']}, index {found['index']}; distances {found['distances']}")
+    if "pointers" in found:
+        lines.append(f"pointers {found['pointers']}: {found['searches_saved']:.1%} searches saved")
     speed = f"{found['tokens_per_second']:,.0f} tokens/s over {found['seconds']:.1f} s"
     if "search_seconds" in found:
         speed += f", of which search {found['search_seconds']:.1f} s"
+    if "searches_skipped" in found:
+        speed += f"; {found['searches_skipped']:.1%} of the searches skipped"
     return [*lines, speed]
+
+
+def _is_knn(expert: str) -> bool:
+    return expert.startswith("knn")
 
 
 def _line(name: str, loss: float | None, perplexity: float | None, tokens: int) -> str:

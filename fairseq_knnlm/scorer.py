@@ -1,7 +1,8 @@
 """What fairseq calls: a batch in, hypotheses out.
 
-The language model and the neighbours each say how likely every target is, the mixture of the two
-is handed to fairseq, and whoever listens (datastore, score table, tally) takes what it needs.
+The language model says how likely every target is, the panel of experts mixes its word with theirs,
+the mixture is handed to fairseq, and whoever listens (datastore, score table, tally) takes what it
+needs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
-from fairseq_knnlm.experts import KnnExpert, Opinion
+from fairseq_knnlm.experts import Opinion, Passage
 from fairseq_knnlm.lm import Scored, TargetLM
-from fairseq_knnlm.mixing import fixed_log_weights, mix
+from fairseq_knnlm.panel import Panel
 from fairseq_knnlm.tables import ScoreTableWriter
 
 
@@ -55,15 +56,15 @@ class Batch:
         rows: int64 row in the split; -1 where the token does not count.
         scored: targets, features and keys.
         base: float32, log p_LM.
-        mixed: float32, log p of the mixture (the same without neighbours).
-        knn: what the neighbours said.
+        mixed: float32, log p of the mixture (the same without experts).
+        opinions: what each expert said, by its name.
     """
 
     rows: np.ndarray
     scored: Scored
     base: Tensor
     mixed: Tensor
-    knn: Opinion | None
+    opinions: dict[str, Opinion]
 
 
 class Listener(Protocol):
@@ -73,15 +74,25 @@ class Listener(Protocol):
 
 
 class FillsTable:
-    """Writes every token's row of the score table."""
+    """Writes every token's row of the score table.
+
+    Attributes:
+        features: names of the columns that are features.
+    """
 
     def __init__(self, path: Path) -> None:
         self.writer = ScoreTableWriter(path)
+        self.features: set[str] = set()
 
     def take(self, batch: Batch) -> None:
-        columns = {"token": batch.scored.targets.int(), "lm": batch.base}
-        if batch.knn is not None:
-            columns |= {"knn": batch.knn.log_probs, **batch.knn.columns}
+        scored = batch.scored
+        columns = {"token": scored.targets.int(), "context": scored.context[:, 0].int()}
+        columns["lm"] = batch.base
+        for name, opinion in batch.opinions.items():
+            self.features |= set(opinion.features)
+            columns |= opinion.features
+            if opinion.log_probs.shape[1]:
+                columns[name] = opinion.log_probs
         counted = batch.rows >= 0
         self.writer.write(
             {"row": batch.rows[counted]}
@@ -116,8 +127,8 @@ class KnnScorer:
         eos: the id that ends a sentence; ``fairseq-generate`` reads it.
         blocks: where the blocks lie, or None where rows do not matter.
         key_type: capture these keys, or None for none.
-        knn: the neighbours, or None for the language model alone.
-        lmbda: weight of the neighbours.
+        panel: experts and their mixer.
+        mixture_from: where the mixer comes from, in words.
         listeners: told of every batch.
     """
 
@@ -128,16 +139,16 @@ class KnnScorer:
         *,
         blocks: Blocks | None = None,
         key_type: str | None = None,
-        knn: KnnExpert | None = None,
-        lmbda: float = 0.0,
+        panel: Panel | None = None,
+        mixture_from: str = "",
         listeners: Sequence[Listener] = (),
     ) -> None:
         self.pad = pad
         self.eos = eos
         self.blocks = blocks
         self.key_type = key_type
-        self.knn = knn
-        self.log_weights = torch.tensor(fixed_log_weights(lmbda), dtype=torch.float32)
+        self.panel = panel if panel is not None else Panel()
+        self.mixture_from = mixture_from
         self.tally = Tally()
         self.listeners = (self.tally, *listeners)
 
@@ -160,13 +171,13 @@ class KnnScorer:
         """
         started = time.perf_counter()
         scored, base = self._base(models, sample)
-        opinion = self.knn.opinion(scored) if self.knn is not None else None
-        mixed = base if opinion is None else self._mix(base, opinion)
+        rows = np.full(len(base), -1)
         if self.blocks is not None:
             rows = self.blocks.rows(sample["id"], scored)
-        else:
-            rows = np.zeros(len(base), np.int64)
-        batch = Batch(rows, scored, base, mixed, opinion)
+        places = torch.from_numpy(rows).to(base.device)
+        verdict = self.panel.judge(base, Passage(scored, places, sample))
+        mixed = verdict.log_probs
+        batch = Batch(rows, scored, base, mixed, verdict.opinions)
         for listener in self.listeners:
             listener.take(batch)
         self.tally.seconds += time.perf_counter() - started
@@ -187,11 +198,6 @@ class KnnScorer:
             columns.append(lm.target_log_probs(scored))
         mean = torch.logsumexp(torch.stack(columns), dim=0) - math.log(len(columns))
         return scored, mean
-
-    def _mix(self, base: Tensor, opinion: Opinion) -> Tensor:
-        available = torch.stack([torch.ones_like(opinion.available), opinion.available], dim=1)
-        log_probs = torch.stack([base, opinion.log_probs], dim=1)
-        return mix(log_probs, self.log_weights.to(base.device), available)
 
 
 def _hypotheses(scored: Scored, log_probs: Tensor) -> list[list[dict[str, Any]]]:

@@ -2,12 +2,13 @@
 
 An ``.npz`` that ``numpy.load`` opens without pickle, rows in the order of the text:
 
-* ``row`` (N,) int64, the token's place in the split; ``token`` (N,) int32, its id;
+* ``row`` (N,) int64, the token's place in the split; ``token`` (N,) int32, its id; ``context`` (N,)
+  int32, the token before it;
 * ``lm`` (N,) float32, the language model's log-probability of the token (natural log);
-* ``knn`` (N,) the same by neighbours, at the run's temperature; -inf where none agrees;
-* ``knn_by_temperature`` (N, M) the same at each of the M temperatures in the card;
-* ``distances`` (N, R) float32, of the neighbours at the ranks in the card;
-* ``matches`` (N,) int32, neighbours whose value is the token;
+* for each other expert (N, S) float32 by its name, the same in each of the S settings that the card
+  lists; -inf where it gives the token no probability, NaN where it has nothing to go by;
+* features, (N,) or (N, M) float32, by the names in the card: what a mixer may go by; among them,
+  where a datastore is searched, ``lm_key`` (N, D) float16, the query itself;
 * ``card``, a JSON text: what made the table.
 """
 
@@ -16,18 +17,22 @@ from __future__ import annotations
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import publish
+from fairseq_knnlm.mixers import LM, Component
 
 FORMAT = "fairseq-knnlm score table"
-VERSION = 1
+VERSION = 2
+AGAIN = "write it again, with the flags of the table that the calibration was fitted on"
 #: Rows copied at a time from the temporary columns into the table.
 STEP = 65536
 
@@ -49,6 +54,45 @@ class ScoreTable:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
+
+    @property
+    def experts(self) -> dict[str, list[dict[str, Any]]]:
+        """The settings of each expert but the language model, by its name."""
+        return self.card["experts"]
+
+    def column(self, component: Component) -> np.ndarray:
+        """(N,) log-probabilities of an expert in one setting, natural log.
+
+        Raises:
+            TableError: where the table was written without it.
+        """
+        if component == LM:
+            return self["lm"]
+        settings = self.experts.get(component.expert, [])
+        if component.setting not in settings:
+            words = ", ".join(f"{key} {value:g}" for key, value in component.setting.items())
+            raise TableError(
+                f"the score table has no column of {component.expert} with {words}",
+                expected="the settings that the mixture was fitted with",
+                found=f"{len(settings)} others",
+                do=AGAIN,
+            )
+        return self[component.expert][:, settings.index(component.setting)]
+
+    def features(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The named features, as tensors.
+
+        Raises:
+            TableError: where the table was written without one.
+        """
+        if missing := [name for name in names if name not in self.columns]:
+            raise TableError(
+                "the score table lacks features that the mixture goes by",
+                expected=", ".join(missing),
+                found=", ".join(self.columns),
+                do=AGAIN,
+            )
+        return {name: torch.from_numpy(self[name]) for name in names}
 
 
 class ScoreTableWriter:
@@ -111,19 +155,27 @@ def read_table(path: Path) -> ScoreTable:
     """Reads a score table.
 
     Raises:
-        TableError: where it is missing or not one.
+        TableError: where it is missing, not one, or of another version.
     """
     expected = "a score table, as --score-table FILE.npz writes it"
     try:
         with np.load(path, allow_pickle=False) as archive:
             columns = {name: archive[name] for name in archive.files}
         card = json.loads(str(columns.pop("card")[0]))
-        if card["format"] != FORMAT or card["version"] > VERSION:
-            raise ValueError(f"{card['format']}, version {card['version']}")
+        if card["format"] != FORMAT:
+            raise ValueError(f"a file of another kind, {card['format']}")
+        version = card["version"]
     except FileNotFoundError:
         raise TableError(f"no score table at {path}", expected=expected, found="nothing") from None
     except Exception as error:  # NumPy, zipfile and JSON have a dozen ways to say no
         raise TableError(
             f"{path} cannot be read", expected=expected, found=f"{type(error).__name__}: {error}"
         ) from None
+    if version != VERSION:
+        raise TableError(
+            f"{path} is a score table of another version of fairseq-knnlm",
+            expected=f"version {VERSION}",
+            found=f"version {version}",
+            do="write it again, with --score-table or `fairseq-knnlm tune --data`",
+        )
     return ScoreTable(columns, card)

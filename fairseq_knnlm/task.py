@@ -13,17 +13,27 @@ from typing import Any
 
 import numpy as np
 from fairseq import utils
+from fairseq.checkpoint_utils import load_model_ensemble
+from fairseq.data import BaseWrapperDataset
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_knnlm import config
 from fairseq_knnlm.datastore import check_new
+from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.evaluation import EvaluationRun, Setting, make_scorer
 from fairseq_knnlm.host import WithEnd, hand_over
 from fairseq_knnlm.lm import check_model, is_supported
 from fairseq_knnlm.memory import Memory, open_memory
 
 logger = logging.getLogger(__name__)
+
+
+class InTextOrder(BaseWrapperDataset):
+    """Blocks as they stand in the text; the stock loader may go by their length."""
+
+    def ordered_indices(self) -> np.ndarray:
+        return np.arange(len(self))
 
 
 @register_task("knn_lm", dataclass=config.KnnlmConfig)
@@ -45,17 +55,17 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         task = super().setup_task(args, **kwargs)
         if args.save_knnlm_dstore:
             check_new(Path(args.dstore_mmap))
-        if args.knnlm:
+        if config.evaluates(args):
             task.memory = open_memory(args, task.target_dictionary.symbols)
         return task
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         """Builds the model and checks that its keys are those of the datastore."""
         model = super().build_model(args, from_checkpoint)
-        if self.args.knnlm or self.args.save_knnlm_dstore:
+        if self.memory is not None or self.args.save_knnlm_dstore:
             width = check_model(model, str(self.args.knn_keytype))
-            if self.memory is not None:
-                self.memory.store.check_origin(width=width)
+            for store in self.memory.stores if self.memory is not None else ():
+                store.check_origin(width=width)
         self.models.append(model)
         return model
 
@@ -90,6 +100,10 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         left_out = int(sizes[sizes > max_positions].sum()) if isinstance(max_positions, int) else 0
         config.check_left_out(left_out, max_positions, saving)
+        remembers = str(self.args.pointers) != "none"
+        if self.memory is not None and (remembers or "cache" in self.memory.experts):
+            config.check_order(num_shards)
+            dataset = InTextOrder(dataset)
         load = partial(
             super().eval_lm_dataloader,
             dataset,
@@ -118,4 +132,17 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         return WithEnd(load(num_shards=num_shards, shard_id=shard_id), run.finish)
 
     def _setting(self, models: list[Any]) -> Setting:
-        return Setting(self.args, models, self.target_dictionary, self.split, self.memory)
+        second = self._second(models[0]) if self.memory and "lm2" in self.memory.experts else None
+        return Setting(self.args, models, self.target_dictionary, self.split, self.memory, second)
+
+    def _second(self, first: Any) -> Any:
+        """The model of ``--expert-lm``, where the first one is."""
+        path = str(self.args.expert_lm)
+        if not Path(path).is_file():
+            raise ConfigError(f"no checkpoint {path}", expected="--expert-lm FILE", found="nothing")
+        stock = LanguageModelingTask(
+            self.args, self.dictionary, self.output_dictionary, self.targets
+        )
+        loaded, _ = load_model_ensemble([path], task=stock)
+        parameter = next(first.parameters())
+        return loaded[0].to(parameter.device, parameter.dtype).eval()

@@ -1,4 +1,4 @@
-"""Small datastores for the tests of single modules, and ways to spoil a file."""
+"""Small datastores and passages for the tests of single modules, and ways to spoil a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from fairseq_knnlm.datastore import (
     Compression,
@@ -16,8 +18,10 @@ from fairseq_knnlm.datastore import (
     open_datastore,
 )
 from fairseq_knnlm.errors import KnnlmError
+from fairseq_knnlm.experts import Passage
 from fairseq_knnlm.index import IndexCard
 from fairseq_knnlm.indexing import Wishes, build
+from fairseq_knnlm.lm import CONTEXT, Scored
 from fairseq_knnlm.recipes import choose
 
 
@@ -79,6 +83,23 @@ def brute_force(xb: np.ndarray, xq: np.ndarray, k: int, metric: str) -> tuple[np
     ids = np.argsort(-scores, axis=1)[:, :k]
     best = np.take_along_axis(scores, ids, axis=1)
     return (best if metric == "ip" else -best), ids
+
+
+def contexts(tokens: list[int], seen: int = CONTEXT) -> Tensor:
+    """(N, CONTEXT), of each of N tokens the ``seen`` before it, the nearest first, else -1."""
+    rows = [tokens[max(place - seen, 0) : place][::-1] for place in range(len(tokens))]
+    return torch.tensor([row + [-1] * (CONTEXT - len(row)) for row in rows])
+
+
+def passage(
+    keys: Tensor, targets: Tensor, context: Tensor | None = None, rows: Tensor | None = None
+) -> Passage:
+    """Scored tokens whose keys are their features too; the first of the text unless told."""
+    size = len(targets)
+    if context is None:
+        context = torch.full((size, CONTEXT), -1)
+    scored = Scored(targets, keys, keys, torch.ones(1, size, dtype=torch.bool), context)
+    return Passage(scored, torch.arange(size) if rows is None else rows)
 
 
 def share(found: np.ndarray, true: np.ndarray) -> float:

@@ -17,7 +17,9 @@ import pytest
 from conftest import Lab, eval_lm, must, run
 
 from fairseq_knnlm import datastore as datastores
+from fairseq_knnlm.compress import compress
 from fairseq_knnlm.config import check_stock_is_enough
+from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError, ModelError
 
 
@@ -61,6 +63,27 @@ FLAGS = {
     "negative block": (["--tokens-per-sample", 4], "-4 tokens"),
     "workers with a context": (["--num-workers", 2], "--num-workers"),
     "shards with a context": (["--num-shards", 2], "--num-shards"),
+    "unknown expert": (["--experts", "knn,oracle"], "of knn, cache, ngram, lm2"),
+    "expert named twice": (["--experts", "knn,knn"], "each once"),
+    "expert without a name": (["--experts", "knn,"], "each once"),
+    "second model not named": (["--experts", "knn,lm2"], "--expert-lm CHECKPOINT"),
+    "second model not there": (["--experts", "lm2", "--expert-lm", "x.pt"], "no checkpoint x.pt"),
+    "weight above 1": (["--experts", "knn,cache", "--cache-lmbda", 2], "--cache-lmbda"),
+    "weight of lm2 above 1": (["--expert-lm-lmbda", 2], "--expert-lm-lmbda"),
+    "weights above 1 in all": (
+        ["--experts", "knn,cache", "--lmbda", 0.6, "--cache-lmbda", 0.5],
+        "a sum of at most 1",
+    ),
+    "weight of an expert not asked": (["--ngram-lmbda", 0.1], "add ngram to --experts"),
+    "setting of an expert not asked": (["--cache-theta", 0.1], "add cache to --experts"),
+    "window of nothing": (["--experts", "knn,cache", "--cache-window", 0], "1 or more"),
+    "theta below 0": (["--experts", "knn,cache", "--cache-theta=-1"], "0 or more"),
+    "mixer that was not fitted": (["--mixer", "gate"], "knn, gate in the calibration"),
+    "mixer and weights": (["--mixer", "bins", "--lmbda", 0.1], "--lmbda"),
+    "cache in shards": (
+        ["--experts", "cache", "--num-shards", 2, "--tokens-per-sample", 8, "--context-window", 0],
+        "one process over the whole split",
+    ),
 }
 
 
@@ -78,7 +101,10 @@ def test_flags(lab: Lab, datastore: Path, case: str) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--knnlm"], ["--save-knnlm-dstore"], ["--dstore-filename", "x"], ["--dstore-mmap", "x"]],
+    [
+        *(["--knnlm"], ["--save-knnlm-dstore"], ["--dstore-filename", "x"], ["--dstore-mmap", "x"]),
+        *(["--experts", "knn"], ["--experts", "cache,ngram"], ["--knnlm", "--experts", "cache"]),
+    ],
 )
 def test_half_a_request(lab: Lab, flags: list[str]) -> None:
     refused(lab, ConfigError, *flags)
@@ -183,6 +209,25 @@ def test_index_of_another_datastore(lab: Lab, store: Path, tmp_path: Path) -> No
     assert "index of another datastore" in refused(lab, IndexFileError, *flags)
 
 
+def test_several_datastores(lab: Lab, store: Path) -> None:
+    """Each has its own index and its own share of the weight."""
+    both = ["--knnlm", "--dstore-filename", f"{store}:{store}", "--k", 8]
+    says = refused(lab, ConfigError, *both, "--indexfile", store / "knn.index")
+    assert "knn.index in each datastore" in says
+    assert "found:    1.2" in refused(lab, ConfigError, *both, "--lmbda", 0.6)
+    missing = store.with_name("nowhere")
+    both[2] = f"{store}:{missing}"
+    assert f"no datastore at {missing}" in refused(lab, DatastoreError, *both)
+
+
+def test_n_grams_of_a_datastore_that_lost_its_text(lab: Lab, store: Path, tmp_path: Path) -> None:
+    merged = compress(open_datastore(store), tmp_path / "merged", merge=8)
+    flags = ["--experts", "ngram", "--dstore-filename", merged]
+    says = refused(lab, ConfigError, *flags)
+    assert "no longer holds its text" in says
+    assert "leave ngram out of --experts" in says
+
+
 def test_probe_beyond_the_lists(lab: Lab, store: Path) -> None:
     build = ["--dstore", store, "--recipe", "IVF8,Flat", "--recall-queries", 5]
     must("fairseq-knnlm", "build-index", *build)
@@ -226,12 +271,13 @@ def test_writing_in_shards(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flag", ["knnlm", "score_table", "results_json"])
+@pytest.mark.parametrize("flag", ["knnlm", "experts", "score_table", "results_json"])
 def test_flags_that_the_stock_scorer_would_ignore(flag: str) -> None:
-    args = argparse.Namespace(knnlm=False, score_table=None, results_json=None)
+    args = argparse.Namespace(knnlm=False, experts=None, score_table=None, results_json=None)
     check_stock_is_enough(args, "this decoder")
     setattr(args, flag, "x")
-    with pytest.raises(ConfigError, match="does not work with this decoder"):
+    says = f"--{flag.replace('_', '-')} does not work with this decoder"
+    with pytest.raises(ConfigError, match=says):
         check_stock_is_enough(args, "this decoder")
 
 

@@ -6,15 +6,23 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from stores import alter, random_entries, truncate, write_compressed, write_store
 
 from fairseq_knnlm import cli, files
-from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
+from fairseq_knnlm.calibration import (
+    Calibration,
+    Stack,
+    read_calibration,
+    write_calibration,
+)
 from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.mixers import LM, Component, Fixed
 from fairseq_knnlm.tables import ScoreTableWriter
 
 ROWS, WIDTH = 400, 8
@@ -66,17 +74,44 @@ def refuse(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return captured.err
 
 
-def write_table(path: Path, datastore: str, *, helpful: bool = True) -> Path:
-    """100 tokens; the neighbours know half of them for certain at temperature 2, or nothing."""
-    lm = np.full(100, -2.0, np.float32)
-    sharp = np.where(np.arange(100) % 2, 0.0, -np.inf).astype(np.float32)
+MODEL = "m" * 64
+
+
+def calibration(datastore: str) -> Calibration:
+    """The language model alone, and neighbours that lower its perplexity."""
+    alone = Stack((), Fixed((LM,), (1.0,)), 150.0, 7.2)
+    knn = Component("knn", {"suffix": 0, "k": 0, "temperature": 12.0})
+    mixed = Stack(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9)
+    fitted_on = {"split": "valid", "tokens": 1000, "held_out": 100, "seed": 0}
+    stacks = (alone, mixed)
+    return Calibration((datastore,), MODEL, fitted_on, {"knn": {"k": 8}}, 150.0, stacks, 1)
+
+
+def write_table(
+    path: Path, datastore: str, *, helpful: bool = True, split: str = "valid", **card: Any
+) -> Path:
+    """960 tokens; the neighbours know half of them for certain at temperature 2, or nothing."""
+    rows = np.arange(960)
+    lm = np.full(960, -2.0, np.float32)
+    sharp = np.where(rows % 2, 0.0, -np.inf).astype(np.float32)
     other = lm - 1
     writer = ScoreTableWriter(path)
     columns = np.stack([other, sharp if helpful else other], axis=1)
-    writer.write({"row": np.arange(100), "lm": lm, "knn_by_temperature": columns})
-    card = {"datastore": datastore, "model": "m" * 64, "split": "valid", "k": 8}
-    card |= {"index": "Flat", "distances": "exact squared L2", "temperatures": [1.0, 2.0]}
-    writer.publish(card)
+    distances = np.random.default_rng(1).random((960, 2), np.float32)
+    writer.write({"row": rows, "lm": lm, "knn": columns, "knn_distances": distances})
+    settings = [{"suffix": 0, "k": 0, "temperature": t} for t in (1.0, 2.0)]
+    writer.publish(
+        {
+            "datastores": [datastore],
+            "model": MODEL,
+            "split": split,
+            "k": 8,
+            "experts": {"knn": settings},
+            "described": {"knn": {"k": 8, "index": "Flat"}},
+            "features": ["knn_distances"],
+        }
+        | card
+    )
     return path
 
 
@@ -103,12 +138,11 @@ def test_info_says_what_the_manifest_says(
 def test_info_knows_index_and_calibration(
     indexed: Datastore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ("valid", 100, 8, "Flat", "exact", 150.0, 120.25)
-    fitted = Calibration(0.125, 12.0, indexed.fingerprint, "m" * 64, *texts)
-    write_calibration(indexed.calibration_path, fitted)
+    write_calibration(indexed.calibration_path, calibration(indexed.fingerprint))
     said = say(capsys, "info", "--dstore", indexed.path)
     assert "index        IVF8,Flat, nprobe 4 (covers 0.51), recall@399 0.51" in said
-    assert "calibration  lambda 0.1250, temperature 12, valid perplexity 150.00 -> 120.25" in said
+    fitted = "knn, fixed, fitted on valid, 1,000 tokens; perplexity 150.00 -> 120.25"
+    assert f"calibration  {fitted}" in said
 
 
 def test_compress_says_what_it_saved(
@@ -289,24 +323,101 @@ def test_tune_stores_the_fit(
     """
     table = write_table(tmp_path / "valid.npz", store.fingerprint)
     said = say(capsys, "tune", "--dstore", store.path, "--score-table", table)
-    fitted = read_calibration(store.calibration_path, store.fingerprint)
+    fitted = read_calibration(store.calibration_path, [store.fingerprint])
     assert fitted is not None
+    stack = fitted.find(["knn"], "fixed")
+    assert stack is not None
+    assert isinstance(stack.mixer, Fixed)
     a = np.exp(-2)
-    assert fitted.lmbda == pytest.approx((1 - 2 * a) / (2 * (1 - a)), abs=1e-6)
-    assert fitted.temperature == 2.0
-    assert f"lambda {fitted.lmbda:.4f}, temperature 2" in said
-    assert f"base LM  perplexity {np.exp(2):.2f}" in said
-    assert f"kNN-LM   perplexity {fitted.perplexity:.2f}" in said
+    assert stack.mixer.weights[1] == pytest.approx((1 - 2 * a) / (2 * (1 - a)), abs=1e-6)
+    assert stack.mixer.components[1].setting["temperature"] == 2.0
+    assert "valid, 960 tokens; figures are of the 96 that nothing was fitted on" in said
+    assert f"language model alone {np.exp(2):>18.2f}\n" in said
+    change = f"{stack.perplexity / np.exp(2) - 1:+.1%}"
+    assert f"knn, fixed {stack.perplexity:>28.2f} {change:>8}" in said
+    assert said.count("<- used") == 1
     assert str(store.calibration_path) in said
+    assert "nothing helps" not in said
 
 
-def test_tune_says_where_neighbours_do_not_help(
+def test_tune_says_where_nothing_helps(
     store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = write_table(tmp_path / "valid.npz", store.fingerprint, helpful=False)
     said = say(capsys, "tune", "--dstore", store.path, "--score-table", table)
-    assert "lambda 0.0000" in said
-    assert "do not help" in said
+    assert "language model alone" in next(x for x in said.splitlines() if "<- used" in x)
+    assert "nothing helps this model on this text: evaluation will use it alone" in said
+    assert "calibration  language model alone, fitted on valid" in say(
+        capsys, "info", "--dstore", store.path
+    )
+
+
+def test_tune_draws_curves_where_it_can(
+    store: Datastore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = write_table(tmp_path / "valid.npz", store.fingerprint)
+    tune = ["tune", "--dstore", store.path, "--score-table", table]
+    drawn: list[Path] = []
+    monkeypatch.setattr(cli, "draw_curves", lambda table, path: not drawn.append(path))
+    assert f"curves: {store.path / 'calibration.png'}\n" in say(capsys, *tune)
+    assert "x.png" in say(capsys, *tune, "--plot", tmp_path / "x.png")
+    assert drawn == [store.path / "calibration.png", tmp_path / "x.png"]
+    monkeypatch.setattr(cli, "draw_curves", lambda table, path: False)
+    assert "no curves: they need matplotlib" in say(capsys, *tune)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [([], "--score-table FILE.npz"), (["--data", "data-bin"], "--data needs --path")],
+)
+def test_tune_needs_a_table_or_what_makes_one(
+    store: Datastore, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refuse(capsys, "tune", "--dstore", store.path, *flags)
+
+
+def test_report_judges_the_calibration_on_another_table(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / "test.npz", store.fingerprint, split="test")
+    report = ["report", "--dstore", store.path, "--score-table", table]
+    assert "has no calibration" in refuse(capsys, *report)
+    fitted = calibration(store.fingerprint)
+    setting = {"suffix": 0, "k": 0, "temperature": 2.0}
+    knn = replace(fitted.best, mixer=Fixed((LM, Component("knn", setting)), (0.875, 0.125)))
+    write_calibration(store.calibration_path, replace(fitted, stacks=(fitted.stacks[0], knn)))
+    lm = np.exp(-2)
+    sharp = np.where(np.arange(960) % 2, 1.0, 0.0)
+    perplexity = np.exp(-np.log(0.875 * lm + 0.125 * sharp).mean())
+    assert say(capsys, *report).splitlines() == [
+        "test, 960 tokens; fitted on valid, 1,000 tokens",
+        "  mixture                      perplexity   change",
+        f"  language model alone         {np.exp(2):>10.2f}",
+        f"  knn, fixed                   {perplexity:>10.2f} {perplexity * lm - 1:>+8.1%}  <- used",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        ({"model": "x" * 64}, "another language model"),
+        ({"experts": {}}, "lacks knn"),
+        ({"described": {"knn": {"k": 16}}}, "another number of neighbours"),
+    ],
+)
+def test_report_refuses_a_table_of_another_run(
+    store: Datastore,
+    tmp_path: Path,
+    card: dict[str, Any],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_calibration(store.calibration_path, calibration(store.fingerprint))
+    table = write_table(tmp_path / "test.npz", store.fingerprint, **card)
+    assert says in refuse(capsys, "report", "--dstore", store.path, "--score-table", table)
 
 
 def test_tune_refuses_a_table_of_another_datastore(
@@ -330,10 +441,9 @@ def test_tune_refuses_what_is_no_table(
 def test_info_refuses_a_calibration_of_another_datastore(
     store: Datastore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ("valid", 100, 8, "Flat", "exact", 150.0, 120.25)
-    write_calibration(store.calibration_path, Calibration(0.1, 1.0, "e" * 64, "m" * 64, *texts))
+    write_calibration(store.calibration_path, calibration("e" * 64))
     cli.main(["info", "--dstore", str(store.path)])
-    assert "fitted for another datastore" in capsys.readouterr().err
+    assert "fitted for another datastore" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["nonsense"], ["info"], ["info", "--dstore", "x", "--y"]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,13 @@ from conftest import MODELS, ROOT, Lab, eval_lm, must
 
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, ModelError
+from fairseq_knnlm.experts import KnnSetting
+from fairseq_knnlm.mixers import Component
 from fairseq_knnlm.scorer import KnnScorer
-from fairseq_knnlm.tables import read_table
+from fairseq_knnlm.tables import ScoreTable, read_table
 
 KNN = ["--k", 64, "--lmbda", 0.3, "--knn-temp", 2.0]
+SETTING = vars(KnnSetting(temperature=2.0))
 
 
 def plain_knn_lm(
@@ -37,6 +39,12 @@ def plain_knn_lm(
         p_knn = weights[values[nearest] == target].sum() / weights.sum()
         mixed.append(math.log(lmbda * p_knn + (1 - lmbda) * math.exp(base)))
     return np.array(mixed)
+
+
+def mixed_by_hand(table: ScoreTable) -> np.ndarray:
+    """(N,) log p of the mixture that ``KNN`` asks for."""
+    knn = table.column(Component("knn", SETTING))
+    return np.logaddexp(table["lm"] + math.log(0.7), knn + math.log(0.3))
 
 
 @pytest.mark.parametrize("model", list(MODELS))
@@ -65,8 +73,7 @@ def test_knn_lm_is_ten_plain_lines(lab: Lab, datastore: Path, tmp_path: Path) ->
     expected = plain_knn_lm(table["lm"], asked.keys, asked.values, datastore)
 
     assert np.array_equal(table["token"], asked.values)
-    mixed = np.logaddexp(table["lm"] + math.log(0.7), table["knn"] + math.log(0.3))
-    np.testing.assert_allclose(mixed, expected, atol=1e-4)
+    np.testing.assert_allclose(mixed_by_hand(table), expected, atol=1e-4)
     bits = -expected.mean() / math.log(2)
     assert found["loss"] == pytest.approx(bits, abs=1e-4)
     results = json.loads(results_file.read_text())
@@ -74,7 +81,10 @@ def test_knn_lm_is_ten_plain_lines(lab: Lab, datastore: Path, tmp_path: Path) ->
     assert results["perplexity"] == pytest.approx(2**bits, rel=1e-4)
     assert results["tokens"] == len(asked)
     assert results["base_loss"] == pytest.approx(-table["lm"].mean() / math.log(2), abs=1e-5)
-    assert (results["lambda"], results["temperature"], results["k"]) == (0.3, 2.0, 64)
+    assert (results["mixer"], results["mixed"], results["k"]) == ("fixed", ["knn"], 64)
+    lm, knn = results["weights"]
+    assert lm == {"expert": "lm", "weight": pytest.approx(0.7)}
+    assert knn == {"expert": "knn", "weight": pytest.approx(0.3), **SETTING}
     assert results["distances"].startswith("exact")
     assert results["index"] == "Flat"
     assert results["seconds"] > results["search_seconds"] > 0
@@ -159,28 +169,6 @@ def test_blocks_that_fairseq_would_drop(
     assert "leaves out" in caplog.text
 
 
-def test_tuning_stores_what_evaluation_then_uses(
-    lab: Lab, datastore: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(datastore, store)
-    memory = ["--knnlm", "--dstore-filename", store, "--k", 64]
-    table, results = tmp_path / "valid.npz", tmp_path / "results.json"
-    lab.evaluate("valid", *memory, "--score-table", table)
-    said = must("fairseq-knnlm", "tune", "--dstore", store, "--score-table", table)
-    lab.evaluate("valid", *memory, "--results-json", results)
-    calibrated = json.loads(results.read_text())
-    assert calibrated["mixture_from"] == "calibrated on valid"
-    assert calibrated["perplexity"] < calibrated["base_perplexity"]
-    assert f"{calibrated['perplexity']:.2f}" in said
-    # Another k is worth a warning.
-    lab.evaluate("valid", "--knnlm", "--dstore-filename", store, "--k", 8)
-    assert "the calibration was fitted with k 64" in caplog.text
-    # An explicit flag wins.
-    lab.evaluate("valid", *memory, "--lmbda", 0, "--results-json", results)
-    assert json.loads(results.read_text())["lambda"] == 0
-
-
 def test_the_report_of_the_real_command(lab: Lab, datastore: Path, tmp_path: Path) -> None:
     """From another working directory, with the package's checkout as --user-dir."""
     said = must(
@@ -192,14 +180,14 @@ def test_the_report_of_the_real_command(lab: Lab, datastore: Path, tmp_path: Pat
     mixed = re.search(r"kNN-LM +perplexity (\d+\.\d\d)", said)
     stock = re.search(r"Loss \(base 2\): [\d.]+, Perplexity: (\d+\.\d\d)", said)
     assert mixed and stock and mixed[1] == stock[1]
-    assert "lambda 0.3, temperature 2 (given), k 64" in said
-    assert "index Flat; distances exact squared L2" in said
+    assert "knn: lambda 0.3, temperature 2 (given)" in said
+    assert "k 64, index Flat; distances exact squared L2" in said
 
 
 def test_defaults_without_calibration_come_with_a_warning(lab: Lab, datastore: Path) -> None:
     said = must("fairseq-eval-lm", *lab.command("test", "--knnlm", "--dstore-filename", datastore))
     assert "fairseq-knnlm tune" in said
-    assert "lambda 0.25, temperature 1 (uncalibrated defaults)" in said
+    assert "knn: lambda 0.25, temperature 1 (uncalibrated defaults)" in said
 
 
 def test_generate_score_reference(lab: Lab, datastore: Path, tmp_path: Path) -> None:
@@ -216,7 +204,7 @@ def test_generate_score_reference(lab: Lab, datastore: Path, tmp_path: Path) -> 
     blocks = ["--tokens-per-sample", 8, "--context-window", 0]
     lab.evaluate("test", *blocks, *memory, "--score-table", tmp_path / "table.npz")
     table = read_table(tmp_path / "table.npz")
-    mixed = np.logaddexp(table["lm"] + math.log(0.7), table["knn"] + math.log(0.3)) / math.log(2)
+    mixed = mixed_by_hand(table) / math.log(2)
     for block, scores in printed:
         ours = mixed[8 * int(block) :][:8]
         theirs = [float(score) for score in scores.split()]
@@ -313,7 +301,9 @@ def test_the_script_and_the_command_offer_help() -> None:
         [sys.executable, ROOT / "examples/build_index.py"],
         *(
             ["fairseq-knnlm", name]
-            for name in ("save", "build-index", "compress", "tune", "info", "verify")
+            for name in (
+                *("save", "build-index", "compress", "tune", "report", "info", "verify", "import"),
+            )
         ),
     ):
         assert "example:" in must(*command, "--help")

@@ -15,7 +15,9 @@ from fairseq_knnlm import index as indexes
 from fairseq_knnlm.compress import alike_neighbours, compress, fit_pca, greedy_merge
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError
+from fairseq_knnlm.experts import KnnSetting
 from fairseq_knnlm.index import SearchIndex
+from fairseq_knnlm.mixers import Component
 from fairseq_knnlm.mixing import knn_log_probs
 from fairseq_knnlm.neighbours import Retriever
 from fairseq_knnlm.tables import read_table
@@ -276,8 +278,13 @@ def test_evaluation_is_a_few_plain_lines(
     weights = np.exp(-near / 2) * store.weights[nearest]
     agreed = (weights * (store.values[nearest] == asked.values[:, None])).sum(axis=1)
     expected = agreed / weights.sum(axis=1)
-    found = np.exp(read_table(tmp_path / "table.npz")["knn"])
+    table = read_table(tmp_path / "table.npz")
+    found = np.exp(table.column(Component("knn", vars(KnnSetting(temperature=2.0)))))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+    # What stood before an entry was merged away, so no neighbour shares its words.
+    sharing = [setting["suffix"] > 0 for setting in table.experts["knn"]]
+    assert any(sharing)
+    assert np.array_equal(np.isnan(table["knn"]).all(axis=0), sharing)
 
 
 def test_another_models_width_is_refused(lab: Lab, datastore: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fairseq_knnlm import lm as module
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm import (
+    CONTEXT,
     KEY_TYPES,
     Scored,
     TargetLM,
@@ -40,7 +42,8 @@ def head_only(output: nn.Module) -> TargetLM:
 
 
 def scored(features: Tensor, targets: Tensor) -> Scored:
-    return Scored(targets, features, None, torch.ones(1, len(targets), dtype=torch.bool))
+    mask = torch.ones(1, len(targets), dtype=torch.bool)
+    return Scored(targets, features, None, mask, torch.full((len(targets), CONTEXT), -1))
 
 
 def features(rows: int, seed: int = 0) -> Tensor:
@@ -104,6 +107,35 @@ def test_large_logits_do_not_overflow() -> None:
         expected = torch.log_softmax(layer(x).double(), dim=1)[y, y]
     found = head_only(layer).target_log_probs(scored(x, y))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 256, 600])
+@pytest.mark.parametrize("kind", ["plain", "adaptive"])
+def test_the_shape_is_that_of_the_full_softmax(kind: str, rows: int) -> None:
+    """Entropy and the largest log-probability, in float64."""
+    adaptive = AdaptiveSoftmax(VOCABULARY, WIDTH, [20, 40], dropout=0.3, factor=2.0).eval()
+    layer = nn.Linear(WIDTH, VOCABULARY) if kind == "plain" else adaptive
+    x = features(rows)
+    with torch.no_grad():
+        if kind == "plain":
+            full = layer(x).double().log_softmax(dim=1)
+        else:
+            full = adaptive.get_log_prob(x[None], None)[0].double()
+    entropy, top = head_only(layer).shape(scored(x, torch.zeros(rows, dtype=torch.long)))
+    assert entropy.dtype == top.dtype == torch.float32
+    assert entropy.shape == top.shape == (rows,)
+    expected = -(full.exp() * full).sum(dim=1)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(top.double(), full.max(dim=1).values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_certain_model_has_no_entropy() -> None:
+    """p log p of p = 0 is 0."""
+    layer = nn.Linear(WIDTH, VOCABULARY)
+    x = 1e4 * features(20)
+    entropy, top = head_only(layer).shape(scored(x, torch.zeros(20, dtype=torch.long)))
+    torch.testing.assert_close(entropy, torch.zeros(20))
+    torch.testing.assert_close(top, torch.zeros(20))
 
 
 # A whole decoder
@@ -271,6 +303,30 @@ def test_the_last_layer_without_the_context_gives_the_same(
     assert torch.equal(found.targets, expected.targets)
     torch.testing.assert_close(found.features, expected.features, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.keys, expected.keys, rtol=1e-5, atol=1e-5)
+
+
+def plain_context(sample: dict[str, Any]) -> list[list[int]]:
+    """For every scored position the inputs up to it, going back."""
+    inputs, found = sample["net_input"]["src_tokens"].tolist(), []
+    for row, column in sample["target"].ne(PAD).nonzero().tolist():
+        before = inputs[row][: column + 1][::-1][:CONTEXT]
+        found.append(before + [-1] * (CONTEXT - len(before)))
+    return found
+
+
+@pytest.mark.parametrize("make", [batch, batch_with_context], ids=["none", "window"])
+@pytest.mark.parametrize("kind", ["post", "adaptive-pre"])
+def test_the_context_is_what_the_model_saw_before(
+    kind: str, make: Callable[[], dict[str, Any]]
+) -> None:
+    """Of blocks that begin with the first scored token, and of those with a window before it."""
+    sample = make()
+    found = TargetLM(decoder(**DECODERS[kind]), PAD).score(sample)
+    assert found.context.shape == (len(found.targets), CONTEXT)
+    assert found.context.dtype == torch.int64
+    assert found.context.tolist() == plain_context(sample)
+    unknown = bool((found.context < 0).any())
+    assert unknown is (make is batch)
 
 
 def test_reading_leaves_no_hook_behind() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fairseq_knnlm.mixing import fixed_log_weights, knn_log_probs, mix
+from fairseq_knnlm.mixing import knn_log_probs, mix, safe_log
 
 Rows = list[list[float]]
 
@@ -17,19 +17,27 @@ def plain_knn(distances: Rows, matches: list[list[bool]], valid: Rows, temperatu
     found = []
     for row, agrees, there in zip(distances, matches, valid, strict=True):
         near = [(d, m) for d, m, v in zip(row, agrees, there, strict=True) if v]
-        nearest = min((d for d, _ in near), default=0.0)
+        if not near:
+            found.append([math.nan])
+            continue
+        nearest = min(d for d, _ in near)
         weights = [(math.exp(-(d - nearest) / temperature), m) for d, m in near]
         agreed = sum(w for w, m in weights if m)
         found.append([math.log(agreed / sum(w for w, _ in weights)) if agreed else -math.inf])
     return found
 
 
-def plain_mix(log_probs: list[float], log_weights: list[float], there: list[bool]) -> float:
-    """log of the weighted mean of the probabilities of those who are there."""
+def fixed(lmbda: float) -> torch.Tensor:
+    """Log-weights of the language model and the neighbours."""
+    return torch.tensor([safe_log(1 - lmbda), safe_log(lmbda)])
+
+
+def plain_mix(log_probs: list[float], log_weights: list[float]) -> float:
+    """log of the weighted mean of the probabilities of those who say something."""
     parts = [
         (math.exp(w), math.exp(p))
-        for p, w, a in zip(log_probs, log_weights, there, strict=True)
-        if a
+        for p, w in zip(log_probs, log_weights, strict=True)
+        if not math.isnan(p)
     ]
     total = sum(w for w, _ in parts)
     if total == 0:
@@ -56,7 +64,7 @@ def test_knn_is_the_papers_equation(temperature: float) -> None:
     matches = values == 2
     found = knn_log_probs(distances, matches, valid, [temperature])
     expected = plain_knn(distances.tolist(), matches.tolist(), valid.tolist(), temperature)
-    torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=1e-5, equal_nan=True)
 
 
 def test_each_temperature_has_its_column() -> None:
@@ -65,7 +73,7 @@ def test_each_temperature_has_its_column() -> None:
     together = knn_log_probs(distances, values == 1, valid, temperatures)
     alone = [knn_log_probs(distances, values == 1, valid, [t])[:, 0] for t in temperatures]
     assert together.shape == (len(distances), 3)
-    torch.testing.assert_close(together, torch.stack(alone, dim=1))
+    torch.testing.assert_close(together, torch.stack(alone, dim=1), equal_nan=True)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 7.0, 1000.0])
@@ -77,9 +85,11 @@ def test_a_weight_counts_as_so_many_neighbours(temperature: float) -> None:
     log_weights = counts.log().expand_as(distances)
     found = knn_log_probs(distances, matches, valid, [temperature], log_weights)
     repeated = [part.repeat_interleave(counts, dim=1) for part in (distances, matches, valid)]
-    torch.testing.assert_close(found, knn_log_probs(*repeated, [temperature]))
+    expected = knn_log_probs(*repeated, [temperature])
+    torch.testing.assert_close(found, expected, equal_nan=True)
     ones = knn_log_probs(distances, matches, valid, [temperature], torch.zeros_like(distances))
-    torch.testing.assert_close(ones, knn_log_probs(distances, matches, valid, [temperature]))
+    expected = knn_log_probs(distances, matches, valid, [temperature])
+    torch.testing.assert_close(ones, expected, equal_nan=True)
 
 
 def test_weights_neither_overflow_nor_underflow() -> None:
@@ -94,7 +104,7 @@ def test_weights_neither_overflow_nor_underflow() -> None:
     light = torch.full((1, 3), -2000.0)
     assert knn_log_probs(distances, matches, valid, [1.0], light).item() == pytest.approx(-2000)
     nobody = torch.zeros(1, 3, dtype=torch.bool)
-    assert knn_log_probs(distances, matches, nobody, [1.0], light).item() == -math.inf
+    assert math.isnan(knn_log_probs(distances, matches, nobody, [1.0], light).item())
 
 
 def test_missing_neighbours_count_for_nothing() -> None:
@@ -107,12 +117,13 @@ def test_missing_neighbours_count_for_nothing() -> None:
     assert found.item() == pytest.approx(alone.item()) == pytest.approx(-math.log1p(math.exp(-0.5)))
 
 
-def test_no_match_and_no_neighbour_are_impossible() -> None:
+def test_no_match_is_impossible_and_no_neighbour_is_silent() -> None:
     distances = torch.ones(2, 3)
     valid = torch.tensor([[True, True, True], [False, False, False]])
     matches = torch.tensor([[False, False, False], [True, True, True]])
     found = knn_log_probs(distances, matches, valid, [1.0])
-    assert found.tolist() == [[-math.inf], [-math.inf]]
+    assert found[0].item() == -math.inf
+    assert math.isnan(found[1].item())
 
 
 @pytest.mark.parametrize("base", [0.0, 1e5, 1e9, 1e30, -1e9])
@@ -135,68 +146,74 @@ def test_probabilities_of_a_vocabulary_sum_to_one() -> None:
     distances, values, valid = random_neighbours()
     anybody = valid.any(dim=1)
     lm = torch.log_softmax(torch.randn(len(values), 6, generator=torch.manual_seed(5)), dim=1)
-    log_weights = torch.tensor(fixed_log_weights(0.3))
-    available = torch.stack([torch.ones_like(anybody), anybody], dim=1)
     knn_total, mixed_total = torch.zeros(len(values)), torch.zeros(len(values))
     for token in range(6):
         knn = knn_log_probs(distances, values == token, valid, [5.0])[:, 0]
         knn_total += knn.exp()
-        mixed_total += mix(torch.stack([lm[:, token], knn], dim=1), log_weights, available).exp()
-    torch.testing.assert_close(knn_total, anybody.float())
+        mixed_total += mix(torch.stack([lm[:, token], knn], dim=1), fixed(0.3)).exp()
+    assert torch.equal(knn_total.isnan(), ~anybody)
+    torch.testing.assert_close(knn_total[anybody], torch.ones(int(anybody.sum())))
     torch.testing.assert_close(mixed_total, torch.ones(len(values)))
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1e-6, 0.25, 0.9, 1.0])
 def test_mix_is_a_weighted_mean_of_probabilities(lmbda: float) -> None:
-    log_probs = torch.tensor([[-2.0, -1.0], [-3.0, -math.inf], [-0.5, -9.0], [-4.0, -0.1]])
-    available = torch.tensor([[True, True], [True, True], [True, False], [True, False]])
-    weights = fixed_log_weights(lmbda)
-    found = mix(log_probs, torch.tensor(weights), available)
-    expected = [
-        plain_mix(p, list(weights), a)
-        for p, a in zip(log_probs.tolist(), available.tolist(), strict=True)
-    ]
-    torch.testing.assert_close(found, torch.tensor(expected))
+    log_probs = torch.tensor([[-2.0, -1.0], [-3.0, -math.inf], [-0.5, math.nan], [-4.0, -0.1]])
+    weights = fixed(lmbda)
+    expected = [plain_mix(p, weights.tolist()) for p in log_probs.tolist()]
+    torch.testing.assert_close(mix(log_probs, weights), torch.tensor(expected))
 
 
 def test_mix_takes_more_experts_and_weights_of_each_token() -> None:
     rng = torch.Generator().manual_seed(1)
     log_probs = -10 * torch.rand(30, 4, generator=rng)
     log_weights = torch.log_softmax(torch.randn(30, 4, generator=rng), dim=1)
-    available = torch.rand(30, 4, generator=rng) < 0.7
-    rows = zip(log_probs.tolist(), log_weights.tolist(), available.tolist(), strict=True)
+    silent = torch.rand(30, 4, generator=rng) < 0.3
+    silent[:, 0] = False
+    log_probs = log_probs.masked_fill(silent, math.nan)
+    rows = zip(log_probs.tolist(), log_weights.tolist(), strict=True)
     expected = torch.tensor([plain_mix(*row) for row in rows])
-    torch.testing.assert_close(mix(log_probs, log_weights, available), expected)
+    torch.testing.assert_close(mix(log_probs, log_weights), expected)
 
 
 def test_lambda_zero_is_the_language_model_and_one_the_neighbours() -> None:
     log_probs = torch.tensor([[-2.0, -0.5], [-3.0, -math.inf]])
-    available = torch.ones(2, 2, dtype=torch.bool)
-    only_lm = mix(log_probs, torch.tensor(fixed_log_weights(0.0)), available)
-    only_knn = mix(log_probs, torch.tensor(fixed_log_weights(1.0)), available)
-    assert only_lm.tolist() == [-2.0, -3.0]
-    assert only_knn.tolist() == [-0.5, -math.inf]
+    assert mix(log_probs, fixed(0.0)).tolist() == [-2.0, -3.0]
+    assert mix(log_probs, fixed(1.0)).tolist() == [-0.5, -math.inf]
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.25, 1.0])
 def test_without_neighbours_the_language_model_speaks_alone(lmbda: float) -> None:
-    log_probs = torch.tensor([[-2.0, -math.inf], [-700.0, -1.0]])
-    available = torch.tensor([[True, False], [True, False]])
-    found = mix(log_probs, torch.tensor(fixed_log_weights(lmbda)), available)
-    assert found.tolist() == pytest.approx([-2.0, -700.0])
+    log_probs = torch.tensor([[-2.0, math.nan], [-700.0, math.nan]])
+    assert mix(log_probs, fixed(lmbda)).tolist() == pytest.approx([-2.0, -700.0])
+
+
+def test_who_is_silent_leaves_its_weight_to_all_others() -> None:
+    """0.5 and 0.3 of 0.8, not all of it to the language model."""
+    log_probs = torch.tensor([[math.log(0.1), math.nan, math.log(0.9)]])
+    found = mix(log_probs, torch.tensor([0.5, 0.2, 0.3]).log())
+    assert found.exp().item() == pytest.approx((0.5 * 0.1 + 0.3 * 0.9) / 0.8)
 
 
 def test_tiny_probabilities_do_not_underflow() -> None:
     log_probs = torch.tensor([[-1000.0, -1001.0]])
-    found = mix(log_probs, torch.tensor(fixed_log_weights(0.5)), torch.ones(1, 2, dtype=torch.bool))
     expected = -1000.0 + math.log(0.5 + 0.5 * math.exp(-1))
-    assert found.item() == pytest.approx(expected, abs=1e-4)
+    assert mix(log_probs, fixed(0.5)).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_fixed_weights() -> None:
-    assert fixed_log_weights(0.25) == (math.log(0.75), math.log(0.25))
-    assert fixed_log_weights(0.0) == (0.0, -math.inf)
-    assert fixed_log_weights(1.0) == (-math.inf, 0.0)
+def test_silence_leaves_gradients_finite() -> None:
+    """A gate learns through this."""
+    weights = torch.zeros(2, 3, requires_grad=True)
+    log_probs = torch.tensor([[-1.0, math.nan, -2.0], [-1.0, math.nan, math.nan]])
+    mix(log_probs, weights.log_softmax(dim=1)).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.isfinite().all()
+    assert weights.grad[1].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-7)
+
+
+def test_the_log_of_nothing() -> None:
+    assert safe_log(0.25) == math.log(0.25)
+    assert safe_log(0.0) == -math.inf
 
 
 def test_a_far_match_is_unlikely_and_not_impossible() -> None:
@@ -211,11 +228,12 @@ def test_a_far_match_is_unlikely_and_not_impossible() -> None:
 
 
 def test_no_neighbours_where_the_processor_flushes_denormals() -> None:
-    """1e-38 is below the smallest normal float32: log(0) - log(0) is NaN."""
+    """Nobody is NaN, and somebody who does not agree is -inf, whatever log(0) - log(0) comes to."""
     torch.set_flush_denormal(True)
     try:
-        nobody = torch.zeros(1, 3, dtype=torch.bool)
-        found = knn_log_probs(torch.ones(1, 3), nobody, nobody, [1.0])
+        valid = torch.tensor([[False] * 3, [True] * 3])
+        found = knn_log_probs(torch.ones(2, 3), torch.zeros_like(valid), valid, [1.0])
     finally:
         torch.set_flush_denormal(False)
-    assert found.tolist() == [[-torch.inf]]
+    assert math.isnan(found[0].item())
+    assert found[1].item() == -math.inf

@@ -14,7 +14,7 @@ from fairseq_knnlm import neighbours as module
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.exact import ExactSearch
 from fairseq_knnlm.index import SearchIndex
-from fairseq_knnlm.neighbours import Retriever
+from fairseq_knnlm.neighbours import Neighbours, Retriever
 
 ROWS, WIDTH, K = 300, 12, 20
 
@@ -137,6 +137,57 @@ def test_queries_are_projected_and_weights_gathered(tmp_path: Path, similarity: 
 
 def test_without_weights_there_are_none(store: Datastore) -> None:
     assert Retriever(searcher(store), store, "l2").search(queries(), K).log_weights is None
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_tokens_before_are_those_of_the_text(store: Datastore, steps: int) -> None:
+    """In any shape; the first entries and missing neighbours have none."""
+    ids = torch.tensor([[0, 1, 2], [3, 57, -1], [ROWS - 1, steps, steps - 1]])
+    found = Retriever(searcher(store), store, "l2").tokens_before(ids, steps)
+    text = store.values.tolist()
+    expected = [[text[i - steps] if i >= steps else -1 for i in row] for row in ids.tolist()]
+    assert found.tolist() == expected
+
+
+def test_tokens_before_are_no_negative_numbers(store: Datastore) -> None:
+    """Above 32,767, where int16 would make them; -1 stays what says that there are none."""
+    store = replace(store, values=np.full(ROWS, 65535, np.uint16))
+    found = Retriever(searcher(store), store, "l2").tokens_before(torch.tensor([0, 1, 9]), 1)
+    assert found.tolist() == [-1, 65535, 65535]
+
+
+def test_a_merged_datastore_has_no_text(tmp_path: Path) -> None:
+    """What stands one row before an entry was not before it in the text."""
+    store = write_compressed(tmp_path / "store")
+    found = Retriever(searcher(store), store, "l2").tokens_before(torch.arange(6).view(2, 3), 1)
+    assert found.tolist() == [[-1] * 3] * 2
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nearest_first(weighted: bool) -> None:
+    """Everything moves together; what is missing comes last."""
+    rng = np.random.default_rng(1)
+    ids = np.array([rng.permutation(50)[:K] for _ in range(8)])
+    distances = rng.random((8, K), np.float32)
+    missing = rng.random((8, K)) < 0.2
+    ids[missing], distances[missing] = -1, np.inf
+    weights = rng.random((8, K), np.float32)
+    near = Neighbours(
+        *map(torch.from_numpy, (ids, distances, ids * 7, ~missing)),
+        log_weights=torch.from_numpy(weights) if weighted else None,
+    ).nearest_first()
+    for row in range(8):
+        order = sorted(np.flatnonzero(~missing[row]), key=lambda place: distances[row, place])
+        there = len(order)
+        assert near.valid[row].tolist() == [True] * there + [False] * (K - there)
+        assert near.ids[row, :there].tolist() == ids[row, order].tolist()
+        assert near.distances[row, :there].tolist() == distances[row, order].tolist()
+        assert near.values[row, :there].tolist() == (7 * ids[row, order]).tolist()
+        assert near.distances[row, there:].isinf().all()
+        if weighted:
+            assert near.log_weights is not None
+            assert near.log_weights[row, :there].tolist() == weights[row, order].tolist()
+    assert weighted or near.log_weights is None
 
 
 def test_the_report_says_what_the_distances_are(store: Datastore) -> None:

@@ -18,6 +18,7 @@ from fairseq_knnlm.ngram import FALLBACK, NGramModel, estimate_discounts
 
 ORDERS = (1, 2, 3, 4, 5)
 VOCABULARY = 12
+FIELDS = ("log_probs", "lengths", "counts", "types")
 MINE = "a" * 64
 
 
@@ -137,7 +138,7 @@ def test_skipped_tokens_are_context() -> None:
     full = model.score(tokens)
     for skip in (0, 1, 3, 70, len(tokens)):
         rest = model.score(tokens, skip=skip)
-        for name in ("log_probs", "lengths", "counts", "types"):
+        for name in FIELDS:
             assert np.array_equal(getattr(rest, name), getattr(full, name)[skip:])
 
 
@@ -145,6 +146,43 @@ def test_order_minus_one_tokens_of_context_are_enough() -> None:
     model, tokens = count(corpus(), order=3), corpus(80, seed=1)
     enough = model.score(tokens[18:], skip=2)
     assert np.array_equal(enough.log_probs, model.score(tokens).log_probs[20:])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_several_texts_at_once(order: int) -> None:
+    """(N, M) and (A, B, M): each row by itself."""
+    model, texts = count(corpus(), order), corpus(96, seed=1).reshape(12, -1)
+    for skip in (0, 4):
+        alone = [model.score(text, skip=skip) for text in texts]
+        together = model.score(texts, skip=skip)
+        stacked = model.score(texts.reshape(3, 4, -1), skip=skip)
+        for name in FIELDS:
+            expected = np.stack([getattr(scores, name) for scores in alone])
+            assert np.array_equal(getattr(together, name), expected)
+            assert np.array_equal(getattr(stacked, name), expected.reshape(3, 4, -1))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("place", range(4))
+def test_an_unknown_token_ends_the_context(order: int, place: int) -> None:
+    """-1 at any place of the context: what follows it is all that counts.
+
+    Every type was counted, also the last of the vocabulary, next to which -1 comes in keys.
+    """
+    model = count(corpus(used=VOCABULARY), order)
+    tokens = corpus(300, seed=1, used=VOCABULARY).astype(np.int64)
+    texts = np.lib.stride_tricks.sliding_window_view(tokens, 5).copy()
+    expected = model.score(texts[:, place + 1 :], skip=3 - place)
+    texts[:, place] = -1
+    found = model.score(texts, skip=4)
+    for name in FIELDS:
+        assert np.array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("text", [[1, 2, -1], [1, VOCABULARY, 2]])
+def test_no_unknown_token_is_scored_and_none_of_another_dictionary(text: list[int]) -> None:
+    with pytest.raises(NGramError, match="not in the dictionary"):
+        count(corpus()).score(np.array([text]), skip=2)
 
 
 def test_features_do_not_know_the_target() -> None:

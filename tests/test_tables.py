@@ -11,13 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import truncate
+from stores import assert_helps, truncate
 
 from fairseq_knnlm import tables as module
 from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.mixers import LM, Component
 from fairseq_knnlm.tables import ScoreTableWriter, read_table
 
 ROWS = 50
+EXPERTS = {
+    "knn": [{"suffix": 0, "temperature": 1.0}, {"suffix": 1, "temperature": 1.0}],
+    "cache": [{"theta": theta} for theta in (0.0, 0.25, 0.5, 1.0, 2.0)],
+}
 
 
 def columns() -> dict[str, np.ndarray]:
@@ -28,9 +33,10 @@ def columns() -> dict[str, np.ndarray]:
         "row": np.arange(ROWS),
         "token": rng.integers(0, 300, ROWS).astype(np.int32),
         "lm": rng.normal(size=ROWS).astype(np.float32),
-        "knn": knn,
-        "knn_by_temperature": rng.normal(size=(ROWS, 5)).astype(np.float32),
-        "distances": rng.normal(size=(ROWS, 1)).astype(np.float32),
+        "knn": np.stack([knn, knn - 1], axis=1),
+        "cache": rng.normal(size=(ROWS, 5)).astype(np.float32),
+        "knn_distances": rng.normal(size=(ROWS, 3)).astype(np.float32),
+        "knn_entropy": rng.normal(size=ROWS).astype(np.float32),
     }
 
 
@@ -39,7 +45,7 @@ def write(path: Path, *, batches: int = 6, seed: int = 0) -> None:
     writer = ScoreTableWriter(path)
     for rows in np.array_split(np.random.default_rng(seed).permutation(ROWS), batches):
         writer.write({name: column[rows] for name, column in columns().items()})
-    writer.publish({"split": "valid", "temperatures": [1.0, 2.5], "nothing": None})
+    writer.publish({"split": "valid", "experts": EXPERTS, "nothing": None})
 
 
 @pytest.mark.parametrize("step", [1, 7, 65536])
@@ -57,7 +63,7 @@ def test_round_trip_in_text_order(
         assert table[name].dtype == column.dtype
         assert np.array_equal(table[name], column)
     assert table.card["split"] == "valid"
-    assert table.card["temperatures"] == [1.0, 2.5]
+    assert table.experts == EXPERTS
     assert table.card["nothing"] is None
 
 
@@ -115,9 +121,17 @@ def no_card(file: Path) -> None:
     np.savez(file, **columns())
 
 
-def newer_card(file: Path) -> None:
-    card = json.dumps({"format": module.FORMAT, "version": module.VERSION + 1})
+def of_version(file: Path, version: int) -> None:
+    card = json.dumps({"format": module.FORMAT, "version": version})
     np.savez(file, card=np.array([card]), **columns())
+
+
+def newer_card(file: Path) -> None:
+    of_version(file, module.VERSION + 1)
+
+
+def older_card(file: Path) -> None:
+    of_version(file, 1)
 
 
 def foreign_card(file: Path) -> None:
@@ -134,7 +148,15 @@ def text(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "spoil",
-    [truncate, flip_data, no_card, newer_card, foreign_card, pickled, text, Path.unlink],
+    [
+        truncate,
+        flip_data,
+        no_card,
+        foreign_card,
+        pickled,
+        text,
+        Path.unlink,
+    ],
 )
 def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     path = tmp_path / "table.npz"
@@ -146,6 +168,39 @@ def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     assert str(path) in message
     assert "expected: a score table" in message
     assert "found:" in message
+
+
+@pytest.mark.parametrize("spoil", [newer_card, older_card])
+def test_another_version_is_to_be_written_again(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "table.npz"
+    spoil(path)
+    with pytest.raises(TableError) as caught:
+        read_table(path)
+    version = 1 if spoil is older_card else module.VERSION + 1
+    assert_helps(caught, f"version {module.VERSION}", f"version {version}", "write it again")
+
+
+def test_columns_and_features_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "table.npz")
+    table = read_table(tmp_path / "table.npz")
+    assert np.array_equal(table.column(LM), columns()["lm"])
+    for name, settings in EXPERTS.items():
+        for place, setting in enumerate(settings):
+            found = table.column(Component(name, dict(setting)))
+            assert np.array_equal(found, columns()[name][:, place])
+    with pytest.raises(TableError) as caught:
+        table.column(Component("cache", {"theta": 3.0}))
+    assert_helps(caught, "cache", "theta 3")
+    found_features = table.features(["knn_entropy", "knn_distances"])
+    assert {name: tuple(x.shape) for name, x in found_features.items()} == {
+        "knn_entropy": (ROWS,),
+        "knn_distances": (ROWS, 3),
+    }
+    with pytest.raises(TableError) as caught:
+        table.features(["knn_entropy", "lm_top"])
+    assert_helps(caught, "lm_top")
 
 
 def test_a_folder_is_no_table(tmp_path: Path) -> None:

@@ -1,86 +1,54 @@
-"""Fitting lambda and temperature from a score table, against grids and planted answers."""
+"""Fitting mixtures from a score table, against planted answers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from stores import assert_helps
 
+from fairseq_knnlm import tune
+from fairseq_knnlm.calibration import Calibration, Stack
 from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.mixers import LM, Component, Fixed, Gate, Mixer
 from fairseq_knnlm.tables import ScoreTable
-from fairseq_knnlm.tune import best_lambda, fit, mixture_loss
+from fairseq_knnlm.tune import Fitter, Parts, fit, lines, mixture_losses, stacks_of
 
-CARD = {
-    "datastore": "d" * 64,
-    "model": "m" * 64,
-    "split": "valid",
-    "k": 8,
-    "index": "Flat",
-    "distances": "exact squared L2",
-}
-ROWS = 3000
+ROWS = 4000
+#: Of the planted neighbours.
+TEMPERATURES = [0.2, 1.0, 5.0, 40.0, 1000.0]
 
 
-def log_probs(seed: int, impossible: float = 0.0) -> np.ndarray:
-    """(ROWS,) float32 like an expert's: mostly unlikely, some certain, a share of -inf."""
-    rng = np.random.default_rng(seed)
-    found = np.log(rng.beta(0.5, 2.0, ROWS) + 1e-8).astype(np.float32)
-    found[rng.random(ROWS) < impossible] = -math.inf
-    return found
+def table(
+    columns: dict[str, np.ndarray],
+    experts: dict[str, list[dict[str, Any]]],
+    features: Sequence[str] = (),
+    **card: Any,
+) -> ScoreTable:
+    """A score table with a card as evaluation writes it."""
+    card = {
+        "split": "valid",
+        "model": "m" * 64,
+        "datastores": ["d" * 64],
+        "described": {name: {"k": 8} for name in experts},
+        "experts": experts,
+        "features": sorted(features),
+        "k": 8,
+    } | card
+    return ScoreTable({name: np.float32(column) for name, column in columns.items()}, card)
 
 
-def plain_loss(lm: np.ndarray, expert: np.ndarray, lmbda: float) -> float:
-    p = (1 - lmbda) * np.exp(lm.astype(np.float64)) + lmbda * np.exp(expert.astype(np.float64))
-    with np.errstate(divide="ignore"):
-        return float(-np.log(p).mean())
+def settings(*temperatures: float, suffix: int = 0) -> list[dict[str, Any]]:
+    return [{"suffix": suffix, "k": 0, "temperature": each} for each in temperatures]
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
-def test_loss_is_that_of_the_mixed_probabilities(lmbda: float) -> None:
-    lm, expert = log_probs(1), log_probs(2)
-    assert mixture_loss(lm, expert, lmbda) == pytest.approx(plain_loss(lm, expert, lmbda))
-
-
-def test_loss_with_impossible_tokens() -> None:
-    lm, expert = log_probs(1), log_probs(2, impossible=0.3)
-    assert mixture_loss(lm, expert, 0.3) == pytest.approx(plain_loss(lm, expert, 0.3))
-    assert mixture_loss(lm, expert, 0.0) == pytest.approx(-lm.mean(dtype=np.float64))
-    assert mixture_loss(lm, expert, 1.0) == math.inf
-
-
-@pytest.mark.parametrize("impossible", [0.0, 0.2, 0.6, 0.95])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_best_lambda_beats_a_fine_grid(seed: int, impossible: float) -> None:
-    lm, expert = log_probs(seed), log_probs(seed + 10, impossible)
-    grid = np.linspace(0, 1, 1001)
-    losses = [plain_loss(lm, expert, lmbda) for lmbda in grid]
-    found = best_lambda(lm, expert)
-    assert abs(found - grid[int(np.argmin(losses))]) <= 1e-3
-    assert plain_loss(lm, expert, found) <= min(losses) + 1e-9
-
-
-def test_useless_neighbours_get_no_weight() -> None:
-    lm = log_probs(1)
-    assert best_lambda(lm, np.full(ROWS, -math.inf, np.float32)) == 0.0
-    assert best_lambda(lm, lm - 1) == 0.0
-    assert best_lambda(lm, lm) == 0.0
-
-
-def test_neighbours_that_always_know_better_get_all_weight() -> None:
-    lm = log_probs(1)
-    assert best_lambda(lm, np.minimum(lm + 1, 0)) == pytest.approx(1.0)
-
-
-def test_hopeless_language_model_does_not_overflow() -> None:
-    """exp(log p_kNN - log p_LM) would be infinite."""
-    lm = np.array([-1e4, -1.0], np.float32)
-    expert = np.array([0.0, -math.inf], np.float32)
-    assert best_lambda(lm, expert) == pytest.approx(0.5)
-
-
-def planted(temperatures: list[float], true: float, lmbda: float) -> ScoreTable:
-    """Tokens drawn from the mixture at one temperature and one lambda, nothing else fits."""
+def planted(true: float, lmbda: float) -> ScoreTable:
+    """Tokens drawn from the mixture at one temperature and one lambda; nothing else fits."""
     rng = np.random.default_rng(8)
     vocabulary, k = 12, 10
     distances = 40 * rng.random((ROWS, k))
@@ -97,51 +65,283 @@ def planted(temperatures: list[float], true: float, lmbda: float) -> ScoreTable:
     tokens = np.array([rng.choice(vocabulary, p=row / row.sum()) for row in mixed])
     at = (np.arange(ROWS), tokens)
     with np.errstate(divide="ignore"):
-        columns = np.log(np.stack([knn(t)[at] for t in temperatures], axis=1))
-    return ScoreTable(
-        {"lm": np.log(lm[at]), "knn_by_temperature": columns},
-        {**CARD, "temperatures": temperatures},
+        columns = np.log(np.stack([knn(t)[at] for t in TEMPERATURES], axis=1))
+    distances.sort(axis=1)
+    return table(
+        {"lm": np.log(lm[at]), "knn": columns, "knn_distances": distances[:, :4]},
+        {"knn": settings(*TEMPERATURES)},
+        ["knn_distances"],
     )
+
+
+def told(rows: int = ROWS) -> ScoreTable:
+    """Where the feature is positive the neighbours are right, elsewhere the language model."""
+    rng = np.random.default_rng(3)
+    hint = rng.normal(size=rows)
+    right, wrong = math.log(0.8), math.log(0.01)
+    return table(
+        {
+            "lm": np.where(hint > 0, wrong, right),
+            "knn": np.where(hint > 0, right, wrong)[:, None],
+            "cache": np.full((rows, 1), math.log(0.02)),
+            "knn_distances": rng.random((rows, 2)),
+            "knn_entropy": hint,
+        },
+        {"knn": settings(1.0), "cache": [{"suffix": 0, "theta": 1.0, "window": 500}]},
+        ["knn_distances", "knn_entropy"],
+    )
+
+
+def useless(rows: int = ROWS) -> ScoreTable:
+    """Each expert gives every token less than the language model does."""
+    rng = np.random.default_rng(5)
+    lm = np.log(rng.beta(2, 2, rows))
+    return table(
+        {
+            "lm": lm,
+            "knn": np.stack([lm - 1, lm - rng.random(rows)], axis=1),
+            "cache": np.where(rng.random(rows) < 0.2, math.nan, lm - 2)[:, None],
+            "knn_distances": rng.random((rows, 2)),
+        },
+        {"knn": settings(1.0, 2.0), "cache": [{"suffix": 0, "theta": 1.0, "window": 500}]},
+        ["knn_distances"],
+    )
+
+
+def plain_losses(scores: ScoreTable, mixer: Mixer) -> np.ndarray:
+    """-log of the weighted mean of probabilities, in float64 and one token at a time."""
+    features = scores.features(mixer.features)
+    weights = mixer.log_weights(features).expand(len(scores), -1).double().exp().numpy()
+    columns = [scores.column(component) for component in mixer.components]
+    losses = []
+    for row, weight in enumerate(weights):
+        ps = [math.exp(column[row]) for column in columns]
+        known = [(w, p) for w, p in zip(weight, ps, strict=True) if not math.isnan(p)]
+        total = sum(w for w, _ in known)
+        losses.append(-math.log(sum(w * p for w, p in known) / total))
+    return np.array(losses)
+
+
+def stack(calibration: Calibration, name: str) -> Stack:
+    (found,) = (each for each in calibration.stacks if each.name == name)
+    return found
+
+
+def weights_of(mixer: Mixer) -> list[Any]:
+    """All that was fitted, to compare."""
+    if isinstance(mixer, Gate):
+        return [weight.tolist() for weight in mixer.state_dict().values()]
+    return [vars(mixer)]
+
+
+@pytest.mark.parametrize("rows", [40, 399, 4000, 20_000, 100_003])
+def test_parts_share_every_row_out(rows: int) -> None:
+    parts = Parts.of(rows)
+    everything = np.concatenate([parts.fit, parts.stop, parts.held_out])
+    assert np.array_equal(np.sort(everything), np.arange(rows))
+    for part, share in ((parts.fit, 0.8), (parts.stop, 0.1), (parts.held_out, 0.1)):
+        assert len(part) / rows == pytest.approx(share, abs=0.03)
+
+
+def test_parts_are_stretches_of_text() -> None:
+    """Neighbouring tokens are alike: a token apart from its neighbours would be known by them."""
+    held_out = Parts.of(100_000).held_out
+    breaks = np.flatnonzero(np.diff(held_out) > 1)
+    assert len(breaks) + 1 == len(held_out) / tune.STRETCH
 
 
 @pytest.mark.parametrize(("true", "lmbda"), [(1.0, 0.6), (5.0, 0.4), (40.0, 0.8)])
-def test_fit_finds_what_was_planted(true: float, lmbda: float) -> None:
-    temperatures = [0.2, 1.0, 5.0, 40.0, 1000.0]
-    table = planted(temperatures, true, lmbda)
-    found = fit(table)
-    assert found.temperature == true
-    assert found.lmbda == pytest.approx(lmbda, abs=0.06)
+def test_fixed_finds_what_was_planted(true: float, lmbda: float) -> None:
+    mixer = Fitter(planted(true, lmbda)).fixed(["knn"])
+    assert mixer.components == [LM, Component("knn", settings(true)[0])]
+    assert mixer.weights[1] == pytest.approx(lmbda, abs=0.06)
+    assert sum(mixer.weights) == pytest.approx(1)
 
 
-def test_fit_is_the_best_of_the_grid_and_reports_its_perplexity() -> None:
-    temperatures = [0.5, 3.0, 20.0]
-    table = planted(temperatures, 3.0, 0.5)
-    found = fit(table)
-    losses = {
-        (temperature, lmbda): plain_loss(table["lm"], table["knn_by_temperature"][:, i], lmbda)
-        for i, temperature in enumerate(temperatures)
-        for lmbda in np.linspace(0, 0.99, 100)
-    }
-    best = min(losses, key=losses.__getitem__)
-    assert found.temperature == best[0]
-    assert found.lmbda == pytest.approx(best[1], abs=0.01)
-    assert found.perplexity == pytest.approx(math.exp(losses[best]), rel=1e-4)
-    assert found.base_perplexity == pytest.approx(math.exp(-table["lm"].mean()))
-    assert (found.tokens, found.split, found.k) == (ROWS, "valid", 8)
-    assert (found.datastore, found.model) == (CARD["datastore"], CARD["model"])
+def test_a_part_of_the_neighbours_is_no_setting_of_its_own() -> None:
+    """Those with a suffix, or fewer of them, are often silent: they are for blends and gates."""
+    scores = planted(5.0, 0.5)
+    good = scores["knn"][:, 2:3]
+    columns = scores.columns | {"knn": np.concatenate([scores["knn"], good + 0.5], axis=1)}
+    grid = settings(*TEMPERATURES) + settings(5.0, suffix=2)
+    fitter = Fitter(table(columns, {"knn": grid}))
+    assert fitter.single["knn"].setting == grid[2]
+    assert Component("knn", grid[5]) in fitter.components(["knn"])
 
 
-def test_fit_gives_useless_neighbours_no_weight() -> None:
-    lm = log_probs(1)
-    table = ScoreTable(
-        {"lm": lm, "knn_by_temperature": np.stack([lm - 1, lm - 2], axis=1)},
-        {**CARD, "temperatures": [1.0, 2.0]},
+def test_components_are_few_and_the_best_is_among_them() -> None:
+    fitter = Fitter(planted(5.0, 0.5))
+    found = fitter.components(["knn"])
+    assert found[0] == LM
+    assert fitter.single["knn"] in found
+    assert len(found) == len({str(component) for component in found}) <= 1 + len(TEMPERATURES)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "blend", "bins", "gate"])
+def test_losses_are_those_of_the_mixed_probabilities(kind: str) -> None:
+    for scores in (told(400), useless(400)):
+        mixer = getattr(Fitter(scores), kind)(["knn", "cache"])
+        np.testing.assert_allclose(
+            mixture_losses(scores, mixer), plain_losses(scores, mixer), rtol=1e-4
+        )
+
+
+def test_figures_are_of_the_tokens_held_out() -> None:
+    found = fit(told(1000))
+    held_out = Parts.of(1000).held_out
+    assert found.fitted_on["held_out"] == len(held_out)
+    for each in found.stacks:
+        loss = plain_losses(told(1000), each.mixer)[held_out].mean()
+        assert each.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+        assert each.bits == pytest.approx(loss / math.log(2), rel=1e-3)
+    assert found.base_perplexity == found.stacks[0].perplexity
+
+
+def test_a_gate_that_is_told_who_is_right_beats_fixed_weights() -> None:
+    """All that is to be won is -log 0.8, but for what the hint leaves unclear near 0."""
+    fitter = Fitter(told(12_000))
+    experts = ("knn",)
+    fixed, bins, gate = (
+        fitter.judge(experts, fitted(experts)).perplexity
+        for fitted in (fitter.fixed, fitter.bins, fitter.gate)
     )
-    found = fit(table)
-    assert found.lmbda == 0.0
-    assert found.perplexity == found.base_perplexity
+    assert fixed == pytest.approx(2 / 0.81, rel=0.02)
+    assert bins == pytest.approx(fixed, rel=0.02)  # the distances know nothing
+    assert 1 / 0.8 < gate < 1.4
 
 
-def test_fit_needs_neighbours() -> None:
-    with pytest.raises(TableError, match="no neighbours"):
-        fit(ScoreTable({"lm": log_probs(1)}, CARD))
+def test_experts_are_fitted_one_by_one_and_each_with_those_before() -> None:
+    assert stacks_of(["a", "b", "c"]) == [("a",), ("b",), ("c",), ("a", "b"), ("a", "b", "c")]
+    assert stacks_of(["a"]) == [("a",)]
+    seen: list[tuple[str, ...]] = []
+
+    def steps(sets: list[tuple[str, ...]]) -> Any:
+        for each in sets:
+            seen.append(each)
+            yield each
+
+    found = fit(told(400), steps=steps)
+    assert seen == [("knn",), ("cache",), ("knn", "cache")]
+    names = [each.name for each in found.stacks]
+    assert len(set(names)) == len(names)
+    assert {"language model alone", "knn, bins", "knn, gate", "knn+cache, gate"} <= set(names)
+    # It has no features, so there is nothing to go by.
+    assert [name for name in names if name.startswith("cache")] == ["cache, fixed"]
+
+
+def test_where_nothing_helps_the_language_model_stays_alone() -> None:
+    found = fit(useless())
+    assert found.best is found.stacks[0]
+    assert found.best.experts == ()
+    assert list(found.best.mixer.components) == [LM]
+    assert stack(found, "knn, fixed").mixer.weights == [1.0, 0.0]  # type: ignore[attr-defined]
+    (used,) = (line for line in lines(found) if "<- used" in line)
+    assert used.startswith("language model alone")
+
+
+def test_lines_say_what_each_mixture_gains() -> None:
+    mixer = Fixed((LM,), (1.0,))
+    stacks = [Stack((), mixer, 100.0, 6.6), Stack(("knn", "cache"), mixer, 87.65, 6.5)]
+    stacks.append(Stack(("lm2",), mixer, 102.0, 6.7))
+    found = replace(fit(told(400)), stacks=tuple(stacks), base_perplexity=100.0, default=1)
+    assert lines(found) == [
+        "mixture                      perplexity   change",
+        "language model alone             100.00",
+        "knn+cache, fixed                  87.65   -12.3%  <- used",
+        "lm2, fixed                       102.00    +2.0%",
+    ]
+
+
+def test_one_seed_gives_one_calibration() -> None:
+    """And leaves the process's own generator as it was."""
+    before = torch.random.get_rng_state()
+    one, same, other = (fit(told(1000), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+    def fitted(found: Calibration) -> list[Any]:
+        return [(each.name, each.perplexity, weights_of(each.mixer)) for each in found.stacks]
+
+    assert fitted(one) == fitted(same)
+    assert fitted(one) != fitted(other)
+
+
+def test_nothing_is_fitted_on_the_tokens_held_out() -> None:
+    """Whatever stands there, the mixers are the same; only their figures change."""
+    scores = told(1000)
+    held_out = Parts.of(len(scores)).held_out
+    rng = np.random.default_rng(1)
+    others = {name: column.copy() for name, column in scores.columns.items()}
+    for column in others.values():
+        column[held_out] = -rng.random(column[held_out].shape)
+    one, other = fit(scores), fit(replace(scores, columns=others))
+    assert len(one.stacks) == len(other.stacks)
+    for before, after in zip(one.stacks, other.stacks, strict=True):
+        assert weights_of(before.mixer) == weights_of(after.mixer)
+        assert before.perplexity != after.perplexity
+
+
+def test_gates_go_by_the_features_of_their_experts_and_of_the_language_model() -> None:
+    scores = told(400)
+    extra = dict.fromkeys(("lm_top", "cache_size", "knn2_entropy"), scores["knn_entropy"])
+    features = [*scores.card["features"], *extra]
+    fitter = Fitter(table(scores.columns | extra, scores.experts, features))
+    assert fitter.gate(["knn"]).features == ["knn_distances", "knn_entropy", "lm_top"]
+    assert "cache_size" in fitter.gate(["knn", "cache"]).features
+
+
+def test_the_card_says_what_was_fitted_on_what() -> None:
+    found = fit(told(400), seed=3)
+    assert (found.datastores, found.model) == (("d" * 64,), "m" * 64)
+    assert found.fitted_on == {"split": "valid", "tokens": 400, "held_out": 40, "seed": 3}
+    assert found.experts == {"knn": {"k": 8}, "cache": {"k": 8}}
+
+
+def test_on_another_table() -> None:
+    """The same weights, all tokens, the figures of plain lines."""
+    found, other = fit(told(1000)), told(500)
+    there = tune.tested(found, other)
+    assert there.best.name == found.best.name
+    for before, after in zip(found.stacks, there.stacks, strict=True):
+        assert after.mixer is before.mixer
+        loss = plain_losses(other, before.mixer).mean()
+        assert after.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+        assert after.bits == pytest.approx(loss / math.log(2), rel=1e-3)
+    assert there.base_perplexity == there.stacks[0].perplexity
+
+
+def without(scores: ScoreTable, name: str) -> ScoreTable:
+    experts = {each: grid for each, grid in scores.experts.items() if each != name}
+    columns = {each: column for each, column in scores.columns.items() if each != name}
+    return table(columns, experts, scores.card["features"])
+
+
+def test_what_is_not_used_may_be_missing() -> None:
+    found = fit(told(400))
+    found = replace(found, default=found.stacks.index(stack(found, "knn, gate")))
+    there = tune.tested(found, without(told(400), "cache"))
+    assert there.best.name == "knn, gate"
+    assert not [each for each in there.stacks if "cache" in each.experts]
+
+
+def test_tables_that_do_not_fit_are_refused() -> None:
+    found = fit(told(400))
+    other = told(100)
+    coarse = table(other.columns, {**other.experts, "knn": settings(2.0)}, other.card["features"])
+    cases = {
+        "knn, which the calibration mixes": without(other, "knn"),
+        "another language model": replace(other, card=other.card | {"model": "x" * 64}),
+        "another number of neighbours": replace(
+            other, card=other.card | {"described": {"knn": {"k": 4}, "cache": {"k": 8}}}
+        ),
+        "no column of knn with suffix 0, k 0, temperature 1": coarse,
+    }
+    for says, spoilt in cases.items():
+        with pytest.raises(TableError) as caught:
+            tune.tested(found, spoilt)
+        assert_helps(caught, says)
+
+
+def test_fit_needs_experts() -> None:
+    with pytest.raises(TableError) as caught:
+        fit(table({"lm": np.zeros(100)}, {}))
+    assert_helps(caught, "no neighbours", "--score-table")

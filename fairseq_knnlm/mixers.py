@@ -1,0 +1,208 @@
+"""Mixers: each gives every expert a weight, for all tokens or for each one by its features.
+
+The weights of a token are positive and sum to one, so the mixture stays a distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+#: Features are cut off at this many standard deviations.
+FAR = 6.0
+
+
+@dataclass(frozen=True)
+class Component:
+    """One column of an expert's opinion, as a mixer weighs it.
+
+    Attributes:
+        expert: its name; ``lm`` for the language model.
+        setting: which of its columns.
+    """
+
+    expert: str
+    setting: dict[str, Any]
+
+
+LM = Component("lm", {})
+
+
+class Mixer(Protocol):
+    """Weighs components."""
+
+    @property
+    def kind(self) -> str:
+        """``fixed``, ``blend``, ``bins`` or ``gate``."""
+
+    @property
+    def components(self) -> Sequence[Component]:
+        """What is mixed, the language model first."""
+
+    @property
+    def features(self) -> Sequence[str]:
+        """Names of what the weights depend on."""
+
+    def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(N, E) or (E,) float32, natural log; exp sums to 1 a row."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same weights for every token (Khandelwal et al., 2020, where they are lambda).
+
+    Attributes:
+        components: E of them.
+        weights: E numbers, which sum to 1.
+        kind: ``fixed`` with one setting an expert, ``blend`` with several.
+    """
+
+    components: Sequence[Component]
+    weights: Sequence[float]
+    features: Sequence[str] = ()
+    kind: str = "fixed"
+
+    def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(E,) float32, natural log."""
+        return torch.tensor(self.weights, dtype=torch.float64).log().float()
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Weights by how far the nearest neighbour is (Drozdov et al., 2022).
+
+    Attributes:
+        components: E of them.
+        edges: B - 1 ascending distances between the bins.
+        weights: B rows of E numbers, which sum to 1.
+        features: the one feature whose first column is binned.
+    """
+
+    components: Sequence[Component]
+    edges: Sequence[float]
+    weights: Sequence[Sequence[float]]
+    features: Sequence[str] = ("knn_distances",)
+    kind: str = "bins"
+
+    def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(N, E) float32, natural log; a token without neighbours is in the last bin."""
+        column = first_column(features[self.features[0]])
+        distance = column.nan_to_num(nan=torch.inf)
+        rows = torch.tensor(self.weights, dtype=torch.float64).log().float().to(column.device)
+        return rows[torch.bucketize(distance, torch.tensor(self.edges, device=column.device))]
+
+
+def first_column(feature: Tensor) -> Tensor:
+    """(N,) of a feature of shape (N,) or (N, M)."""
+    return feature if feature.dim() == 1 else feature[:, 0]
+
+
+class Gate(nn.Module):
+    """A small network over the features: a learned weight for each component and token.
+
+    Args:
+        components: E of them.
+        features: names, in the order of the network's inputs.
+        inputs: numbers that the features amount to.
+        hidden: widths of the hidden layers.
+        dropout: share of hidden units left out in training.
+    """
+
+    kind = "gate"
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        features: Sequence[str],
+        inputs: int,
+        hidden: Sequence[int] = (64, 64),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.components = components
+        self.features = features
+        self.hidden = tuple(hidden)
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
+            inputs = width
+        last = nn.Linear(inputs, len(components))
+        nn.init.zeros_(last.weight)  # begin with equal weights, whatever the features
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*layers, last)
+
+    def standardize(self, inputs: Tensor) -> None:
+        """Takes mean and standard deviation from a sample of inputs, (N, F); NaN is left out."""
+        known = inputs.isfinite()
+        count = known.sum(dim=0).clamp_min(1)
+        mean = inputs.where(known, 0.0).sum(dim=0) / count
+        variance = (inputs - mean).where(known, 0.0).square().sum(dim=0) / count
+        self.mean.copy_(mean)
+        self.scale.copy_(1 / variance.sqrt().clamp_min(1e-6))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, F) features, as ``gathered``, to (N, E) log weights."""
+        # What is not known is taken for average.
+        known = ((inputs - self.mean) * self.scale).nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
+        return self.layers(known).log_softmax(dim=1)
+
+    @torch.no_grad()
+    def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(N, E) float32, natural log."""
+        return self(gathered(features, self.features).to(self.mean.device))
+
+
+def searches(expert: str) -> bool:
+    """Whether the expert of that name searches a datastore: knn, knn2, ..."""
+    return expert.startswith("knn")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Tells before a search whether it is worth its while (He et al., 2021, adaptive retrieval).
+
+    Attributes:
+        gate: weighs the same experts by features that need no search.
+        quantiles: 101 ascending numbers: 0, 1, ... 100% of the scores lie below.
+    """
+
+    gate: Gate
+    quantiles: Sequence[float]
+
+    @property
+    def experts(self) -> list[str]:
+        """Whom it was fitted with, besides the language model."""
+        return [component.expert for component in self.gate.components[1:]]
+
+    @property
+    def rest(self) -> list[str]:
+        """Those of them who do not search."""
+        return [name for name in self.experts if not searches(name)]
+
+    def scores(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(N,) float32, log-odds (natural) of the weight that the gate gives to neighbours."""
+        log_weights = self.gate.log_weights(features)
+        ours = torch.tensor([searches(component.expert) for component in self.gate.components])
+        return log_weights[:, ours].logsumexp(dim=1) - log_weights[:, ~ours].logsumexp(dim=1)
+
+    def threshold(self, share: float) -> float:
+        """The score below which a share of the tokens lies, 0 to 1; all do for 1, none for 0."""
+        if not 0 < share < 1:
+            return math.copysign(math.inf, share - 0.5)
+        return float(np.interp(share, np.linspace(0, 1, len(self.quantiles)), self.quantiles))
+
+
+def gathered(features: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The named features side by side, (N, F) float32."""
+    columns = [features[name].float() for name in names]
+    return torch.cat([column.reshape(len(column), -1) for column in columns], dim=1)
