@@ -5,7 +5,7 @@ without nearest neighbours on two texts that it has not seen: other docstrings, 
 of its own training text, and the language reference, with a datastore of that. In the second
 the model adapts to another domain without any training, as in section 4.3 of Khandelwal et al.
 
-Every command is shown as one would type it. lambda and temperature are fitted on valid.
+Every command is shown as one would type it. The mixtures are fitted on valid.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from demo_steps import StepError, Steps, clock, usable_cores
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ["--user-dir", "fairseq_knnlm", "--task", "knn_lm"]
 NEIGHBOURS = 1024
+EXPERTS = "knn,cache,ngram"
 
 # What is tested -> how the table names it. The first is what the LM is trained on.
 DOMAINS = {
@@ -65,7 +66,7 @@ class Demo:
         self.updates = updates
         for folder in ("logs", "scores", "datastores"):
             (out / folder).mkdir(parents=True)
-        self.steps = Steps(3 + 6 * len(DOMAINS), out / "logs", environment())
+        self.steps = Steps(3 + 7 * len(DOMAINS), out / "logs", environment())
 
     def run(self) -> list[dict[str, Any]]:
         """Do it all, and return a row for each domain."""
@@ -109,7 +110,7 @@ class Demo:
         """Save a datastore of the domain's training text, calibrate on valid, score test."""
         store = self.out / "datastores" / domain
         table = self.out / "scores" / f"{domain}-valid.npz"
-        found = self.out / "scores" / f"{domain}-test.json"
+        found = {name: self.out / "scores" / f"{domain}-{name}.json" for name in ("knn", "best")}
         self.eval_lm(
             f"Save a datastore of the {domain}",
             domain,
@@ -127,21 +128,28 @@ class Demo:
             f"Score the valid text of the {domain}",
             domain,
             "valid",
-            [*knn, "--score-table", table],
+            [*knn, "--experts", EXPERTS, "--mixer", "none", "--score-table", table],
         )
         self.steps.run(
-            "Fit lambda and temperature on it",
+            "Fit the mixtures on it",
             ["fairseq-knnlm", "tune", "--dstore", store, "--score-table", table],
-            show="lambda [0-9]",
+            show="<- used|alone",
         )
         self.eval_lm(
-            f"Score the test text of the {domain}",
+            f"Score the test text of the {domain} with the neighbours, lambda and T fixed",
             domain,
             "test",
-            [*knn, "--results-json", found],
+            [*knn, "--experts", "knn", "--mixer", "fixed", "--results-json", found["knn"]],
             show="perplexity [0-9.]+, loss",
         )
-        return row(domain, json.loads(found.read_text()))
+        self.eval_lm(
+            f"Score the test text of the {domain} with what served valid best",
+            domain,
+            "test",
+            [*knn, "--results-json", found["best"]],
+            show="perplexity [0-9.]+, loss|calibrated on",
+        )
+        return row(domain, *(json.loads(file.read_text()) for file in found.values()))
 
     def eval_lm(
         self, title: str, domain: str, split: str, options: list[object], show: str = ""
@@ -178,25 +186,37 @@ def threads() -> int:
     return min(4, usable_cores())
 
 
-def row(domain: str, found: dict[str, Any]) -> dict[str, Any]:
+def row(domain: str, knn: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
     """What ``results.json`` says of one domain."""
-    columns = ("tokens", "base_perplexity", "perplexity", "lambda", "temperature", "k")
-    return {"name": DOMAINS[domain]} | {column: found[column] for column in columns}
+    _, neighbours = knn["weights"]  # the language model stands first
+    return {
+        "name": DOMAINS[domain],
+        "tokens": knn["tokens"],
+        "base_perplexity": knn["base_perplexity"],
+        "knn_perplexity": knn["perplexity"],
+        "lambda": neighbours["weight"],
+        "temperature": neighbours["temperature"],
+        "k": knn["k"],
+        "best_perplexity": best["perplexity"],
+        "best": f"{'+'.join(best['experts'])}, {best['mixer']}",
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for a person to read."""
     lines = [
-        f"{'test text':36}{'tokens':>8}{'base LM':>10}{'kNN-LM':>9}{'change':>9}"
-        f"{'lambda':>9}{'T':>7}",
+        f"{'test text':36}{'tokens':>8}{'base LM':>9}{'kNN-LM':>8}{'lambda':>8}{'T':>6}"
+        f"{'best':>8}{'change':>8}",
     ]
     lines.append("-" * len(lines[0]))
     for found in rows:
-        base, knn = found["base_perplexity"], found["perplexity"]
+        base, knn, best = (found[f"{name}_perplexity"] for name in ("base", "knn", "best"))
         lines.append(
-            f"{found['name']:36}{found['tokens']:>8,}{base:>10.2f}{knn:>9.2f}"
-            f"{knn / base - 1:>9.1%}{found['lambda']:>9.2f}{found['temperature']:>7.3g}"
+            f"{found['name']:36}{found['tokens']:>8,}{base:>9.2f}{knn:>8.2f}"
+            f"{found['lambda']:>8.2f}{found['temperature']:>6.3g}{best:>8.2f}"
+            f"{best / base - 1:>8.1%}"
         )
+    lines += ["", *(f"best for the {found['name']}: {found['best']}" for found in rows)]
     return "\n".join(lines)
 
 
@@ -243,7 +263,7 @@ def main() -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"\nPerplexity a token of test text; lambda and T were fitted on valid.\n\n{table(rows)}")
+    print(f"\nPerplexity a token of test text; all was fitted on valid.\n\n{table(rows)}")
     print(f"\n{clock(demo.steps.elapsed)} in all; the table is in {out}/results.json")
     return 0
 

@@ -38,13 +38,13 @@ def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
 
 
 def log_mixture(
-    query: np.ndarray, keys: np.ndarray, values: np.ndarray, token: int, lm: float, card: dict
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, token: int, lm: float, knn: dict
 ) -> float:
     """log(lambda p_kNN + (1 - lambda) p_LM) of one token, from its k nearest entries."""
     distances = ((keys.astype(np.float64) - query) ** 2).sum(axis=1)
-    weights = np.exp(-(distances - distances.min()) / card["temperature"])
+    weights = np.exp(-(distances - distances.min()) / knn["temperature"])
     p_knn = weights[values == token].sum() / weights.sum()
-    return float(np.log(card["lambda"] * p_knn + (1 - card["lambda"]) * np.exp(lm)))
+    return float(np.log(knn["weight"] * p_knn + (1 - knn["weight"]) * np.exp(lm)))
 
 
 def main() -> int:
@@ -62,6 +62,9 @@ def main() -> int:
 
     table = np.load(args.score_table)
     card = json.loads(str(table["card"][0]))
+    _, knn = card["weights"]  # the language model stands first
+    setting = {name: value for name, value in knn.items() if name not in ("expert", "weight")}
+    column = table["knn"][:, card["experts"]["knn"].index(setting)]
     keys = np.load(args.dstore / "keys.npy", mmap_mode="r")
     values = np.load(args.dstore / "values.npy")
     asked = np.load(args.queries / "keys.npy", mmap_mode="r")
@@ -74,16 +77,16 @@ def main() -> int:
     neighbours = nearest(queries, keys, card["k"])
     plain = np.array(
         [
-            log_mixture(query, keys[rows], values[rows], tokens[i], table["lm"][i], card)
+            log_mixture(query, keys[rows], values[rows], tokens[i], table["lm"][i], knn)
             for i, query, rows in zip(sample, queries.astype(np.float64), neighbours, strict=True)
         ]
     )
     mixed = np.logaddexp(
-        table["lm"][sample] + np.log(1 - card["lambda"]),
-        table["knn"][sample] + np.log(card["lambda"]),
+        table["lm"][sample] + np.log(1 - knn["weight"]),
+        column[sample] + np.log(knn["weight"]),
     )
     worst = float(np.abs(plain - mixed).max())
-    print(f"{len(sample):,} tokens, lambda {card['lambda']:.4f}, T {card['temperature']:g}")
+    print(f"{len(sample):,} tokens, lambda {knn['weight']:.4f}, T {knn['temperature']:g}")
     print(f"perplexity {np.exp(-plain.mean()):.4f} plain, {np.exp(-mixed.mean()):.4f} in the table")
     print(f"largest difference of a log-probability {worst:.2e} (allowed {args.tolerance:g})")
     return int(worst > args.tolerance)

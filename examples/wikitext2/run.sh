@@ -36,10 +36,14 @@ evaluate() { # SPLIT FLAGS...
 python "$root/examples/build_index.py" --dstore "$OUT/dstore" --recipe "$RECIPE"
 
 neighbours=(--knnlm --dstore-filename "$OUT/dstore" --k 1024)
-evaluate valid "${neighbours[@]}" --score-table "$OUT/valid.npz"
+experts=knn,cache,ngram
+evaluate valid "${neighbours[@]}" --experts "$experts" --mixer none --score-table "$OUT/valid.npz"
 fairseq-knnlm tune --dstore "$OUT/dstore" --score-table "$OUT/valid.npz"
-evaluate test "${neighbours[@]}" --score-table "$OUT/test.npz" --results-json "$OUT/test.json"
+evaluate test "${neighbours[@]}" --experts "$experts" --score-table "$OUT/test.npz" \
+    --results-json "$OUT/test.json"
+fairseq-knnlm report --dstore "$OUT/dstore" --score-table "$OUT/test.npz"
 if [[ $RECIPE == Flat ]]; then
+    evaluate test "${neighbours[@]}" --experts knn --mixer fixed --score-table "$OUT/knn.npz"
     python "$here/check.py" --dstore "$OUT/dstore" --queries "$OUT/queries" \
-        --score-table "$OUT/test.npz"
+        --score-table "$OUT/knn.npz"
 fi
