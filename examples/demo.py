@@ -251,7 +251,7 @@ def main() -> int:
     out = args.out.resolve()
     os.chdir(ROOT)  # commands are shown as they are typed there
     out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
-    print(f"About 7 minutes on two cores; this run uses {threads()}. Everything is in {out}/.")
+    print(f"About 8 minutes on two cores; this run uses {threads()}. Everything is in {out}/.")
     try:
         make_room(out)
         demo = Demo(out, args.updates)
