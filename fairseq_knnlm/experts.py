@@ -9,7 +9,7 @@ go by: they depend on the context, never on the token to be predicted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -221,13 +221,16 @@ class KnnExpert:
     ) -> dict[str, Tensor]:
         distances = near.distances.masked_fill(~near.valid, torch.nan)
         ranks = [rank - 1 for rank in DISTANCE_RANKS if rank <= self.k]
-        shape = _shape(near)
+        # What is missing counts for nothing, and its token for no type of its own.
+        values = near.values.where(near.valid, near.values[:, :1])
+        ordered, places = values.sort(dim=1)
+        entropy, top = _shape(near, ordered, places)
         counts = torch.stack([share.sum(dim=1).float() for share in shared], dim=1)
         return {
             f"{self.name}_distances": distances[:, ranks],
-            f"{self.name}_entropy": shape[0],
-            f"{self.name}_top": shape[1],
-            f"{self.name}_distinct": _distinct(near),
+            f"{self.name}_entropy": entropy,
+            f"{self.name}_top": top,
+            f"{self.name}_distinct": _distinct(values, ordered),
             f"{self.name}_shared": counts.log1p(),
             f"{self.name}_frequency": self._frequency(context[:, 0]),
         }
@@ -238,11 +241,16 @@ class KnnExpert:
         return self._counts[tokens.clamp_min(0)].where(tokens >= 0, torch.nan)
 
 
-def _shape(near: Neighbours) -> tuple[Tensor, Tensor]:
-    """Entropy (natural) and log of the largest probability of p_kNN, each (N, len(SPREADS))."""
-    values, places = near.values.sort(dim=1)
+def _shape(near: Neighbours, ordered: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy (natural) and log of the largest probability of p_kNN, each (N, len(SPREADS)).
+
+    Args:
+        near: N queries' neighbours.
+        ordered: (N, K) their values in ascending order.
+        places: (N, K) where these stood.
+    """
     first = torch.ones_like(near.valid)
-    first[:, 1:] = values[:, 1:] != values[:, :-1]
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     token = first.cumsum(dim=1) - 1  # numbers a query's distinct tokens
     missing = ~near.valid
     nearest, farthest = near.distances[:, :1], near.distances.masked_fill(missing, -torch.inf)
@@ -257,11 +265,16 @@ def _shape(near: Neighbours) -> tuple[Tensor, Tensor]:
     return torch.stack(entropies, dim=1), torch.stack(tops, dim=1)
 
 
-def _distinct(near: Neighbours) -> Tensor:
-    """log of the number of distinct tokens among the nearest, (N, ranks)."""
-    columns, values = [], near.values.where(near.valid, near.values[:, :1])
+def _distinct(values: Tensor, ordered: Tensor) -> Tensor:
+    """log of the number of distinct tokens among the nearest, (N, ranks).
+
+    Args:
+        values: (N, K), the nearest's first.
+        ordered: the same in ascending order.
+    """
+    columns = []
     for rank in DISTINCT_RANKS:
-        some = values[:, :rank].sort(dim=1).values
+        some = ordered if rank >= values.shape[1] else values[:, :rank].sort(dim=1).values
         columns.append(1 + (some[:, 1:] != some[:, :-1]).sum(dim=1))
     return torch.stack(columns, dim=1).float().log()
 
@@ -359,11 +372,8 @@ class ModelExpert:
 def joined(parts: Sequence[Opinion]) -> Opinion:
     """Opinions of consecutive tokens, as one."""
 
-    def every(column: Callable[[Opinion], Tensor]) -> Tensor:
-        return torch.cat([column(part) for part in parts])
-
-    names: Iterable[str] = parts[0].features
+    names = parts[0].features
     return Opinion(
-        every(lambda part: part.log_probs),
-        {name: every(lambda part, name=name: part.features[name]) for name in names},  # type: ignore[misc]
+        torch.cat([part.log_probs for part in parts]),
+        {name: torch.cat([part.features[name] for part in parts]) for name in names},
     )

@@ -103,6 +103,10 @@ def first_column(feature: Tensor) -> Tensor:
     return feature if feature.dim() == 1 else feature[:, 0]
 
 
+#: The language model, unmixed.
+ALONE = Fixed((LM,), (1.0,))
+
+
 class Gate(nn.Module):
     """A small network over the features: a learned weight for each component and token.
 

@@ -14,7 +14,7 @@ from fairseq_knnlm.calibration import Calibration, Stack
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts import KnnSetting
 from fairseq_knnlm.lm import CONTEXT
-from fairseq_knnlm.mixers import LM, Component, Fixed, Mixer
+from fairseq_knnlm.mixers import ALONE, LM, Component, Fixed, Mixer
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def mixture(
     """
     kind = str(args.mixer)
     if kind == "none":
-        return Mixture(Fixed((LM,), (1.0,)), "nothing is mixed")
+        return Mixture(ALONE, "nothing is mixed")
     given = [_typed(flag) for flag in _given(args)]
     stack = calibration.find(experts, kind) if calibration else None
     if stack is not None and not given:

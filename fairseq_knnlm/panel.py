@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts import Expert, Opinion, Passage
-from fairseq_knnlm.mixers import LM, Component, Fixed, Mixer, Skip, searches
+from fairseq_knnlm.mixers import ALONE, LM, Component, Mixer, Skip, searches
 from fairseq_knnlm.mixing import mix
-
-#: The language model, unmixed.
-ALONE = Fixed((LM,), (1.0,))
 
 
 @dataclass(frozen=True)

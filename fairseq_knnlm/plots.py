@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,25 +63,25 @@ def _perplexity(lm: np.ndarray, column: np.ndarray) -> float:
     return math.exp(mixture_loss(lm, column, best_lambda(lm, column)))
 
 
-def _lambda_curve(axis: object, name: str, lm: np.ndarray, columns: np.ndarray) -> None:
+def _lambda_curve(axis: Any, name: str, lm: np.ndarray, columns: np.ndarray) -> None:
     best = min(columns.T, key=lambda column: _perplexity(lm, column))
     curve = [math.exp(mixture_loss(lm, best, float(lmbda))) for lmbda in LAMBDAS]
-    axis.plot(LAMBDAS, curve, label=name)  # type: ignore[attr-defined]
+    axis.plot(LAMBDAS, curve, label=name)
 
 
 def _temperature_curve(
-    axis: object, name: str, lm: np.ndarray, columns: np.ndarray, settings: list[dict]
+    axis: Any, name: str, lm: np.ndarray, columns: np.ndarray, settings: list[dict]
 ) -> None:
     points = {
         setting["temperature"]: _perplexity(lm, columns[:, place])
         for place, setting in enumerate(settings)
         if not setting["suffix"] and not setting["k"]
     }
-    axis.semilogx(points.keys(), points.values(), marker=".", base=2)  # type: ignore[attr-defined]
+    axis.semilogx(points.keys(), points.values(), marker=".", base=2)
 
 
 def _k_curve(
-    axis: object, name: str, lm: np.ndarray, columns: np.ndarray, settings: list[dict], k: int
+    axis: Any, name: str, lm: np.ndarray, columns: np.ndarray, settings: list[dict], k: int
 ) -> None:
     points: dict[int, float] = {}
     for place, setting in enumerate(settings):
@@ -90,4 +91,4 @@ def _k_curve(
             points[fewer] = min(here, points.get(fewer, math.inf))
     ascending = sorted(points)
     values = [points[fewer] for fewer in ascending]
-    axis.semilogx(ascending, values, marker=".", base=2)  # type: ignore[attr-defined]
+    axis.semilogx(ascending, values, marker=".", base=2)

@@ -79,8 +79,10 @@ class ScoreTable:
             )
         return self[component.expert][:, settings.index(component.setting)]
 
-    def features(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The named features, as tensors.
+    def features(
+        self, names: Sequence[str], rows: np.ndarray | slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """The named features, as tensors, of some rows.
 
         Raises:
             TableError: where the table was written without one.
@@ -92,7 +94,7 @@ class ScoreTable:
                 found=", ".join(self.columns),
                 do=AGAIN,
             )
-        return {name: torch.from_numpy(self[name]) for name in names}
+        return {name: torch.from_numpy(self[name][rows]) for name in names}
 
 
 class ScoreTableWriter:

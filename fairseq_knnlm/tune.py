@@ -24,7 +24,7 @@ from fairseq_knnlm.fitting import (
     fit_gate,
     worth_mixing,
 )
-from fairseq_knnlm.mixers import LM, Component, Fixed, Mixer, Skip, gathered, searches
+from fairseq_knnlm.mixers import ALONE, LM, Component, Fixed, Mixer, Skip, gathered, searches
 from fairseq_knnlm.mixing import mix
 from fairseq_knnlm.tables import ScoreTable
 from fairseq_knnlm.versions import versions
@@ -50,6 +50,11 @@ class Parts:
     fit: np.ndarray
     stop: np.ndarray
     held_out: np.ndarray
+
+    @property
+    def fixed(self) -> np.ndarray:
+        """What weights are fitted on that need no stopping."""
+        return np.concatenate([self.fit, self.stop])
 
     @classmethod
     def of(cls, rows: int) -> Parts:
@@ -90,7 +95,7 @@ class Fitter:
     @cached_property
     def single(self) -> dict[str, Component]:
         """For each expert the setting that helps the language model most."""
-        rows = np.concatenate([self.parts.fit, self.parts.stop])
+        rows = self.parts.fixed
         lm = self.table["lm"][rows]
         best = {}
         for name, settings in self.table.experts.items():
@@ -103,31 +108,27 @@ class Fitter:
     def fixed(self, experts: Sequence[str]) -> Fixed:
         """One setting and one weight an expert."""
         components = [LM, *(self.single[name] for name in experts)]
-        rows = np.concatenate([self.parts.fit, self.parts.stop])
-        return fit_fixed(components, log_probs(self.table, components)[rows])
+        return fit_fixed(components, log_probs(self.table, components, self.parts.fixed))
 
     def blend(self, experts: Sequence[str]) -> Fixed:
         """One weight for each of several settings an expert."""
         components = self.components(experts)
-        rows = np.concatenate([self.parts.fit, self.parts.stop])
-        return fit_fixed(components, log_probs(self.table, components)[rows], "blend")
+        columns = log_probs(self.table, components, self.parts.fixed)
+        return fit_fixed(components, columns, "blend")
 
     def bins(self, experts: Sequence[str]) -> Mixer:
         """The same with weights by the distance of the nearest neighbour."""
         components = [LM, *(self.single[name] for name in experts)]
-        rows = np.concatenate([self.parts.fit, self.parts.stop])
-        nearest = self.table[BINNED].reshape(len(self.table), -1)[:, 0]
-        columns = log_probs(self.table, components)
-        return fit_bins(components, columns[rows], BINNED, nearest[rows])
+        rows = self.parts.fixed
+        nearest = self.table[BINNED].reshape(len(self.table), -1)[rows, 0]
+        return fit_bins(components, log_probs(self.table, components, rows), BINNED, nearest)
 
-    def gate(
-        self, experts: Sequence[str], after_epoch: Callable[[float], None] = lambda loss: None
-    ) -> Mixer:
+    def gate(self, experts: Sequence[str]) -> Mixer:
         """Weights by a small network, over several settings an expert; needs features."""
         components = self.components(experts)
         features = self.features(experts)
         fit, stop = self._examples(components, features)
-        return fit_gate(components, features, fit, stop, seed=self.seed, after_epoch=after_epoch)
+        return fit_gate(components, features, fit, stop, seed=self.seed)
 
     def skip(self, experts: Sequence[str]) -> Skip | None:
         """What tells before a search if it is worth its while; None where there is no telling.
@@ -141,14 +142,17 @@ class Fitter:
         components = [LM, *(self.single[name] for name in experts)]
         fit, stop = self._examples(components, features)
         gate = fit_gate(
-            *(components, features, fit, stop),
+            components,
+            features,
+            fit,
+            stop,
             seed=self.seed,
             dropout=SKIP_DROPOUT,
             weight_decay=SKIP_DECAY,
         )
         # Of all text that it did not learn from; they depend on no target.
         rows = np.concatenate([self.parts.stop, self.parts.held_out])
-        scores = Skip(gate, ()).scores(self.table.features(features)).numpy()[rows]
+        scores = Skip(gate, ()).scores(self.table.features(features, rows)).numpy()
         return Skip(gate, np.quantile(scores, np.linspace(0, 1, 101)).tolist())
 
     def _examples(
@@ -157,9 +161,8 @@ class Fitter:
         """To learn from, and to stop on."""
 
         def examples(rows: np.ndarray) -> Examples:
-            known = {name: torch.from_numpy(self.table[name][rows]) for name in features}
             columns = torch.from_numpy(log_probs(self.table, components, rows))
-            return Examples(columns, gathered(known, features))
+            return Examples(columns, gathered(self.table.features(features, rows), features))
 
         return examples(self.parts.fit), examples(self.parts.stop)
 
@@ -187,7 +190,7 @@ class Fitter:
 
     def judge(self, experts: Sequence[str], mixer: Mixer) -> Stack:
         """A stack, with its figures on the tokens held out."""
-        loss = mixture_losses(self.table, mixer)[self.parts.held_out].mean()
+        loss = mixture_losses(self.table, mixer, self.parts.held_out).mean()
         return Stack(tuple(experts), mixer, math.exp(loss), loss / math.log(2))
 
 
@@ -207,10 +210,12 @@ def log_probs(
     return np.stack([table.column(component)[rows] for component in components], axis=1)
 
 
-def mixture_losses(table: ScoreTable, mixer: Mixer) -> np.ndarray:
-    """(N,) float64, -log p of each token of a table by a mixture, natural log."""
-    columns = torch.from_numpy(log_probs(table, mixer.components))
-    weights = mixer.log_weights(table.features(mixer.features))
+def mixture_losses(
+    table: ScoreTable, mixer: Mixer, rows: np.ndarray | slice = slice(None)
+) -> np.ndarray:
+    """(N,) float64, -log p of each token of a table's rows by a mixture, natural log."""
+    columns = torch.from_numpy(log_probs(table, mixer.components, rows))
+    weights = mixer.log_weights(table.features(mixer.features, rows))
     return -mix(columns, weights).double().numpy()
 
 
@@ -257,8 +262,8 @@ def skipped(
 ) -> list[tuple[float, float]]:
     """The share of the searches really skipped, and perplexity, for each of ``SHARES``."""
     stacks = calibration.find(skip.experts), calibration.find(skip.rest)
-    searched, rest = (mixture_losses(table, stack.mixer)[rows] for stack in stacks if stack)
-    scores = skip.scores(table.features(skip.gate.features)).numpy()[rows]
+    searched, rest = (mixture_losses(table, stack.mixer, rows) for stack in stacks if stack)
+    scores = skip.scores(table.features(skip.gate.features, rows)).numpy()
     found = []
     for share in SHARES:
         out = scores < skip.threshold(share)
@@ -324,7 +329,7 @@ def fit(
         TableError: where the table has no expert but the language model.
     """
     fitter = Fitter(table, seed)
-    base = fitter.judge((), Fixed((LM,), (1.0,)))
+    base = fitter.judge((), ALONE)
     stacks, skips = [base], []
     for experts in steps(stacks_of(list(table.experts))):
         mixers: list[Mixer] = [fitter.fixed(experts)]

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scores import Axes, Scores, draw, only, show
+from scores import Axes, Scores, command, draw, only, show
 from steps import Experiment, add_arguments, ended
 
 from fairseq_knnlm.lm import KEY_TYPES
@@ -26,9 +26,7 @@ WINDOWS = ["0", "64", "128", "192"]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     option = parser.add_argument
     option("what", choices=("keys", "context", "distances"))
     option("data", type=Path, help="folder that fairseq-preprocess wrote; train is the datastore's")

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scores import Axes, draw, only, show
+from scores import Axes, command, draw, only, show
 from steps import Experiment, add_arguments, ended
 
 EXAMPLE = """\
@@ -19,9 +19,7 @@ example: python examples/experiments/adaptation.py demo/data/reference
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     option = parser.add_argument
     option("data", type=Path, help="the other domain, binarised with the model's dictionary")
     option("--path", type=Path, required=True, help="checkpoint of the language model")

@@ -4,10 +4,9 @@ Score tables written with ``--experts knn,cache``: each alone and both together,
 and with a learned gate.
 """
 
-import argparse
 import sys
 
-from scores import Axes, Scores, add_table_arguments, draw, show
+from scores import Axes, Scores, add_table_arguments, command, draw, show
 from steps import ended
 
 EXAMPLE = """\
@@ -17,9 +16,7 @@ STACKS = {"kNN": ["knn"], "cache": ["cache"], "kNN and cache": ["knn", "cache"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     add_table_arguments(parser, "continuous_cache.png")
     args = parser.parse_args()
     scores = Scores.read(args.valid, args.test)

@@ -3,12 +3,11 @@
 One is varied, the others are fitted on valid for each of its values.
 """
 
-import argparse
 import math
 import sys
 
 import numpy as np
-from scores import Axes, Scores, add_table_arguments, draw, log_axis, show, weighed
+from scores import Axes, Scores, add_table_arguments, command, draw, log_axis, show, weighed
 from steps import ended
 
 from fairseq_knnlm.fitting import best_lambda, best_setting, mixture_loss
@@ -22,9 +21,7 @@ Curve = dict[float, tuple[Component, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     add_table_arguments(parser, "knn_settings.png")
     args = parser.parse_args()
     scores = Scores.read(args.valid, args.test)

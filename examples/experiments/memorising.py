@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from other_experts import report
+from scores import command
 from steps import Experiment, add_arguments, ended
 
 EXAMPLE = """\
@@ -26,9 +27,7 @@ BY_HEART = """
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     option = parser.add_argument
     option("data", type=Path, help="folder that fairseq-preprocess wrote")
     option("--path", type=Path, required=True, help="checkpoint of the language model")

@@ -4,11 +4,10 @@ Each expert of the score tables alone with the language model: n-grams, the cont
 second model. Settings and lambda are fitted on valid.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from scores import Axes, Scores, add_table_arguments, draw, only, show
+from scores import Axes, Scores, add_table_arguments, command, draw, only, show
 from steps import ended
 
 EXAMPLE = """\
@@ -48,9 +47,7 @@ def report(scores: Scores, figure: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     add_table_arguments(parser, "other_experts.png")
     args = parser.parse_args()
     report(Scores.read(args.valid, args.test), args.figure)

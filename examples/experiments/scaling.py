@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scores import Axes, draw, log_axis, only, show
+from scores import Axes, command, draw, log_axis, only, show
 from steps import Experiment, add_arguments, ended, fraction, write_part
 
 EXAMPLE = """\
@@ -19,9 +19,7 @@ example: python examples/experiments/scaling.py --trainpref text/train.txt
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     option = parser.add_argument
     for split in ("train", "valid", "test"):
         option(f"--{split}pref", type=Path, required=True, help=f"{split} text, in tokens")

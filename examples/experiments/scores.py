@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.mixers import LM, Component, Fixed, Mixer
+from fairseq_knnlm.mixers import ALONE, LM, Component, Fixed, Mixer
 from fairseq_knnlm.tables import ScoreTable, read_table
 from fairseq_knnlm.tune import Fitter, mixture_losses
 
@@ -63,7 +63,7 @@ class Scores:
     @cached_property
     def base(self) -> float:
         """Perplexity of the language model alone."""
-        return self.perplexity(Fixed((LM,), (1.0,)))
+        return self.perplexity(ALONE)
 
     def perplexity(self, mixer: Mixer) -> float:
         """Of a mixture, on test."""
@@ -86,6 +86,13 @@ def weighed(component: Component, weight: float) -> Fixed:
 def only(mixer: Fixed) -> tuple[Component, float]:
     """The one component beside the language model, and its weight."""
     return mixer.components[1], mixer.weights[1]
+
+
+def command(doc: str | None, example: str) -> argparse.ArgumentParser:
+    """A script's parser: its docstring above the options, the example below, lines as they are."""
+    return argparse.ArgumentParser(
+        description=doc, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_table_arguments(parser: argparse.ArgumentParser, figure: str) -> None:

@@ -4,11 +4,10 @@ A datastore of the text that the language model was trained on: untuned, as the 
 lambda and temperature fitted on valid; and with a learned gate.
 """
 
-import argparse
 import sys
 
 import numpy as np
-from scores import Axes, Scores, add_table_arguments, draw, only, show, weighed
+from scores import Axes, Scores, add_table_arguments, command, draw, only, show, weighed
 from steps import ended
 
 from fairseq_knnlm.experts import KnnSetting
@@ -23,9 +22,7 @@ LAMBDAS = np.linspace(0, 0.8, 33)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     add_table_arguments(parser, "training_data.png")
     args = parser.parse_args()
     scores = Scores.read(args.valid, args.test)

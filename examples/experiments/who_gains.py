@@ -4,18 +4,17 @@ A fixed mixture is fitted on valid; its perplexity on test is shown by groups of
 a token occurs, and whether its context does, is counted in the datastore's text.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from scores import Axes, Scores, add_table_arguments, draw, show
+from scores import Axes, Scores, add_table_arguments, command, draw, show
 from steps import ended
 
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.mixers import LM, Fixed
+from fairseq_knnlm.mixers import ALONE
 from fairseq_knnlm.tune import mixture_losses
 
 EXAMPLE = """\
@@ -29,9 +28,7 @@ Groups = dict[str, np.ndarray]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command(__doc__, EXAMPLE)
     add_table_arguments(parser, "who_gains.png")
     parser.add_argument("--dstore", type=Path, required=True, help="the tables' datastore")
     parser.add_argument("--experts", default="knn", help="mixed, such as knn,cache (default: knn)")
@@ -49,7 +46,7 @@ def main() -> None:
         "squared distance of the nearest neighbour": by_distance(scores),
         "tokens of the context that occurred so": by_context(scores),
     }
-    base = mixture_losses(scores.test, Fixed((LM,), (1.0,)))
+    base = mixture_losses(scores.test, ALONE)
     mixed = mixture_losses(scores.test, scores.fitter.fixed(args.experts.split(",")))
     for way, groups in ways.items():
         print()
