@@ -15,7 +15,7 @@ setup(
     license="MIT",
     packages=["fairseq_knnlm"],
     python_requires=">=3.10",
-    install_requires=[*FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "tqdm"],
+    install_requires=[*FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "tqdm"],
     extras_require={
         # FAISS: one of these two. Requirements cannot say "either", so neither is forced on an
         # environment that has the other; the package asks for one when it needs it.

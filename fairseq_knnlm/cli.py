@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,15 @@ from fairseq_knnlm import index as indexes
 from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.errors import ConfigError, IndexFileError, KnnlmError, TableError
+from fairseq_knnlm.errors import (
+    ConfigError,
+    IndexFileError,
+    TableError,
+    told,
+    wants_traceback,
+)
 from fairseq_knnlm.files import altered, human_bytes
+from fairseq_knnlm.host import end_on_request
 from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
 from fairseq_knnlm.plots import draw_curves
@@ -37,18 +45,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """
     # Importing fairseq has set the log to DEBUG already, in a format of its own.
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
+    end_on_request()
     parser = _parser(prog)
     args, rest = parser.parse_known_args(argv)
     if rest and not (args.run is _save or (args.run is _tune and args.data)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         args.run(args, rest)
-    except KnnlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was published", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `fairseq-knnlm info ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if wants_traceback():
+            raise
+        text, code = told(error)
+        print(text, file=sys.stderr)
+        return code
     return 0
 
 

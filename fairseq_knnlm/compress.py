@@ -23,6 +23,7 @@ from fairseq_knnlm.datastore import (
     check_room,
 )
 from fairseq_knnlm.errors import ConfigError, IndexFileError
+from fairseq_knnlm.files import Claim, partial_prefix, reserve
 from fairseq_knnlm.index import SearchIndex
 
 #: Keys that are read, searched or projected at a time: 64 MiB of float32 at a width of 1,024.
@@ -60,10 +61,17 @@ def compress(
     """
     _check(store, pca, merge)
     check_new(out)
+    with Claim(out):  # from the first minute on
+        return _compress(store, out, pca, merge, index, seed)
+
+
+def _compress(
+    store: Datastore, out: Path, pca: int | None, merge: int | None, index: Path | None, seed: int
+) -> Path:
     keys = store.full_keys()
     weights = store.weights
     if merge is not None:
-        weights = merged_weights(store, _open_index(store, index, merge), merge, out.parent, seed)
+        weights = merged_weights(store, _open_index(store, index, merge), merge, out, seed)
     rows = np.arange(len(store)) if weights is None else np.flatnonzero(weights)
     projection = None if pca is None else fit_pca(keys, pca, seed)
     manifest = store.manifest
@@ -115,7 +123,7 @@ def fit_pca(keys: np.ndarray, components: int, seed: int) -> np.ndarray:
 
 
 def merged_weights(
-    store: Datastore, index: SearchIndex, k: int, folder: Path, seed: int
+    store: Datastore, index: SearchIndex, k: int, out: Path, seed: int
 ) -> np.ndarray:
     """The weights of a datastore's entries after greedy merging.
 
@@ -123,7 +131,7 @@ def merged_weights(
         store: with keys.
         index: of that datastore.
         k: nearest neighbours of an entry that it may absorb.
-        folder: where the neighbours' rows are kept meanwhile.
+        out: what will be written; beside it the neighbours' rows are kept meanwhile.
         seed: of the order in which entries are visited.
 
     Returns:
@@ -132,10 +140,13 @@ def merged_weights(
     rows = len(store)
     weights = np.ones(rows, np.int32) if store.weights is None else np.array(store.weights)
     row_type = np.dtype(np.int32 if rows <= np.iinfo(np.int32).max else np.int64)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_room(folder, rows * (k + 1) * row_type.itemsize)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        alike = np.memmap(file, row_type, "w+", shape=(rows, k + 1))
+    with (
+        Claim(out),
+        tempfile.NamedTemporaryFile(dir=out.parent, prefix=partial_prefix(out)) as file,
+    ):
+        check_room(out.parent, rows * (k + 1) * row_type.itemsize)
+        reserve(Path(file.name), rows * (k + 1) * row_type.itemsize)
+        alike = np.memmap(file, row_type, "r+", shape=(rows, k + 1))
         visited = np.zeros(rows, bool)  # entries that have nobody to absorb need no visit
         for at in _chunks(rows, "searching"):
             alike[at] = alike_neighbours(store, index, k, at)

@@ -15,7 +15,7 @@ manifest last.
 
 from __future__ import annotations
 
-import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,15 +27,16 @@ import numpy as np
 
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import (
+    Claim,
     altered,
     checksums,
     flush_to_disk,
     human_bytes,
+    partial_prefix,
     read_sealed,
+    reserve,
     write_sealed,
 )
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "fairseq-knnlm datastore"
 #: Version 2 may lack keys; version 3 is compressed. What needs neither is written as version 1.
@@ -278,16 +279,14 @@ class DatastoreWriter:
         self.origin = origin
         self.compressions = compressions
         check_new(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         extras = {PROJECTION: projection, WEIGHTS: weights}
         extra_bytes = sum(array.nbytes for array in extras.values() if array is not None)
         needed = datastore_bytes(rows, width, key_dtype, origin.vocabulary) + extra_bytes
+        path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path.parent, needed)
-        prefix = f".{path.name}.partial-"
-        for left in path.parent.glob(f"{prefix}*"):
-            logger.warning("%s was left by a save that was killed; it can be removed", left)
+        self._claim = Claim(path)
         self._folder = tempfile.TemporaryDirectory(
-            prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+            prefix=partial_prefix(path), dir=path.parent, ignore_cleanup_errors=True
         )
         self._arrays: dict[str, np.memmap] = {}
         self._keys = self._array(KEYS, np.dtype(key_dtype), (rows, width)) if key_dtype else None
@@ -299,9 +298,17 @@ class DatastoreWriter:
 
     def _array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
         """A new array among those that will be published."""
-        self._arrays[name] = np.lib.format.open_memmap(
-            Path(self._folder.name, name), mode="w+", dtype=dtype, shape=shape
-        )
+        file = Path(self._folder.name, name)
+        with file.open("wb") as header:
+            described = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": shape,
+            }
+            np.lib.format.write_array_header_1_0(header, described)
+            start = header.tell()
+        reserve(file, start + math.prod(shape) * dtype.itemsize)
+        self._arrays[name] = np.lib.format.open_memmap(file, mode="r+")
         return self._arrays[name]
 
     def write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
@@ -375,8 +382,11 @@ class DatastoreWriter:
             add_files(folder, seal)
         check_new(self.path)  # somebody may have been faster
         folder.chmod(0o755)
+        flush_to_disk(folder)
         folder.rename(self.path)
+        flush_to_disk(self.path.parent)
         self._folder.cleanup()
+        self._claim.release()
         return self.path
 
     def _miscount(self, found: str) -> DatastoreError:
@@ -459,8 +469,9 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
             do="save one: fairseq-eval-lm ... --save-knnlm-dstore --dstore-mmap PATH",
         )
     try:
-        return read_sealed(file, FORMAT, VERSION, _manifest)
-    except ValueError as error:
+        fields, seal = read_sealed(file, FORMAT, VERSION, dict)
+        return _manifest(**fields), seal
+    except (TypeError, ValueError) as error:
         raise _damaged(file, "the manifest as it was written", str(error)) from None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class KnnlmError(Exception):
     """Bad input that the user can mend.
@@ -48,3 +51,73 @@ class TableError(KnnlmError):
 
 class NGramError(KnnlmError):
     """N-gram counts that are missing, damaged, or of another datastore or dictionary."""
+
+
+class OutputError(KnnlmError):
+    """A file or folder that cannot be written."""
+
+
+class BusyError(OutputError):
+    """A file or folder that another process is writing."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to end (SIGTERM), and ends as where a user interrupts it."""
+
+
+#: How libraries written in C++ say that memory, or the disk, is full.
+MEMORY_WORDS = ("can't allocate memory", "out of memory", "bad_alloc", "std::bad_array_new_length")
+DISK_WORDS = {errno.ENOSPC: "No space left on device", errno.EFBIG: "File too large"}
+#: Set to anything to see where an unexpected failure came from.
+TRACEBACK = "KNNLM_TRACEBACK"
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What a user is told of any failure, and the exit code. The one place that decides it."""
+    if isinstance(error, KnnlmError):
+        return f"error: {error}", 1
+    if isinstance(error, KeyboardInterrupt):
+        ended = isinstance(error, Terminated)
+        what = "terminated" if ended else "interrupted"
+        return f"{what}; nothing was published that was not finished", 143 if ended else 130
+    return f"error: {_mended(error)}", 1
+
+
+def _mended(error: BaseException) -> KnnlmError:
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    for each, words in DISK_WORDS.items():
+        if words in text:
+            number = each
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            "the disk is full, or allows no larger file",
+            expected="room for what is written",
+            found=text.splitlines()[-1],
+            do="make room, or write to another disk; what was there before is as it was",
+        )
+    if isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS):
+        return KnnlmError(
+            "the memory does not suffice",
+            expected="a smaller piece of work",
+            found=(text.splitlines() or ["an allocation that failed"])[0],
+            do="lower --max-tokens, --k or --cache-window, or build a smaller index",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return KnnlmError(
+            "a file or folder cannot be used",
+            expected="one that is there, and that this user may read or write",
+            found=f"{where}{error.strerror}",
+            do="check the path",
+        )
+    return KnnlmError(
+        "something failed that should not",
+        found=f"{type(error).__name__}: {text}"[:1000],
+        do=f"set {TRACEBACK}=1, run it again, and report what it then shows",
+    )
+
+
+def wants_traceback() -> bool:
+    """Whether a user asked to see where an unexpected failure came from."""
+    return bool(os.environ.get(TRACEBACK))

@@ -6,54 +6,232 @@ opening a huge one checks an evenly spaced sample and leaves the rest to ``fairs
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, ClassVar, TypeVar
 
+import msgspec
 from tqdm import tqdm
+
+from fairseq_knnlm.errors import BusyError, OutputError
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 64 * 2**20
 #: Chunks checked when a file is opened: all of a file up to 2 GiB.
 CHUNKS_ON_OPEN = 32
+#: Bytes of JSON that are read at most; a manifest of a trillion entries has less.
+MOST_JSON = 256 * 2**20
+
+
+class Claim:
+    """Makes this process the only one that writes ``path``, until released or until it ends.
+
+    A lock that dies with its process (``flock`` on ``.NAME.lock`` beside it). Who holds it owns all
+    that is temporary of that name, so what a killed process left there is removed. A process may
+    claim a path several times over; other processes are refused meanwhile.
+
+    Args:
+        path: what will be written, a file or a folder; its folder is made where it is missing.
+
+    Raises:
+        BusyError: where another process writes it.
+        OSError: where nothing can be written there.
+    """
+
+    #: How many times over this process holds a lock, and its open file.
+    _held: ClassVar[dict[Path, tuple[int, IO[bytes]]]] = {}
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.parent.resolve() / f".{path.name}.lock"
+        times, file = self._held.get(lock) or (0, _locked(lock, path))
+        self._held[lock] = times + 1, file
+        # Also where an exception leaves it behind, and at the end of the process.
+        self.release = weakref.finalize(self, _let_go, self._held, lock)
+        if not times:
+            remove_partial(path)
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _locked(lock: Path, path: Path) -> IO[bytes]:
+    """The lock's file, open and locked."""
+    while True:
+        file = lock.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise BusyError(
+                f"another process is writing {path}",
+                expected="one at a time",
+                found=f"a living process that holds {lock}",
+                do="wait until it ends, or write somewhere else",
+            ) from None
+        except FileNotFoundError:
+            pass
+        file.close()  # it was removed by its owner while this process took hold of it: again
+
+
+def _let_go(held: dict[Path, tuple[int, IO[bytes]]], lock: Path) -> None:
+    times, file = held.pop(lock)
+    if times > 1:
+        held[lock] = times - 1, file
+    else:
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+def partial_prefix(path: Path) -> str:
+    """What the names of temporary files and folders of ``path`` begin with."""
+    return f".{path.name}.partial-"
+
+
+def remove_partial(path: Path) -> None:
+    """Removes what a process that was killed left of ``path``; for who holds the claim to it."""
+    prefix = partial_prefix(path)
+    for left in [one for one in path.parent.iterdir() if one.name.startswith(prefix)]:
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success it takes the name ``path``.
 
-    On an exception the temporary file is removed and ``path`` is left as it was.
+    On an exception the temporary file is removed and ``path`` is left as it was. Where ``path`` is
+    a link, what it leads to is replaced.
+
+    Raises:
+        BusyError: where another process is writing ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        temporary.chmod(0o644)  # mkstemp makes files private; results are to be shared
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = path.resolve() if path.is_symlink() else path
+    with Claim(path):
+        handle, name = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            flush_to_disk(temporary)
+            temporary.chmod(0o644)  # mkstemp makes files private; results are to be shared
+            temporary.replace(path)
+            flush_to_disk(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Asks the system to put the file's bytes on the disk before a rename makes them visible."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Asks the system to put a file's bytes, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Makes a file of ``size`` bytes whose room on the disk is taken, so that it can be mapped.
+
+    Writing through a map into room that is not there ends the process without a message.
+
+    Raises:
+        OSError: where the disk has no room; the file is left as far as it came.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if size:
+            os.posix_fallocate(handle, 0, size)
+    finally:
+        os.close(handle)
+
+
+def check_outputs(outputs: Mapping[str, Path | str | None]) -> None:
+    """Tries every file that a run will write, before its work starts. No file of it is left.
+
+    Args:
+        outputs: by the flag that names it; None where the flag is not given.
+
+    Raises:
+        OutputError: naming the first flag whose file cannot be written, or two that are the same.
+        BusyError: where another process is writing one.
+    """
+    taken: dict[Path, str] = {}
+    for flag, name in outputs.items():
+        if name is None:
+            continue
+        path = Path(name)
+        check_output(flag, path)
+        other = taken.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise OutputError(
+                f"{other} and {flag} name the same file",
+                expected="a file for each",
+                found=name,
+                do="give one of them another name",
+            )
+
+
+def check_output(flag: str, path: Path) -> None:
+    """Tries a file that will be written, as ``check_outputs`` does."""
+    if (found := _obstacle(path)) is None:
+        try:
+            with Claim(path.resolve() if path.is_symlink() else path):
+                return
+        except OSError as error:
+            found = f"{path}: {error.strerror}"
+    raise OutputError(
+        f"{flag} cannot be written",
+        expected="the path of a file, new or to be replaced, in a folder that can be written to",
+        found=found,
+        do="name another file",
+    )
+
+
+def _obstacle(path: Path) -> str | None:
+    """What there is that is no file; None where there is nothing or a file."""
+    if not path.name or path.name in (".", ".."):
+        return f"{str(path)!r}, which names no file"
+    try:
+        if path.is_dir():
+            return f"{path}, a folder"
+        if path.is_symlink() and not path.exists():
+            return f"{path}, a link that leads nowhere"
+        if path.exists() and not path.is_file():
+            return f"{path}, a device or pipe"
+        if below := [parent for parent in path.parents if parent.is_file()]:
+            return f"{path}, which lies below the file {below[0]}"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
 
 
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
-    """Writes ``content`` as indented JSON, atomically."""
+    """Writes ``content`` as indented JSON, atomically.
+
+    Raises:
+        ValueError: where a number is NaN or infinite, which JSON does not have.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with publish(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_sealed(path: Path, kind: str, version: int, content: dict[str, Any]) -> str:
@@ -68,38 +246,85 @@ def write_sealed(path: Path, kind: str, version: int, content: dict[str, Any]) -
     return seal
 
 
-def read_sealed(path: Path, kind: str, version: int, make: Callable[..., T]) -> tuple[T, str]:
+def read_sealed(
+    path: Path,
+    kind: str,
+    versions: range | int,
+    shape: type[T],
+    renewed: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields,
+) -> tuple[T, str]:
     """Reads what ``write_sealed`` wrote.
 
     Args:
         path: the file.
         kind: its format.
-        version: the newest version that can be read.
-        make: makes an object of the content, given as keyword arguments.
+        versions: those that can be read; a number n for all from 1 to n.
+        shape: a ``msgspec.Struct`` of the fields, with their bounds; others than these are refused.
+        renewed: makes the fields of an older version those of ``shape``.
 
     Returns:
-        The object and the seal.
+        The fields, checked, and the seal.
 
     Raises:
-        ValueError: saying what was found, where it is no JSON object of that kind, of a newer
-            version, altered, or with other fields.
+        ValueError: saying what was found, where it is no JSON object of that kind, of another
+            version, altered, or has a field that is missing, unknown, of another type or out of
+            its bounds.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"no JSON ({error})") from None
+    content = parse_json(_bounded(path))
     if not isinstance(content, dict) or content.get("format") != kind:
         raise ValueError("JSON of another kind")
-    if not isinstance(content.get("version"), int) or content["version"] > version:
-        raise ValueError(f"version {content.get('version')}, written by a newer fairseq-knnlm")
+    versions = range(1, versions + 1) if isinstance(versions, int) else versions
+    version = content.get("version")
+    if not isinstance(version, int) or version >= versions.stop:
+        raise ValueError(f"version {version!r}, written by a newer fairseq-knnlm")
+    if version < versions.start:
+        raise ValueError(f"version {version}, written by an older fairseq-knnlm")
     seal = content.pop("fingerprint", None)
     if seal != fingerprint(content):
         raise ValueError("an altered file (its fingerprint differs)")
     fields = {key: content[key] for key in content if key not in ("format", "version")}
+    return typed(renewed(fields), shape), seal
+
+
+def _bounded(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError("no file")
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"more than {human_bytes(MOST_JSON)}")
     try:
-        return make(**fields), seal
-    except TypeError as error:
-        raise ValueError(f"other fields ({error})") from None
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no JSON (not even UTF-8: {error.reason})") from None
+
+
+def parse_json(text: str) -> Any:
+    """Plain objects of JSON text, as the standard has it: no NaN, no infinity.
+
+    Raises:
+        ValueError: saying why it is none.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant}, which is no number of JSON's")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("brackets nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from None
+
+
+def typed(fields: Any, shape: type[T]) -> T:
+    """Plain objects of JSON as ``shape``, a type that msgspec knows, checked.
+
+    Raises:
+        ValueError: naming the field that is missing, unknown, of another type or out of bounds.
+    """
+    try:
+        return msgspec.convert(fields, shape, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def fingerprint(content: dict[str, Any]) -> str:

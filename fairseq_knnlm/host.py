@@ -12,8 +12,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import signal
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +29,7 @@ import numpy as np
 logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 from fairseq.sequence_scorer import SequenceScorer  # noqa: E402
 
-from fairseq_knnlm.errors import KnnlmError  # noqa: E402
+from fairseq_knnlm.errors import KnnlmError, Terminated, told, wants_traceback  # noqa: E402
 
 #: Warnings about fairseq's use of hydra and torch, by the start of their text.
 NOISE = (
@@ -49,13 +53,40 @@ def settle_in() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, KnnlmError):
-            sys.stdout.flush()  # the log comes first
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        if wants_traceback() or not (isinstance(error, KnnlmError) or _scoring()):
             previous(kind, error, trace)
+            return
+        sys.stdout.flush()  # the log comes first
+        print(told(error)[0], file=sys.stderr, flush=True)
+        if isinstance(error, Terminated):  # Python would end with code 1
+            atexit._run_exitfuncs()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     sys.excepthook = hook
+
+
+def _scoring() -> bool:
+    """Whether this process is one of fairseq's commands that read a datastore or write one.
+
+    In others, such as training, a failure is fairseq's to tell.
+    """
+    return any(name in sys.modules for name in ("fairseq_cli.eval_lm", "fairseq_cli.generate"))
+
+
+def end_on_request() -> None:
+    """Lets SIGTERM end the process as Ctrl-C does: in one line, and with everything cleaned up."""
+    main, owner = threading.current_thread() is threading.main_thread(), os.getpid()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+
+    def end(*_: object) -> None:
+        if os.getpid() != owner:  # a loader's worker, which has nothing to clean up
+            os._exit(143)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def hand_over(scorer: Any) -> None:

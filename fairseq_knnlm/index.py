@@ -230,8 +230,8 @@ def read_card(path: Path) -> IndexCard | None:
     if not file.is_file():
         return None
     try:
-        return read_sealed(file, FORMAT, VERSION, IndexCard)[0]
-    except ValueError as error:
+        return IndexCard(**read_sealed(file, FORMAT, VERSION, dict)[0])
+    except (TypeError, ValueError) as error:
         raise _damaged(file, "the card of an index", str(error)) from None
 
 

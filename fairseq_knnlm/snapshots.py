@@ -46,9 +46,8 @@ class Snapshots:
         if not (self.folder / "snapshot.json").is_file():
             return None
         try:
-            (plan, rows), _ = read_sealed(
-                self.folder / "snapshot.json", FORMAT, VERSION, lambda plan, rows: (plan, rows)
-            )
+            fields, _ = read_sealed(self.folder / "snapshot.json", FORMAT, VERSION, dict)
+            plan, rows = fields["plan"], fields["rows"]
             if plan != self.plan:
                 raise ValueError("it is of another build")
             index = read_file(self._file(rows))

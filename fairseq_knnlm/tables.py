@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.files import publish
+from fairseq_knnlm.files import Claim, partial_prefix, publish
 from fairseq_knnlm.mixers import LM, Component
 
 FORMAT = "fairseq-knnlm score table"
@@ -106,9 +106,9 @@ class ScoreTableWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(path)
         self._folder = tempfile.TemporaryDirectory(
-            prefix=f".{path.name}.partial-", dir=path.parent, ignore_cleanup_errors=True
+            prefix=partial_prefix(path), dir=path.parent, ignore_cleanup_errors=True
         )
         self._kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
 
@@ -130,6 +130,7 @@ class ScoreTableWriter:
             text = np.array(json.dumps(card))
             _store(archive, "card", text[None], np.zeros(1, np.int64))
         self._folder.cleanup()
+        self._claim.release()
 
     def _column(self, name: str) -> np.ndarray:
         dtype, shape = self._kinds[name]

@@ -158,7 +158,7 @@ def test_no_half_store_after_an_exception(tmp_path: Path) -> None:
 def test_an_unfinished_store_does_not_open(tmp_path: Path) -> None:
     """What a killed process leaves behind has no manifest."""
     writer = DatastoreWriter(tmp_path / "store", 10, 4, origin())
-    (partial,) = tmp_path.iterdir()
+    (partial,) = tmp_path.glob(".store.partial-*")
     assert partial.name.startswith(".store.partial-")
     with pytest.raises(DatastoreError, match="no datastore"):
         open_datastore(partial)

@@ -5,20 +5,30 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import resource
 import stat
+import subprocess
+import sys
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import pytest
 from stores import alter
 
 from fairseq_knnlm import files
+from fairseq_knnlm.errors import BusyError, OutputError
 from fairseq_knnlm.files import (
+    Claim,
     altered,
+    check_outputs,
     checksums,
     fingerprint,
     human_bytes,
+    parse_json,
     publish,
     read_sealed,
+    reserve,
     write_json,
     write_sealed,
 )
@@ -193,15 +203,127 @@ def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
 
 
-def test_a_sealed_file_with_other_fields(tmp_path: Path) -> None:
-    """Written by somebody else, with a seal that fits: told, not a TypeError."""
+class Card(msgspec.Struct, forbid_unknown_fields=True):
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+    name: str = ""
 
-    def make(rows: int) -> int:
-        return rows
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rows": 3, "more": 4}, "more"),
+        ({"name": "a"}, "rows"),
+        ({"rows": "3"}, "rows"),
+        ({"rows": 3.0}, "rows"),
+        ({"rows": 0}, "rows"),
+        ({"rows": None}, "rows"),
+        ({"rows": 3, "name": 1}, "name"),
+    ],
+)
+def test_a_sealed_file_with_other_fields(tmp_path: Path, fields: dict, says: str) -> None:
+    """Written by somebody else, with a seal that fits: the field is named."""
     path = tmp_path / "card.json"
-    write_sealed(path, "kind", 1, {"rows": 3, "more": 4})
-    with pytest.raises(ValueError, match="other fields"):
-        read_sealed(path, "kind", 1, make)
+    write_sealed(path, "kind", 1, fields)
+    with pytest.raises(ValueError, match=says):
+        read_sealed(path, "kind", 1, Card)
+
+
+def test_a_sealed_file_with_the_right_fields(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
     write_sealed(path, "kind", 1, {"rows": 3})
-    assert read_sealed(path, "kind", 1, make)[0] == 3
+    assert read_sealed(path, "kind", 1, Card)[0] == Card(3)
+    # an older version can be renewed, or refused
+    renewed = read_sealed(path, "kind", 2, Card, lambda fields: {**fields, "name": "old"})
+    assert renewed[0] == Card(3, "old")
+    with pytest.raises(ValueError, match="older"):
+        read_sealed(path, "kind", range(2, 4), Card)
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": -Infinity}', "[" * 200_000, '{"a": 1}}'])
+def test_json_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"JSON|brackets"):
+        parse_json(text)
+
+
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def hold(path: Path) -> subprocess.Popen:
+    """A process that claims ``path``, leaves something half done, and waits to be killed."""
+    code = """
+import sys, time
+from pathlib import Path
+from fairseq_knnlm.files import Claim, publish
+path = Path(sys.argv[1])
+with publish(path) as temporary:
+    temporary.write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def test_one_writer_at_a_time_and_nothing_of_a_killed_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    process = hold(path)
+    with pytest.raises(BusyError, match="another process"):
+        check_outputs({"--out": path})
+    process.kill()
+    process.wait()
+    assert len(list(tmp_path.iterdir())) == 3  # lock and half a file beside it
+    check_outputs({"--out": path})
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "before"
+
+
+def test_a_claim_within_a_claim(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with Claim(path):
+        half = tmp_path / ".a.txt.partial-mine"
+        half.touch()
+        with publish(path) as temporary:
+            temporary.write_text("whole")
+        assert half.exists()  # its own
+    assert path.read_text() == "whole"
+
+
+def test_outputs_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    bad = ["/", ".", "..", tmp_path, tmp_path / "file/below", tmp_path / ("a" * 300), "/dev/null"]
+    for path in [*bad, tmp_path / "nowhere", "/proc/nothing", ""]:
+        with pytest.raises(OutputError, match="--out"):
+            check_outputs({"--out": path, "--other": None})
+    with pytest.raises(OutputError, match="--out and --other"):
+        check_outputs({"--out": tmp_path / "a", "--other": tmp_path / "." / "a"})
+    check_outputs({"--out": tmp_path / "a", "--other": tmp_path / "new" / "b"})
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "new", "nowhere"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with publish(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "real").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_room_is_reserved(tmp_path: Path) -> None:
+    reserve(tmp_path / "a", 5000)
+    assert (tmp_path / "a").stat().st_size == 5000
+    assert (tmp_path / "a").stat().st_blocks > 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            reserve(tmp_path / "b", 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
