@@ -406,7 +406,7 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     print(f"  model        {origin.model or 'unknown'}")
     print(f"  dictionary   {origin.dictionary or 'unknown'}")
     print(f"  fingerprint  {store.fingerprint}")
-    total = sum(file["bytes"] for file in manifest.files.values())
+    total = sum(file.bytes for file in manifest.files.values())
     if total:
         print(f"  on disk      {human_bytes(total)}")
     if store.index_path.is_file():

@@ -18,18 +18,22 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import numpy as np
+from tqdm import tqdm
 
+from fairseq_knnlm.arrays import MOST_HEADER, kind_of, read_header
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import (
     Claim,
     altered,
     checksums,
+    chunks_of,
     flush_to_disk,
     human_bytes,
     partial_prefix,
@@ -44,11 +48,17 @@ VERSION = 3
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
 PROJECTION, WEIGHTS = "projection.npy", "weights.npy"
 INDEX = "knn.index"
-KEY_DTYPES = ("float16", "float32")
+#: Rows that are read at a time where every number is looked at.
+CHECKED_ROWS = 65536
 
 
-@dataclass(frozen=True)
-class Origin:
+Bounded = Annotated[int, msgspec.Meta(ge=1, le=2**48)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
+#: Of a model, dictionary or datastore; empty where unknown.
+Known = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What made a datastore; what a model must match to use it.
 
     Attributes:
@@ -61,17 +71,16 @@ class Origin:
         versions: library versions at the time of writing.
     """
 
-    model: str
-    dictionary: str
-    vocabulary: int
+    model: Known
+    dictionary: Known
+    vocabulary: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     key_type: str
     split: str = ""
-    context: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    context: dict[str, Annotated[int, msgspec.Meta(ge=-(2**48), le=2**48)] | str | None] = {}
+    versions: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Compression:
+class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a datastore was made of a larger one.
 
     Attributes:
@@ -83,11 +92,11 @@ class Compression:
         seed: of everything random in it.
     """
 
-    datastore: str
-    rows: int
-    width: int
-    pca: int | None
-    merge: int | None
+    datastore: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    rows: Bounded
+    width: Width
+    pca: Width | None
+    merge: Bounded | None
     seed: int
 
     def describe(self) -> str:
@@ -97,8 +106,19 @@ class Compression:
         return f"from {self.rows:,} entries of width {self.width} by {flags}"
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What tells whether a file is as it was written.
+
+    Attributes:
+        bytes: its length.
+        chunks: its checksums, one for each 64 MiB.
+    """
+
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    chunks: Sequence[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape, types and origin of a datastore.
 
     Attributes:
@@ -107,16 +127,16 @@ class Manifest:
         key_dtype: ``"float16"`` or ``"float32"``; None for a datastore that kept no keys.
         value_dtype: the integer type of the values.
         origin: what made it.
-        files: for each file its ``bytes`` and the checksums of its ``chunks``.
+        files: the arrays by name.
         compressions: what was done to the datastore that was saved, in that order.
     """
 
-    rows: int
-    width: int
-    key_dtype: str | None
-    value_dtype: str
+    rows: Bounded
+    width: Width
+    key_dtype: Annotated[str, msgspec.Meta(pattern="^float(16|32)$")] | None
+    value_dtype: Annotated[str, msgspec.Meta(pattern="^(uint16|int32|int64)$")]
     origin: Origin
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, Sums] = {}
     compressions: Sequence[Compression] = ()
 
     @property
@@ -128,6 +148,18 @@ class Manifest:
     def merged(self) -> bool:
         """Whether entries were merged, so that row i + 1 need not follow row i."""
         return any(step.merge for step in self.compressions)
+
+    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of each array that there must be, by the name of its file."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.key_dtype is not None:
+            found[KEYS] = self.key_dtype, (self.rows, self.width)
+        found[VALUES] = self.value_dtype, (self.rows,)
+        if any(step.pca for step in self.compressions):
+            found[PROJECTION] = "float32", (self.query_width, self.width)
+        if self.merged:
+            found[WEIGHTS] = "int32", (self.rows,)
+        return found
 
 
 @dataclass(frozen=True)
@@ -279,6 +311,13 @@ class DatastoreWriter:
         self.origin = origin
         self.compressions = compressions
         check_new(path)
+        if rows < 1:
+            raise DatastoreError(
+                "there is nothing to put into a datastore",
+                expected="1 token or more",
+                found="an empty split",
+                do="save another split",
+            )
         extras = {PROJECTION: projection, WEIGHTS: weights}
         extra_bytes = sum(array.nbytes for array in extras.values() if array is not None)
         needed = datastore_bytes(rows, width, key_dtype, origin.vocabulary) + extra_bytes
@@ -362,12 +401,12 @@ class DatastoreWriter:
         if missing:
             raise self._miscount(f"{missing:,} tokens missing")
         folder = Path(self._folder.name)
-        files = {}
+        files: dict[str, Sums] = {}
         for name, array in self._arrays.items():
             array.flush()
             flush_to_disk(folder / name)
             size = (folder / name).stat().st_size
-            files[name] = {"bytes": size, "chunks": checksums(folder / name)}
+            files[name] = Sums(size, checksums(folder / name))
         manifest = Manifest(
             rows=len(self._values),
             width=self.width,
@@ -443,23 +482,31 @@ def open_datastore(
     Raises:
         DatastoreError: where there is none, or it is truncated, altered or of a newer version.
     """
-    manifest, seal = _read_manifest(path)
-    keys = None
-    shape = (manifest.rows, manifest.width)
-    if load_keys and manifest.key_dtype:
-        keys = _open_array(path, KEYS, manifest.key_dtype, shape, manifest, in_memory, verify)
-    values = _open_array(path, VALUES, manifest.value_dtype, shape[:1], manifest, in_memory, verify)
-    projection = weights = None
-    if PROJECTION in manifest.files:
-        wide = (manifest.query_width, manifest.width)
-        projection = _open_array(path, PROJECTION, "float32", wide, manifest, in_memory, verify)
-    if WEIGHTS in manifest.files:
-        weights = _open_array(path, WEIGHTS, "int32", shape[:1], manifest, in_memory, verify)
-    return Datastore(path, manifest, keys, values, seal, path / INDEX, projection, weights)
+    manifest, seal = read_manifest(path)
+    arrays: dict[str, np.ndarray] = {
+        name: open_array(path, name, manifest, in_memory=in_memory, everything=verify)
+        for name in manifest.arrays()
+        if load_keys or name != KEYS
+    }
+    return Datastore(
+        path,
+        manifest,
+        arrays.get(KEYS),
+        arrays[VALUES],
+        seal,
+        path / INDEX,
+        arrays.get(PROJECTION),
+        arrays.get(WEIGHTS),
+    )
 
 
-def _read_manifest(path: Path) -> tuple[Manifest, str]:
-    """The manifest and its fingerprint."""
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """The manifest of the datastore at ``path``, and its fingerprint.
+
+    Raises:
+        DatastoreError: where there is none, or it is damaged or of a newer version; it names the
+            field that is not as it should be.
+    """
     file = path / MANIFEST
     if not file.is_file():
         raise DatastoreError(
@@ -469,50 +516,142 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
             do="save one: fairseq-eval-lm ... --save-knnlm-dstore --dstore-mmap PATH",
         )
     try:
-        fields, seal = read_sealed(file, FORMAT, VERSION, dict)
-        return _manifest(**fields), seal
-    except (TypeError, ValueError) as error:
+        manifest, seal = read_sealed(file, FORMAT, VERSION, Manifest)
+        _check_manifest(manifest)
+        return manifest, seal
+    except ValueError as error:
         raise _damaged(file, "the manifest as it was written", str(error)) from None
 
 
-def _manifest(
-    origin: dict[str, Any], compressions: Sequence[dict[str, Any]] = (), **fields: Any
-) -> Manifest:
-    steps = [Compression(**step) for step in compressions]
-    return Manifest(origin=Origin(**origin), compressions=steps, **fields)
+def _check_manifest(manifest: Manifest) -> None:
+    """Refuses fields that contradict each other.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if np.iinfo(manifest.value_dtype).max < manifest.origin.vocabulary - 1:
+        raise ValueError(
+            f"{manifest.value_dtype}, which cannot hold {manifest.origin.vocabulary:,} types "
+            "- at `$.value_dtype`"
+        )
+    width = manifest.query_width
+    for number, step in enumerate(manifest.compressions):
+        place = f"at `$.compressions[{number}]`"
+        if step.width != width:
+            raise ValueError(f"width {step.width} after {width} - {place}")
+        width = step.pca or width
+        if width > step.width:
+            raise ValueError(f"pca {width} of width {step.width} - {place}")
+        if step.pca is None and step.merge is None:
+            raise ValueError(f"neither pca nor merge - {place}")
+    if width != manifest.width:
+        raise ValueError(f"{manifest.width} after compressing to {width} - at `$.width`")
+    arrays = manifest.arrays()
+    if different := sorted(set(arrays) ^ set(manifest.files)):
+        known = "missing" if different[0] in arrays else "not to be expected"
+        raise ValueError(f"{different[0]}, which is {known} - at `$.files`")
+    for name, (dtype, shape) in arrays.items():
+        sums = manifest.files[name]
+        least = math.prod(shape) * np.dtype(dtype).itemsize
+        if not least < sums.bytes <= least + MOST_HEADER:
+            raise ValueError(
+                f"{sums.bytes:,} for {shape} {dtype}, {least:,} bytes and a header "
+                f"- at `$.files.{name}.bytes`"
+            )
+        if len(sums.chunks) != chunks_of(sums.bytes):
+            raise ValueError(
+                f"{len(sums.chunks)} checksums for {sums.bytes:,} bytes "
+                f"- at `$.files.{name}.chunks`"
+            )
 
 
 def _write_manifest(file: Path, manifest: Manifest) -> str:
     """Writes it in the oldest version that can say it; returns the fingerprint."""
-    content = asdict(manifest)
+    content = msgspec.to_builtins(manifest)
     if manifest.compressions:
         return write_sealed(file, FORMAT, VERSION, content)
     del content["compressions"]
     return write_sealed(file, FORMAT, 1 if manifest.key_dtype else 2, content)
 
 
-def _open_array(
-    path: Path,
-    name: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    manifest: Manifest,
-    in_memory: bool,
-    verify: bool,
+def open_array(
+    path: Path, name: str, manifest: Manifest, *, in_memory: bool = False, everything: bool = False
 ) -> np.ndarray:
-    file = path / name
-    expected = manifest.files[name]
+    """One of the arrays that the manifest lists, mapped unless asked otherwise.
+
+    Args:
+        path: the datastore.
+        name: of the file.
+        manifest: of the datastore.
+        in_memory: read it into memory.
+        everything: check every byte, not a sample.
+
+    Raises:
+        DatastoreError: where it is missing, damaged or another.
+    """
+    file, expected = path / name, manifest.files[name]
     if not file.is_file():
-        raise _damaged(file, f"{expected['bytes']:,} bytes", "no such file")
+        raise _damaged(file, f"{expected.bytes:,} bytes", kind_of(file))
     size = file.stat().st_size
-    if size != expected["bytes"]:
-        raise _damaged(file, f"{expected['bytes']:,} bytes", f"{size:,} bytes")
-    if altered(file, expected["chunks"], everything=verify):
+    if size != expected.bytes:
+        raise _damaged(file, f"{expected.bytes:,} bytes", f"{size:,} bytes")
+    if altered(file, expected.chunks, everything=everything):
         raise _damaged(file, "the bytes that were written", "other ones (checksums differ)")
-    array = np.load(file, mmap_mode=None if in_memory else "r", allow_pickle=False)
-    if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise _damaged(file, f"{shape} {dtype}", f"{array.shape} {array.dtype}")
-    return array
+    dtype, shape = manifest.arrays()[name]
+    try:
+        with file.open("rb") as raw:
+            found = read_header(raw, size)
+            if found != (np.dtype(dtype), shape):
+                raise ValueError(f"{found[1]} {found[0]}")
+            if in_memory:
+                return np.fromfile(raw, dtype, math.prod(shape)).reshape(shape)
+            return np.memmap(file, dtype, mode="r", offset=raw.tell(), shape=shape)
+    except ValueError as error:
+        raise _damaged(file, f"{shape} {dtype}", str(error)) from None
+
+
+def check_numbers(
+    name: str, array: np.ndarray, vocabulary: int, *, empty_keys: bool = True
+) -> Iterator[str]:
+    """Reads an array chunk by chunk, and says what no datastore holds.
+
+    Args:
+        name: of its file: keys and projection must be finite, values tokens, weights 1 or more.
+        array: with N rows.
+        vocabulary: values are below it.
+        empty_keys: whether a key may be all zeros.
+
+    Yields:
+        At most one message for each kind of fault.
+    """
+    faults: dict[str, list[int]] = {}  # by kind, the first row and how many
+    starts = range(0, len(array), CHECKED_ROWS)
+    for start in tqdm(starts, desc=f"reading {name}", unit=" chunks", delay=2):
+        part = np.asarray(array[start : start + CHECKED_ROWS])
+        for fault, rows in _unsound(name, part, vocabulary, empty_keys=empty_keys).items():
+            if rows.any():
+                first = faults.setdefault(fault, [start + int(rows.argmax()), 0])
+                first[1] += int(rows.sum())
+    for fault, (row, count) in faults.items():
+        yield f"{fault} in {count:,} of {len(array):,} rows, first in row {row:,}"
+
+
+def _unsound(
+    name: str, part: np.ndarray, vocabulary: int, *, empty_keys: bool
+) -> dict[str, np.ndarray]:
+    """For each kind of fault which rows have it, (n,) bool."""
+    if name == VALUES:
+        return {f"a number that is no token id below {vocabulary:,}": _outside(part, vocabulary)}
+    if name == WEIGHTS:
+        return {"a weight below 1": part < 1}
+    faults = {"NaN or infinity": ~np.isfinite(part).all(axis=1)}
+    if not empty_keys:
+        faults["nothing but zeros, as where a row was never filled,"] = ~part.any(axis=1)
+    return faults
+
+
+def _outside(values: np.ndarray, vocabulary: int) -> np.ndarray:
+    return (values < 0) | (values >= vocabulary)
 
 
 def _damaged(file: Path, expected: str, found: str) -> DatastoreError:

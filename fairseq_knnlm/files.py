@@ -376,7 +376,12 @@ def sampled_chunks(total: int) -> Sequence[int]:
 
 def chunk_count(path: Path) -> int:
     """Chunks of a file, the last one possibly short."""
-    return -(-path.stat().st_size // CHUNK_BYTES)
+    return chunks_of(path.stat().st_size)
+
+
+def chunks_of(size: int) -> int:
+    """Chunks of a file of so many bytes."""
+    return -(-size // CHUNK_BYTES)
 
 
 def human_bytes(count: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from fairseq_knnlm import config
 from fairseq_knnlm.calibration import Calibration, read_calibration
 from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.errors import ConfigError, OutputError
 from fairseq_knnlm.exact import ExactSearch
 from fairseq_knnlm.index import SearchIndex, gpu_of_torch_alone, read_card
 from fairseq_knnlm.index import load as load_index
@@ -180,8 +180,9 @@ def _ngram(store: Datastore) -> NGramModel:
     model = NGramModel.count(store.values, store.manifest.origin.vocabulary, CONTEXT + 1)
     try:
         model.save(path, store.fingerprint)
-    except OSError as error:  # the datastore may be somebody else's
-        logger.warning("the n-gram counts are not kept: %s", error)
+    except (OSError, OutputError) as error:  # the datastore may be somebody else's
+        reason = str(error).splitlines()[0]
+        logger.warning("the n-gram counts are not kept: %s", reason)
     return model
 
 

@@ -14,27 +14,103 @@ An ``.npz`` that ``numpy.load`` opens without pickle, rows in the order of the t
 
 from __future__ import annotations
 
-import json
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.arrays import Archive, opened, write_card
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.files import Claim, partial_prefix, publish
-from fairseq_knnlm.mixers import LM, Component
+from fairseq_knnlm.files import Claim, parse_json, partial_prefix, publish, typed
+from fairseq_knnlm.mixers import LM, Component, searches
 
 FORMAT = "fairseq-knnlm score table"
 VERSION = 2
 AGAIN = "write it again, with the flags of the table that the calibration was fitted on"
 #: Rows copied at a time from the temporary columns into the table.
 STEP = 65536
+#: A log-probability above 0 by no more than this is rounding.
+ROUNDING = 1e-3
+#: Columns of an expert or feature at most: a key's width is the most there is.
+MOST_COLUMNS = 10**6
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z]\w{0,63}$")]
+Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+#: Also keeps out 1e999, which JSON reads as infinity.
+Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds of an expert's settings; each expert has some of them."""
+
+    temperature: Annotated[float, msgspec.Meta(gt=0, le=1e30)] = 1.0
+    k: Count = 0
+    suffix: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
+    theta: Annotated[float, msgspec.Meta(ge=0, le=1e30)] = 1.0
+    window: Annotated[int, msgspec.Meta(ge=1, le=2**48)] = 1
+    order: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+
+
+class Weighed(Setting, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A component of a fixed mixture, as results tell it."""
+
+    expert: Name
+    weight: Share
+
+
+class Blocks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the text was cut."""
+
+    tokens_per_sample: Count | None = None
+    context_window: Count | None = None
+    sample_break_mode: str | None = None
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds of what a score table says of itself (``docs/format.md``)."""
+
+    split: str
+    model: Annotated[str, msgspec.Meta(max_length=64)]
+    experts: dict[Name, list[Setting]]
+    features: list[Name]
+    datastores: list[Fingerprint] = []
+    described: dict[Name, dict[str, str | bool | Count | Finite | None]] = {}
+    distance_ranks: list[Annotated[int, msgspec.Meta(ge=1, le=2**48)]] = []
+    # What the run came to, as in the results JSON.
+    tokens: Count = 0
+    tokens_left_out: Count = 0
+    tokens_impossible: Count = 0
+    base_loss: Finite | None = None
+    base_perplexity: Finite | None = None
+    loss: Finite | None = None
+    perplexity: Finite | None = None
+    seconds: Finite = 0.0
+    tokens_per_second: Finite = 0.0
+    context: Blocks | None = None
+    mixed: list[Name] = []
+    mixer: str = ""
+    mixture: str = ""
+    mixture_from: str = ""
+    weights: list[Weighed] = []
+    k: Count = 0
+    search_seconds: Finite = 0.0
+    index: str = ""
+    distances: str = ""
+    pointers: str = ""
+    searches_saved: Finite = 0.0
+    searches_skipped: Share = 0.0
+    datastore: str = ""
+    entries: Count = 0
+    versions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -127,8 +203,7 @@ class ScoreTableWriter:
             order = np.argsort(self._column("row"), kind="stable")
             for name in self._kinds:
                 _store(archive, name, self._column(name), order)
-            text = np.array(json.dumps(card))
-            _store(archive, "card", text[None], np.zeros(1, np.int64))
+            _store(archive, "card", write_card(card), np.zeros(1, np.int64))
         self._folder.cleanup()
         self._claim.release()
 
@@ -158,22 +233,31 @@ def read_table(path: Path) -> ScoreTable:
     """Reads a score table.
 
     Raises:
-        TableError: where it is missing, not one, or of another version.
+        TableError: where it is missing, damaged, none, or of another version; it names the field
+            or column that is not as it should be.
     """
     expected = "a score table, as --score-table FILE.npz writes it"
+    if not path.exists():
+        raise TableError(f"no score table at {path}", expected=expected, found="nothing")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            columns = {name: archive[name] for name in archive.files}
-        card = json.loads(str(columns.pop("card")[0]))
-        if card["format"] != FORMAT:
-            raise ValueError(f"a file of another kind, {card['format']}")
-        version = card["version"]
-    except FileNotFoundError:
-        raise TableError(f"no score table at {path}", expected=expected, found="nothing") from None
-    except Exception as error:  # NumPy, zipfile and JSON have a dozen ways to say no
+        with opened(path) as archive:
+            card = _read_card(path, archive)
+            return ScoreTable(_columns(archive, card), card)
+    except ValueError as error:
         raise TableError(
-            f"{path} cannot be read", expected=expected, found=f"{type(error).__name__}: {error}"
+            f"{path} cannot be read",
+            expected=expected,
+            found=error,
+            do="write it again, with --score-table",
         ) from None
+
+
+def _read_card(path: Path, archive: Archive) -> dict[str, Any]:
+    """The card, checked; still a dictionary, as it is written into results."""
+    card = parse_json(archive.text("card"))
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise ValueError("a file of another kind")
+    version = card.get("version")
     if version != VERSION:
         raise TableError(
             f"{path} is a score table of another version of fairseq-knnlm",
@@ -181,4 +265,60 @@ def read_table(path: Path) -> ScoreTable:
             found=f"version {version}",
             do="write it again, with --score-table or `fairseq-knnlm tune --data`",
         )
-    return ScoreTable(columns, card)
+    fields = {key: card[key] for key in card if key not in ("format", "version")}
+    checked = typed(fields, Card)
+    for name, settings in checked.experts.items():
+        if not settings:
+            raise ValueError(f"an expert without settings, {name} - at `$.experts`")
+        if name not in checked.described:
+            raise ValueError(f"nothing of the expert {name} - at `$.described`")
+        if searches(name) and not checked.k:
+            raise ValueError("no number of neighbours - at `$.k`")
+    return {"datastores": [], "described": {}, **card}
+
+
+def _columns(archive: Archive, card: dict[str, Any]) -> dict[str, np.ndarray]:
+    """All columns, checked."""
+    experts, features = card["experts"], card["features"]
+    optional = {"token": "int32", "context": "int32"}
+    known = ["row", "lm", *experts, *features]
+    if doubled := [name for name in known if known.count(name) > 1 or name in optional]:
+        raise ValueError(f"a column named {doubled[0]} twice - at `$.experts` and `$.features`")
+    if unknown := set(archive.names) - {"card", *known, *optional}:
+        raise ValueError(f"a column that the card does not know, {min(unknown)}")
+    row = archive.vector("row", "int64")
+    rows = len(row)
+    columns = {}
+    for name in archive.names:
+        if name == "card":
+            continue
+        if name == "row":
+            columns[name] = row
+        elif name in optional:
+            columns[name] = archive.column(name, [optional[name]], rows)
+        elif name in features:
+            columns[name] = archive.column(name, ["float32", "float16"], rows, MOST_COLUMNS)
+        else:
+            wide = MOST_COLUMNS if name in experts else 0
+            columns[name] = archive.column(name, ["float32"], rows, wide)
+    if missing := [name for name in known if name not in columns]:
+        raise ValueError(f"no column {missing[0]}")
+    for name, settings in experts.items():
+        if columns[name].shape != (rows, len(settings)):
+            raise ValueError(f"{name}: shape {columns[name].shape}, of {len(settings)} settings")
+    _check_values(columns, experts)
+    return columns
+
+
+def _check_values(columns: Mapping[str, np.ndarray], experts: Sequence[str]) -> None:
+    row, lm = columns["row"], columns["lm"]
+    if len(row) and (row[0] < 0 or not (np.diff(row) > 0).all()):
+        raise ValueError("row: places of the text that do not ascend from 0")
+    for name, least in (("token", 0), ("context", -1)):
+        if name in columns and (columns[name] < least).any():
+            raise ValueError(f"{name}: an id below {least}")
+    if not (lm <= ROUNDING).all():  # NaN is not, either
+        raise ValueError("lm: NaN, or a log-probability above 0")
+    for name in experts:
+        if (columns[name] > ROUNDING).any():
+            raise ValueError(f"{name}: a log-probability above 0")

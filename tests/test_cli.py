@@ -98,7 +98,8 @@ def write_table(
     writer = ScoreTableWriter(path)
     columns = np.stack([other, sharp if helpful else other], axis=1)
     distances = np.random.default_rng(1).random((960, 2), np.float32)
-    writer.write({"row": rows, "lm": lm, "knn": columns, "knn_distances": distances})
+    experts = {} if card.get("experts") == {} else {"knn": columns}
+    writer.write({"row": rows, "lm": lm, **experts, "knn_distances": distances})
     settings = [{"suffix": 0, "k": 0, "temperature": t} for t in (1.0, 2.0)]
     writer.publish(
         {
@@ -119,7 +120,7 @@ def test_info_says_what_the_manifest_says(
     store: Datastore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = say(capsys, "info", "--dstore", store.path)
-    size = sum(file["bytes"] for file in store.manifest.files.values())
+    size = sum(file.bytes for file in store.manifest.files.values())
     for words in (
         f"{ROWS} entries of width {WIDTH}",
         "float16, last_ffn_input",

@@ -77,7 +77,7 @@ def write_table(path: Path, datastore: str, seed: int) -> None:
         "described": {"knn": {}, "cache": {}},
         "split": path.stem,
         "k": 8,
-        "features": ["knn_distances", "cache_size"],
+        "features": ["knn_distances", "knn_shared", "cache_size"],
         "experts": {"knn": KNN, "cache": [{"suffix": 0, "theta": 0.5, "window": 100}]},
     }
     writer.publish(card)
@@ -186,7 +186,7 @@ def test_groups_of_tokens_add_up_to_all(made: Made) -> None:
 
 def test_tables_of_different_models_are_refused(made: Made, tmp_path: Path) -> None:
     other = tmp_path / "other.npz"
-    write_table(other, "another", seed=3)
+    write_table(other, "e" * 64, seed=3)
     words = ["--valid", other, "--test", made.folder / "test.npz"]
     ran = run(sys.executable, SCRIPTS / "other_experts.py", *words)
     assert ran.code == 1

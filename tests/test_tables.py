@@ -27,16 +27,30 @@ EXPERTS = {
 
 def columns() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(2)
-    knn = rng.normal(size=ROWS).astype(np.float32)
+    knn = -rng.random(ROWS, np.float32)
     knn[::7] = -math.inf
     return {
         "row": np.arange(ROWS),
         "token": rng.integers(0, 300, ROWS).astype(np.int32),
-        "lm": rng.normal(size=ROWS).astype(np.float32),
+        "lm": -rng.random(ROWS, np.float32),
         "knn": np.stack([knn, knn - 1], axis=1),
-        "cache": rng.normal(size=(ROWS, 5)).astype(np.float32),
+        "cache": -rng.random((ROWS, 5), np.float32),
         "knn_distances": rng.normal(size=(ROWS, 3)).astype(np.float32),
         "knn_entropy": rng.normal(size=ROWS).astype(np.float32),
+    }
+
+
+def card(**fields: object) -> dict[str, object]:
+    """All that a card must hold, and a loss that is infinite."""
+    return {
+        "split": "valid",
+        "model": "a" * 64,
+        "k": 8,
+        "experts": EXPERTS,
+        "described": {"knn": {"k": 8}, "cache": {"reset": False}},
+        "features": ["knn_distances", "knn_entropy"],
+        "loss": None,
+        **fields,
     }
 
 
@@ -45,7 +59,7 @@ def write(path: Path, *, batches: int = 6, seed: int = 0) -> None:
     writer = ScoreTableWriter(path)
     for rows in np.array_split(np.random.default_rng(seed).permutation(ROWS), batches):
         writer.write({name: column[rows] for name, column in columns().items()})
-    writer.publish({"split": "valid", "experts": EXPERTS, "nothing": None})
+    writer.publish(card())
 
 
 @pytest.mark.parametrize("step", [1, 7, 65536])
@@ -64,7 +78,7 @@ def test_round_trip_in_text_order(
         assert np.array_equal(table[name], column)
     assert table.card["split"] == "valid"
     assert table.experts == EXPERTS
-    assert table.card["nothing"] is None
+    assert table.card["loss"] is None
 
 
 def test_the_order_of_batches_leaves_no_trace(tmp_path: Path) -> None:
@@ -90,7 +104,7 @@ def test_the_table_appears_whole(tmp_path: Path) -> None:
     writer = ScoreTableWriter(path)
     writer.write(columns())
     assert path.read_text() == "older"
-    writer.publish({})
+    writer.publish(card())
     read_table(path)
     assert list(tmp_path.iterdir()) == [path]
 
