@@ -14,23 +14,24 @@ from tqdm import tqdm
 from fairseq_knnlm import index as indexes
 from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.compress import compress
-from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.datastore import Datastore, open_datastore, outline
 from fairseq_knnlm.errors import (
     ConfigError,
-    IndexFileError,
-    TableError,
+    KnnlmError,
     told,
     wants_traceback,
 )
-from fairseq_knnlm.files import altered, human_bytes
+from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.host import end_on_request
 from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
+from fairseq_knnlm.ngram import NGramModel
 from fairseq_knnlm.plots import draw_curves
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.snapshots import Snapshots
 from fairseq_knnlm.tables import ScoreTable, read_table
 from fairseq_knnlm.tune import Parts, fit, lines, skipping_lines, tested
+from fairseq_knnlm.verify import verified
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -226,13 +227,18 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _open(args: argparse.Namespace, *, verify: bool = False) -> Datastore:
+def _outline(args: argparse.Namespace) -> Datastore:
+    """The datastore, whose arrays may be damaged."""
+    return _open(args) if is_legacy(args.dstore) else outline(args.dstore)
+
+
+def _open(args: argparse.Namespace) -> Datastore:
     if is_legacy(args.dstore):
         vocabulary = getattr(args, "vocabulary", None)
         return open_legacy(
             args.dstore, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary
         )
-    return open_datastore(args.dstore, verify=verify)
+    return open_datastore(args.dstore)
 
 
 def _save(args: argparse.Namespace, rest: list[str]) -> None:
@@ -393,7 +399,7 @@ def _fitted(calibration: Calibration) -> str:
 
 
 def _info(args: argparse.Namespace, _: list[str]) -> None:
-    store = _open(args)
+    store = _outline(args)
     manifest = store.manifest
     origin = manifest.origin
     print(f"{store.path}: {manifest.rows:,} entries of width {manifest.width}")
@@ -409,45 +415,54 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     total = sum(file.bytes for file in manifest.files.values())
     if total:
         print(f"  on disk      {human_bytes(total)}")
-    if store.index_path.is_file():
-        card = indexes.read_card(store.index_path)
-        print(f"  index        {card.describe() if card else 'built elsewhere'}")
-    else:
-        print("  index        none; build it with `fairseq-knnlm build-index`")
-    try:
-        calibration = read_calibration(store.calibration_path, [store.fingerprint])
-    except TableError as error:  # the datastore is none the worse for it
-        print(f"  calibration  {error}")
-        return
+    parts = {"arrays": _arrays, "index": _index, "n-grams": _ngrams, "calibration": _fit}
+    for name, look in parts.items():
+        try:
+            said = look(store)
+        except KnnlmError as error:  # the other parts are none the worse for it
+            said = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+        print(f"  {name:<12} {said}")
+
+
+def _arrays(store: Datastore) -> str:
+    if not store.manifest.files:
+        return "of the right length; no checksums"
+    names = open_datastore(store.path).manifest.files
+    return f"as they were written ({', '.join(names)}); `fairseq-knnlm verify` reads every byte"
+
+
+def _index(store: Datastore) -> str:
+    if not store.index_path.exists():
+        return "none; build it with `fairseq-knnlm build-index`"
+    card = indexes.read_card(store.index_path)
+    return card.describe() if card else "built elsewhere"
+
+
+def _ngrams(store: Datastore) -> str:
+    if not store.ngram_path.exists():
+        return "none; counted when they are first asked for"
+    model = NGramModel.load(store.ngram_path, store.fingerprint)
+    return f"up to {model.order} tokens"
+
+
+def _fit(store: Datastore) -> str:
+    calibration = read_calibration(store.calibration_path, [store.fingerprint])
     if calibration is None:
-        print("  calibration  none; fit it with `fairseq-knnlm tune`")
-    else:
-        best = calibration.best
-        print(
-            f"  calibration  {best.name}, fitted on {_fitted(calibration)}; perplexity "
-            f"{calibration.base_perplexity:.2f} -> {best.perplexity:.2f}"
-        )
+        return "none; fit it with `fairseq-knnlm tune`"
+    best = calibration.best
+    return (
+        f"{best.name}, fitted on {_fitted(calibration)}; perplexity "
+        f"{calibration.base_perplexity:.2f} -> {best.perplexity:.2f}"
+    )
 
 
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
-    store = _open(args, verify=True)
-    checked = store.manifest.files
-    print(
-        f"{store.path}: {len(store):,} entries, "
-        + ("every byte as it was written" if checked else "of the right length; no checksums")
-        + (f" ({', '.join(checked)})" if checked else "")
-    )
-    path = store.index_path
-    if path.is_file():
-        card = indexes.load(
-            path,
-            datastore=store.fingerprint,
-            rows=len(store),
-            width=store.manifest.width,
-        ).card
-        if card.chunks and altered(path, card.chunks, everything=True):
-            raise IndexFileError(f"{path} is damaged", do="build the index again")
-        print(f"{path}: {card.describe()}, of this datastore")
+    wrong: list[KnnlmError] = []
+    for finding in verified(_outline(args)):
+        print(f"{finding.path}: {finding.verdict}")
+        wrong += finding.errors
+    if wrong:
+        raise KnnlmError("\n".join(map(str, wrong)))
 
 
 def _compress(args: argparse.Namespace, _: list[str]) -> None:

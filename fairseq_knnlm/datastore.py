@@ -202,6 +202,11 @@ class Datastore:
         """Where the fitted lambda and temperature lie."""
         return self.index_path.with_name(self.index_path.name.replace(INDEX, "calibration.json"))
 
+    @property
+    def ngram_path(self) -> Path:
+        """Where the counts of its n-grams lie."""
+        return self.index_path.with_name(self.index_path.name.replace(INDEX, "ngram.npz"))
+
     def full_keys(self) -> np.ndarray:
         """The keys.
 
@@ -498,6 +503,17 @@ def open_datastore(
         arrays.get(PROJECTION),
         arrays.get(WEIGHTS),
     )
+
+
+def outline(path: Path) -> Datastore:
+    """A datastore without its arrays, which are neither opened nor checked.
+
+    Raises:
+        DatastoreError: as ``read_manifest`` does.
+    """
+    manifest, seal = read_manifest(path)
+    nothing = np.empty(0, manifest.value_dtype)
+    return Datastore(path, manifest, None, nothing, seal, path / INDEX)
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

@@ -12,12 +12,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from fairseq_knnlm.arrays import kind_of
 from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Manifest, Origin
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import checksums, chunk_count, fingerprint, sampled_chunks
 
 #: The key type of the paper; the original code wrote no other by default.
 KEY_TYPE = "last_ffn_input"
+#: Dimensions of a key at most, as in a manifest.
+MOST_WIDTH = 10**6
+#: Keys that are looked at when the files are opened.
+SAMPLE = 256
 
 
 def keys_file(prefix: Path) -> Path:
@@ -31,8 +36,8 @@ def values_file(prefix: Path) -> Path:
 
 
 def is_legacy(prefix: Path) -> bool:
-    """True where the two files of urvashik/knnlm lie at ``prefix``."""
-    return keys_file(prefix).is_file() and values_file(prefix).is_file()
+    """True where the two files of urvashik/knnlm lie at ``prefix``, or what has their names."""
+    return keys_file(prefix).exists() and values_file(prefix).exists()
 
 
 def open_legacy(
@@ -56,7 +61,8 @@ def open_legacy(
 
     Raises:
         DatastoreError: where ``rows`` is missing or does not fit the files, int16 values cannot
-            hold the vocabulary, values lie outside it, or trailing rows were never filled.
+            hold the vocabulary, values lie outside it, or keys of a sample were never filled or
+            are no numbers.
     """
     key_dtype, value_dtype = ("float16", "int16") if fp16 else ("float32", "int64")
     if rows is None:
@@ -74,17 +80,19 @@ def open_legacy(
             found=f"{vocabulary:,} types: ids above {limit - 1:,} overflowed when it was written",
             do="save the datastore again with fairseq_knnlm, which picks a type that fits",
         )
+    for file in _files(prefix):
+        if (kind := kind_of(file)) != "a file":
+            raise DatastoreError(
+                f"{file} cannot be read",
+                expected="a file, as urvashik/knnlm writes it",
+                found=kind,
+                do="check --dstore-filename or --dstore",
+            )
     width = _width(keys_file(prefix), rows, np.dtype(key_dtype).itemsize)
     values = _raw(values_file(prefix), value_dtype, (rows,), in_memory)
     _check_values(prefix, values, vocabulary)
     keys = _raw(keys_file(prefix), key_dtype, (rows, width), in_memory)
-    if not keys[-1].any():
-        raise DatastoreError(
-            f"the last rows of {keys_file(prefix)} were never filled",
-            expected=f"{rows:,} keys",
-            found="zeros at the end, as where --dstore-size was larger than the text",
-            do="save the datastore again with fairseq_knnlm, which counts the rows itself",
-        )
+    _check_filled(prefix, keys)
     origin = Origin("", "", vocabulary or int(values.max()) + 1, KEY_TYPE)
     manifest = Manifest(rows, width, key_dtype, value_dtype, origin)
     identity = {
@@ -106,7 +114,8 @@ def convert(store: Datastore, folder: Path, *, chunk: int = 65536) -> Path:
         chunk: rows copied at a time.
 
     Raises:
-        DatastoreError: where ``folder`` exists or the disk cannot hold it.
+        DatastoreError: where ``folder`` exists, the disk cannot hold it, or a key was never filled
+            or is no number; nothing is left of ``folder`` then.
     """
     assert store.keys is not None
     manifest = store.manifest
@@ -116,7 +125,9 @@ def convert(store: Datastore, folder: Path, *, chunk: int = 65536) -> Path:
     with tqdm(total=manifest.rows, desc="converting", unit=" keys", unit_scale=True) as bar:
         for start in range(0, manifest.rows, chunk):
             rows = np.arange(start, min(start + chunk, manifest.rows))
-            writer.write(rows, store.keys[rows], store.values[rows])
+            keys = np.asarray(store.keys[start : start + chunk])
+            _check_keys(store.path, keys, start)
+            writer.write(rows, keys, store.values[rows])
             bar.update(len(rows))
     return writer.publish()
 
@@ -128,10 +139,11 @@ def _files(prefix: Path) -> tuple[Path, Path]:
 def _width(file: Path, rows: int, itemsize: int) -> int:
     size = file.stat().st_size
     width, rest = divmod(size, rows * itemsize) if rows > 0 else (0, 1)
-    if rest or width == 0:
+    if rest or not 1 <= width <= MOST_WIDTH:
+        row = f"{rows * itemsize:,} bytes" if rows > 0 else "a size of 1 or more"
         raise DatastoreError(
             f"{file} does not hold {rows:,} keys of {itemsize} bytes a number",
-            expected=f"a multiple of {rows * itemsize:,} bytes",
+            expected=f"1 to {MOST_WIDTH:,} times {row}" if rows > 0 else row,
             found=f"{size:,} bytes",
             do="check --dstore-size, and --dstore-fp16 where it was written with it",
         )
@@ -149,6 +161,34 @@ def _raw(file: Path, dtype: str, shape: tuple[int, ...], in_memory: bool) -> np.
         )
     mapped = np.memmap(file, dtype=dtype, mode="r", shape=shape)
     return np.array(mapped) if in_memory else mapped
+
+
+def _check_filled(prefix: Path, keys: np.ndarray) -> None:
+    """Looks at a sample of the keys, the first and last among them; ``convert`` looks at all."""
+    sample = np.unique(np.linspace(0, len(keys) - 1, SAMPLE).astype(np.int64))
+    for row in sample[::-1]:  # the end is where it is missing most often
+        _check_keys(prefix, keys[row : row + 1], int(row))
+
+
+def _check_keys(prefix: Path, keys: np.ndarray, start: int) -> None:
+    """Refuses keys, (n, D) from row ``start`` on, that no language model has written."""
+    unfilled = ~keys.any(axis=1)
+    if unfilled.any():
+        raise DatastoreError(
+            f"rows of {keys_file(prefix)} were never filled",
+            expected="a key in each row",
+            found=f"zeros, from row {start + int(unfilled.argmax()):,} on, as where --dstore-size "
+            "was larger than the text, or the writer was stopped",
+            do="save the datastore again with fairseq_knnlm, which counts the rows itself",
+        )
+    unsound = ~np.isfinite(keys).all(axis=1)
+    if unsound.any():
+        raise DatastoreError(
+            f"{keys_file(prefix)} holds keys that are no numbers",
+            expected="finite numbers",
+            found=f"NaN or infinity in row {start + int(unsound.argmax()):,}",
+            do="check --dstore-fp16 and --dstore-size; save the datastore again if they are right",
+        )
 
 
 def _check_values(prefix: Path, values: np.ndarray, vocabulary: int | None) -> None:

@@ -174,7 +174,7 @@ def _ngram(store: Datastore) -> NGramModel:
     """Counts of the datastore's text, kept beside it once made."""
     remedy = "leave ngram out of --experts, or put the original datastore first"
     _check_unmerged(store, "n-grams", remedy)
-    path = store.index_path.with_name(store.index_path.name.replace("knn.index", "ngram.npz"))
+    path = store.ngram_path
     if path.is_file():
         return NGramModel.load(path, store.fingerprint)
     model = NGramModel.count(store.values, store.manifest.origin.vocabulary, CONTEXT + 1)

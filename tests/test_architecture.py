@@ -18,7 +18,7 @@ STOREYS = [
     {"files", "host", "lm", "recipes"},
     {"config", "datastore", "index", "calibration", "fitting", "ngram", "tables"},
     {"compress", "exact", "exam", "legacy", "neighbours", "plots", "snapshots", "tune"},
-    {"experts", "indexing"},
+    {"experts", "indexing", "verify"},
     {"cache", "panel", "pointers"},
     {"mixture", "scorer"},
     {"memory", "saving"},

@@ -181,7 +181,8 @@ def test_info_and_verify_of_a_compressed_datastore(
     say(capsys, "build-index", "--dstore", store.path)
     assert "Flat, of this datastore" in say(capsys, "verify", "--dstore", store.path)
     alter(store.path / "weights.npy")
-    assert "weights.npy is damaged" in refuse(capsys, "verify", "--dstore", store.path)
+    assert cli.main(["verify", "--dstore", str(store.path)]) == 1
+    assert "weights.npy is damaged" in capsys.readouterr().err
 
 
 def test_info_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
