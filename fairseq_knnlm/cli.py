@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fairseq_knnlm import index as indexes
+from fairseq_knnlm import ngram as ngrams
 from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore, outline
@@ -25,7 +26,6 @@ from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.host import end_on_request
 from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
-from fairseq_knnlm.ngram import NGramModel
 from fairseq_knnlm.plots import draw_curves
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.snapshots import Snapshots
@@ -441,8 +441,7 @@ def _index(store: Datastore) -> str:
 def _ngrams(store: Datastore) -> str:
     if not store.ngram_path.exists():
         return "none; counted when they are first asked for"
-    model = NGramModel.load(store.ngram_path, store.fingerprint)
-    return f"up to {model.order} tokens"
+    return ngrams.describe(store.ngram_path, store.fingerprint)
 
 
 def _fit(store: Datastore) -> str:

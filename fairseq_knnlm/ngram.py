@@ -17,6 +17,7 @@ text is counted by one sort an order, and looked up by one binary search a token
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -278,25 +279,46 @@ class NGramModel:
         Raises:
             NGramError: where it is missing, damaged, or was counted from another datastore.
         """
-        remedy = f"delete {path}, so that the datastore is counted again"
-        try:
-            with opened(path) as archive:
-                card = _read_card(archive)
-                if card.datastore == fingerprint:
-                    return cls._of(_read_grams(archive, card), card.vocabulary, card.tokens)
-        except ValueError as error:
-            raise NGramError(
-                f"{path} cannot be read",
-                expected=f"n-gram counts of version {VERSION}",
-                found=error,
-                do=remedy,
-            ) from None
+        with _counts(path, fingerprint) as (archive, card):
+            return cls._of(_read_grams(archive, card), card.vocabulary, card.tokens)
+
+
+def describe(path: Path, fingerprint: str) -> str:
+    """What a file of counts says of itself, the counts unread.
+
+    Raises:
+        NGramError: as ``NGramModel.load``.
+    """
+    with _counts(path, fingerprint) as (_, card):
+        return f"up to {card.order} tokens, of {card.tokens:,}"
+
+
+@contextmanager
+def _counts(path: Path, fingerprint: str) -> Iterator[tuple[Archive, Card]]:
+    """The file of counts, open, and its card.
+
+    Raises:
+        NGramError: as ``NGramModel.load``, also of what is read from it.
+    """
+    remedy = f"delete {path}, so that the datastore is counted again"
+    try:
+        with opened(path) as archive:
+            card = _read_card(archive)
+            if card.datastore != fingerprint:
+                raise NGramError(
+                    f"{path} was counted from another datastore",
+                    expected=f"datastore {fingerprint[:12]}...",
+                    found=f"datastore {card.datastore[:12]}...",
+                    do=remedy,
+                )
+            yield archive, card
+    except ValueError as error:
         raise NGramError(
-            f"{path} was counted from another datastore",
-            expected=f"datastore {fingerprint[:12]}...",
-            found=f"datastore {card.datastore[:12]}...",
+            f"{path} cannot be read",
+            expected=f"n-gram counts of version {VERSION}",
+            found=error,
             do=remedy,
-        )
+        ) from None
 
 
 def _read_card(archive: Archive) -> Card:

@@ -12,6 +12,7 @@ from fairseq_knnlm import index as indexes
 from fairseq_knnlm.arrays import kind_of
 from fairseq_knnlm.calibration import read_calibration
 from fairseq_knnlm.datastore import (
+    INDEX,
     KEYS,
     MANIFEST,
     VALUES,
@@ -160,8 +161,7 @@ def _calibration(store: Datastore) -> str:
 def _others(folder: Path, known: set[str]) -> Iterator[Finding]:
     for path in sorted(folder.iterdir()):
         name = path.name
-        # Beside index and calibration lie their card, gates and curves, which were read with them.
-        if name in known or name.startswith(("knn.index", "calibration.")):
+        if name in known or name == f"{INDEX}.json" or _with_calibration(path):
             continue
         if name.startswith(".") and any(part in name for part in LEFT):
             yield Finding(path, LEFT_OVER)
@@ -169,6 +169,11 @@ def _others(folder: Path, known: set[str]) -> Iterator[Finding]:
             yield _judged(path, lambda path=path: _table(path))  # type: ignore[misc]
         else:
             yield Finding(path, f"{kind_of(path)} that fairseq-knnlm does not know")
+
+
+def _with_calibration(path: Path) -> bool:
+    """Gates and curves, and what was fitted together with other datastores."""
+    return path.stem.startswith("calibration") and path.suffix in (".json", ".safetensors", ".png")
 
 
 def _table(path: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import run
 from stores import alter, random_entries, truncate, write_compressed, write_store
 
 from fairseq_knnlm import cli, files
@@ -23,6 +26,7 @@ from fairseq_knnlm.calibration import (
 )
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.mixers import LM, Component, Fixed
+from fairseq_knnlm.ngram import NGramModel
 from fairseq_knnlm.tables import ScoreTableWriter
 
 ROWS, WIDTH = 400, 8
@@ -497,3 +501,124 @@ def test_verify_does_not_vouch_for_files_without_checksums(
     cli.main(["verify", "--dstore", str(tmp_path / "old"), "--dstore-size", "300"])
     captured = capsys.readouterr()
     assert "every byte as it was written" not in captured.out
+
+
+def verdicts(path: Path, capsys: pytest.CaptureFixture[str], code: int) -> tuple[str, str]:
+    """What verify prints, and what it ends with."""
+    assert cli.main(["verify", "--dstore", str(path)]) == code
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+@pytest.fixture
+def whole(indexed: Datastore, capsys: pytest.CaptureFixture[str]) -> Datastore:
+    """Index, calibration, n-grams and a score table."""
+    write_calibration(indexed.calibration_path, calibration(indexed.fingerprint))
+    NGramModel.count(indexed.values, 50, 3).save(indexed.ngram_path, indexed.fingerprint)
+    write_table(indexed.path / "valid.npz", indexed.fingerprint)
+    return indexed
+
+
+def test_verify_looks_at_everything(whole: Datastore, capsys: pytest.CaptureFixture[str]) -> None:
+    said, wrong = verdicts(whole.path, capsys, 0)
+    assert wrong == ""
+    for name, verdict in {
+        "store": "400 entries, every byte as it was written (keys.npy, values.npy)",
+        "knn.index": "IVF8,Flat, nprobe 4",
+        "ngram.npz": "n-grams up to 3 tokens",
+        "calibration.json": "knn, fixed, fitted for this datastore",
+        "valid.npz": "score table of valid, 960 tokens",
+    }.items():
+        assert f"{name}: {verdict}" in said
+    (whole.path / "notes.txt").touch()
+    (whole.path / ".knn.index.partial-abc").touch()
+    said, wrong = verdicts(whole.path, capsys, 0)
+    assert "notes.txt: a file that fairseq-knnlm does not know" in said
+    assert ".knn.index.partial-abc: of a run that has not ended" in said
+
+
+SPOILT = ("keys.npy", "values.npy", "knn.index", "ngram.npz", "calibration.json", "valid.npz")
+
+
+def test_verify_lists_all_that_is_wrong(
+    whole: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in SPOILT:
+        alter(whole.path / name)
+    said, wrong = verdicts(whole.path, capsys, 1)
+    assert wrong.count("expected:") >= len(SPOILT)
+    for name in SPOILT:
+        assert f"{whole.path / name} " in wrong
+    assert said.count("not as it should be") == len(SPOILT) - 1  # keys and values are one thing
+
+
+def test_info_says_of_each_part_what_is_wrong(
+    whole: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = say(capsys, "info", "--dstore", whole.path)
+    assert "n-grams      up to 3 tokens" in sound
+    for name in (*SPOILT, "knn.index.json"):
+        truncate(whole.path / name)
+    said = say(capsys, "info", "--dstore", whole.path)
+    assert "400 entries of width 8" in said
+    for part in ("arrays", "index", "n-grams", "calibration"):
+        line = next(line for line in said.splitlines() if line.startswith(f"  {part} "))
+        assert "found:" in line
+
+
+@pytest.mark.parametrize("name", ["knn.index", "ngram.npz", "calibration.json", "more"])
+def test_verify_waits_for_no_pipe(
+    whole: Datastore, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (whole.path / name).unlink(missing_ok=True)
+    os.mkfifo(whole.path / name)
+    said, wrong = verdicts(whole.path, capsys, 0 if name == "more" else 1)
+    assert "a device or pipe" in said + wrong
+
+
+def test_verify_reads_the_numbers(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN among the keys and tokens beyond the vocabulary, under checksums that are right."""
+    keys, values = np.load(store.path / "keys.npy"), np.load(store.path / "values.npy")
+    keys[[50, 51], 3] = np.nan
+    values[77] = 50
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    for name, array in {"keys.npy": keys, "values.npy": values}.items():
+        np.save(store.path / name, array)
+        manifest["files"][name]["chunks"] = files.checksums(store.path / name)
+    del manifest["fingerprint"], manifest["format"], manifest["version"]
+    files.write_sealed(store.path / "manifest.json", "fairseq-knnlm datastore", 1, manifest)
+    _, wrong = verdicts(store.path, capsys, 1)
+    assert "NaN or infinity in 2 of 400 rows, first in row 50" in wrong
+    assert "no token id below 50 in 1 of 400 rows, first in row 77" in wrong
+
+
+def test_verify_tells_the_n_grams_of_another_text(
+    store: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the fingerprint of this datastore."""
+    NGramModel.count(store.values[:9], 50, 3).save(store.ngram_path, store.fingerprint)
+    _, wrong = verdicts(store.path, capsys, 1)
+    assert "not counted from this datastore" in wrong
+
+
+def test_info_into_a_pipe_that_closes(store: Datastore) -> None:
+    """``info | head``, as a process."""
+    command = f"fairseq-knnlm info --dstore {store.path} | head -n 1; echo ${{PIPESTATUS[@]}}"
+    ran = run("bash", "-c", f"export PATH={Path(sys.executable).parent}:$PATH; {command}")
+    assert ran.out.splitlines() == [f"{store.path}: 400 entries of width 8", "0 0"]
+
+
+@pytest.mark.parametrize("row", [0, 200, 399])
+@pytest.mark.parametrize(("value", "says"), [(0, "never filled"), (np.nan, "NaN")])
+def test_import_finds_holes_and_what_is_no_number(
+    tmp_path: Path, row: int, value: float, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys, values = random_entries(ROWS, WIDTH)
+    keys[row] = value
+    keys.tofile(tmp_path / "old_keys.npy")
+    values.tofile(tmp_path / "old_vals.npy")
+    command = ["import", "--dstore", tmp_path / "old", "--dstore-size", ROWS]
+    assert says in refuse(capsys, *command, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -374,3 +376,216 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path, value: int
     with pytest.raises(DatastoreError) as caught:
         writer.write(np.array([0]), np.ones((1, 4), np.float32), np.array([value]))
     assert_helps(caught, "0 to 49")
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another manifest, whose seal is right."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    version = manifest.pop("version")
+    fields = {key: manifest[key] for key in manifest if key not in ("format", "fingerprint")}
+    files.write_sealed(path / "manifest.json", module.FORMAT, version, fields)
+
+
+def put(value: object, *where: str | int) -> Callable[[dict[str, Any]], object]:
+    def change(manifest: dict[str, Any]) -> None:
+        at: Any = manifest
+        for key in where[:-1]:
+            at = at[key]
+        at[where[-1]] = value
+
+    return change
+
+
+def drop(*where: str | int) -> Callable[[dict[str, Any]], object]:
+    def change(manifest: dict[str, Any]) -> None:
+        at: Any = manifest
+        for key in where[:-1]:
+            at = at[key]
+        del at[where[-1]]
+
+    return change
+
+
+FIELDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no rows": (drop("rows"), "`rows`"),
+    "rows 0": (put(0, "rows"), "$.rows"),
+    "rows below 0": (put(-100, "rows"), "$.rows"),
+    "rows 10^18": (put(10**18, "rows"), "$.rows"),
+    "rows 10^400": (put(10**400, "rows"), "$.rows"),
+    "rows 10^12 in small files": (put(10**12, "rows"), "$.files"),
+    "rows a float": (put(100.0, "rows"), "$.rows"),
+    "rows a text": (put("100", "rows"), "$.rows"),
+    "rows a bool": (put(True, "rows"), "$.rows"),
+    "a thousand rows more": (put(1100, "rows"), "$.files"),
+    "width 0": (put(0, "width"), "$.width"),
+    "width 10^9": (put(10**9, "width"), "$.width"),
+    "another width": (put(5, "width"), "$.width"),
+    "keys of integers": (put("int8", "key_dtype"), "$.key_dtype"),
+    "keys of objects": (put("object", "key_dtype"), "$.key_dtype"),
+    "keys of twice the bytes": (put("float32", "key_dtype"), "$.files"),
+    "keys that there are not": (put(None, "key_dtype"), "keys.npy"),
+    "values of floats": (put("float32", "value_dtype"), "$.value_dtype"),
+    "values too small for the vocabulary": (put(10**6, "origin", "vocabulary"), "$.value_dtype"),
+    "vocabulary 0": (put(0, "origin", "vocabulary"), "$.origin.vocabulary"),
+    "no origin": (drop("origin"), "`origin`"),
+    "origin a list": (put([], "origin"), "$.origin"),
+    "model no fingerprint": (put("abc", "origin", "model"), "$.origin.model"),
+    "split a number": (put(3, "origin", "split"), "$.origin.split"),
+    "context deeper": (put({"x": {}}, "origin", "context"), "$.origin.context"),
+    "unknown field": (put(1, "colour"), "colour"),
+    "unknown field of the origin": (put(1, "origin", "colour"), "colour"),
+    "files a list": (put([], "files"), "$.files"),
+    "no values": (drop("files", "values.npy"), "values.npy"),
+    "no weights": (drop("files", "weights.npy"), "weights.npy"),
+    "no projection": (drop("files", "projection.npy"), "projection.npy"),
+    "a file of another folder": (put({"bytes": 1, "chunks": []}, "files", "../x"), "../x"),
+    "bytes below 0": (put(-1, "files", "keys.npy", "bytes"), "$.files"),
+    "bytes 10^18": (put(10**18, "files", "keys.npy", "bytes"), "keys.npy.bytes"),
+    "chunks of nothing": (put([], "files", "keys.npy", "chunks"), "keys.npy.chunks"),
+    "chunks are numbers": (put([1], "files", "keys.npy", "chunks"), "chunks"),
+    "chunks of four digits": (put(["abcd"], "files", "keys.npy", "chunks"), "chunks"),
+    "compressions a text": (put("x", "compressions"), "$.compressions"),
+    "uncompressed with weights": (put([], "compressions"), "$.files"),
+    "pca above the width": (put(10, "compressions", 0, "pca"), "$.compressions[0]"),
+    "pca of another width": (put(5, "compressions", 0, "pca"), "$.width"),
+    "merge 0": (put(0, "compressions", 0, "merge"), "merge"),
+    "rows merged from none": (put(0, "compressions", 0, "rows"), "compressions[0].rows"),
+    "merged from no datastore": (put("", "compressions", 0, "datastore"), "datastore"),
+}
+
+
+@pytest.mark.parametrize("case", list(FIELDS))
+def test_fields_of_the_manifest(tmp_path: Path, case: str) -> None:
+    """Although the seal is right."""
+    path = write_compressed(tmp_path / "store").path
+    reseal(path, lambda _: None)
+    open_datastore(path)
+    change, says = FIELDS[case]
+    reseal(path, change)
+    with pytest.raises(DatastoreError) as caught:
+        open_datastore(path)
+    assert_helps(caught, str(path / "manifest.json"), says)
+
+
+def test_one_row_less_than_the_arrays_have(tmp_path: Path) -> None:
+    path = write_compressed(tmp_path / "store").path
+    reseal(path, put(99, "rows"))
+    with pytest.raises(DatastoreError) as caught:
+        open_datastore(path)
+    assert_helps(caught, "keys.npy", "(99, 6)", "(100, 6)")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 200_000, "brackets"),
+        ('{"rows": NaN}', "NaN"),
+        ('{"rows": -Infinity}', "Infinity"),
+        ("", "no JSON"),
+        ("\udcff", "UTF-8"),
+        ("3", "another kind"),
+        ('{"format": "fairseq-knnlm datastore", "version": "1"}', "version"),
+        ('{"format": "fairseq-knnlm datastore", "version": 1}', "altered"),
+        ('{"format": "fairseq-knnlm index", "version": 1}', "another kind"),
+    ],
+)
+def test_what_is_no_manifest(tmp_path: Path, text: str, says: str) -> None:
+    path = write_store(tmp_path / "store", *random_entries(10, 4)).path
+    (path / "manifest.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(DatastoreError) as caught:
+        open_datastore(path)
+    assert_helps(caught, says)
+
+
+def a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def a_device(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+def a_dangling_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "values.npy", "manifest.json", "weights.npy"])
+@pytest.mark.parametrize("spoil", [a_folder, a_pipe, a_device, a_dangling_link])
+def test_what_is_no_file_is_not_waited_for(
+    tmp_path: Path, name: str, spoil: Callable[[Path], None]
+) -> None:
+    store = write_compressed(tmp_path / "store")
+    spoil(store.path / name)
+    with pytest.raises(DatastoreError) as caught:
+        open_datastore(store.path)
+    assert_helps(caught, str(store.path))
+
+
+@pytest.mark.parametrize("place", [0, 6, 8, 20, 40, 60, 127])
+def test_a_header_that_was_sealed_damaged(tmp_path: Path, place: int) -> None:
+    """The checksums are of the damaged file: NumPy's dozen exceptions become one message."""
+    path = write_store(tmp_path / "store", *random_entries(100, 4)).path
+    content = bytearray((path / "keys.npy").read_bytes())
+    content[place] ^= 0x55
+    (path / "keys.npy").write_bytes(bytes(content))
+    reseal(path, put(files.checksums(path / "keys.npy"), "files", "keys.npy", "chunks"))
+    try:
+        store = open_datastore(path)
+    except DatastoreError as error:
+        assert "keys.npy is damaged" in str(error)
+    else:  # a byte that says nothing
+        assert store.keys is not None
+        assert store.keys.shape == (100, 4)
+
+
+def test_an_outline_reads_no_arrays(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", *random_entries(10, 4))
+    for name in ("keys.npy", "values.npy"):
+        (store.path / name).unlink()
+    outline = module.outline(store.path)
+    assert (outline.manifest, outline.fingerprint) == (store.manifest, store.fingerprint)
+    assert outline.keys is None
+    assert outline.nbytes == 0
+
+
+def test_a_datastore_of_nothing_is_not_begun(tmp_path: Path) -> None:
+    with pytest.raises(DatastoreError) as caught:
+        DatastoreWriter(tmp_path / "store", 0, 4, origin())
+    assert_helps(caught, "empty split")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rows", [1, 10, 1000])
+def test_numbers_that_no_datastore_holds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of fault once, with its first row and how many there are, also across chunks."""
+    monkeypatch.setattr(module, "CHECKED_ROWS", rows)
+    keys, values = random_entries(100, 4)
+    check = module.check_numbers
+    assert not list(check("keys.npy", keys, 50, empty_keys=False))
+    assert not list(check("values.npy", values, 50))
+    assert not list(check("weights.npy", np.ones(100, np.int32), 50))
+    keys[[17, 40, 99], 2] = np.nan, np.inf, -np.inf
+    keys[[60, 61]] = 0
+    assert list(check("keys.npy", keys, 50)) == [
+        "NaN or infinity in 3 of 100 rows, first in row 17"
+    ]
+    assert [text.split()[-1] for text in check("keys.npy", keys, 50, empty_keys=False)] == [
+        *("17", "60")
+    ]
+    values[[3, 77]] = 50, -1
+    assert list(check("values.npy", values, 50)) == [
+        "a number that is no token id below 50 in 2 of 100 rows, first in row 3"
+    ]
+    (said,) = check("weights.npy", np.array([1, 1, 0], np.int32), 50)
+    assert said == "a weight below 1 in 1 of 3 rows, first in row 2"
+    (said,) = check("projection.npy", np.array([[1, np.nan]], np.float32), 50)
+    assert "first in row 0" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from stores import alter, assert_helps, lengthen, random_entries, truncate
 
+from fairseq_knnlm import legacy as module
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.legacy import convert, is_legacy, keys_file, open_legacy, values_file
@@ -177,3 +179,55 @@ def test_convert_writes_over_nothing(tmp_path: Path, prefix: Path, fp16: bool) -
     (tmp_path / "new").mkdir()
     with pytest.raises(DatastoreError, match="exists already"):
         convert(opened(prefix, fp16), tmp_path / "new")
+
+
+@pytest.mark.parametrize("row", [0, ROWS // 2, ROWS - 1])
+@pytest.mark.parametrize(("value", "says"), [(0, "never filled"), (np.nan, "NaN"), (np.inf, "NaN")])
+def test_holes_and_what_is_no_number(
+    tmp_path: Path, fp16: bool, row: int, value: float, says: str
+) -> None:
+    """Of a small datastore the sample is the whole."""
+    keys, values = random_entries(ROWS, WIDTH)
+    keys[row] = value
+    prefix = write_legacy(tmp_path / "old", keys, values, fp16=fp16)
+    said = refused(prefix, ROWS, fp16=fp16)
+    assert says in said
+    assert f"row {row}" in said
+
+
+def refuse_to_convert(store: Datastore, out: Path, *says: str) -> None:
+    with pytest.raises(DatastoreError) as caught:
+        convert(store, out, chunk=7)
+    assert_helps(caught, *says)
+
+
+@pytest.mark.parametrize(("value", "says"), [(0, "never filled"), (np.nan, "NaN")])
+def test_converting_looks_at_every_key(
+    tmp_path: Path, value: float, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not in the sample of opening, here both ends."""
+    monkeypatch.setattr(module, "SAMPLE", 2)
+    keys, values = random_entries(ROWS, WIDTH)
+    keys[33] = value
+    prefix = write_legacy(tmp_path / "old", keys, values, fp16=False)
+    store = open_legacy(prefix, ROWS, fp16=False, vocabulary=50)
+    refuse_to_convert(store, tmp_path / "new", says, "row 33")
+    gc.collect()
+    assert {file.name for file in tmp_path.iterdir()} == {"old_keys.npy", "old_vals.npy"}
+
+
+def test_a_width_that_is_none(tmp_path: Path) -> None:
+    """One row of 4 MB: a forgotten digit of --dstore-size."""
+    np.ones(10**6 + 1, np.float32).tofile(tmp_path / "old_keys.npy")
+    np.ones(1, np.int64).tofile(tmp_path / "old_vals.npy")
+    assert "1,000,000 times 4 bytes" in refused(tmp_path / "old", 1, fp16=False)
+
+
+@pytest.mark.parametrize("file", [keys_file, values_file])
+def test_a_folder_in_the_place_of_a_file(
+    prefix: Path, fp16: bool, file: Callable[[Path], Path]
+) -> None:
+    file(prefix).unlink()
+    file(prefix).mkdir()
+    assert is_legacy(prefix)
+    assert "a folder" in refused(prefix, ROWS, fp16=fp16)

@@ -330,6 +330,101 @@ def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     assert "to do:    delete" in message
 
 
+def rewrite(file: Path, **arrays: np.ndarray | None) -> None:
+    """Other arrays, whose checksums are right; None takes one out."""
+    with np.load(file, allow_pickle=False) as archive:
+        found = {**archive, **arrays}
+    np.savez(
+        file,
+        allow_pickle=False,
+        **{name: array for name, array in found.items() if array is not None},
+    )
+
+
+FAULTS: dict[str, tuple[Callable[[Path, NGramModel], object], str]] = {
+    "order 0": (lambda file, _: change(file, order=0), "$.order"),
+    "order of a text": (lambda file, _: change(file, order="5"), "$.order"),
+    "order of a billion": (lambda file, _: change(file, order=10**9), "$.order"),
+    "order 4 of 5": (lambda file, _: change(file, order=4), "order 4"),
+    "vocabulary 0": (lambda file, _: change(file, vocabulary=0), "$.vocabulary"),
+    "a smaller vocabulary": (lambda file, _: change(file, vocabulary=7), "keys_1"),
+    "tokens below 0": (lambda file, _: change(file, tokens=-1), "$.tokens"),
+    "other tokens": (lambda file, _: change(file, tokens=17), "counts_5"),
+    "tokens of 2^40": (lambda file, _: change(file, tokens=2**40), "counts_1"),
+    "datastore is no text": (lambda file, _: change(file, datastore=None), "$.datastore"),
+    "unknown field": (lambda file, _: change(file, colour="red"), "colour"),
+    "no counts": (lambda file, _: rewrite(file, counts_3=None), "counts_3"),
+    "one array more": (lambda file, _: rewrite(file, keys_6=np.arange(3)), "keys_6"),
+    "keys that descend": (
+        lambda file, model: rewrite(file, keys_2=model.orders[1].keys[::-1]),
+        "keys_2",
+    ),
+    "a key twice": (
+        lambda file, model: rewrite(file, keys_2=model.orders[1].keys // 3 * 3),
+        "keys_2",
+    ),
+    "a key below 0": (
+        lambda file, model: rewrite(file, keys_1=model.orders[0].keys - 1),
+        "keys_1",
+    ),
+    "keys of contexts that there are not": (
+        lambda file, model: rewrite(file, keys_3=model.orders[2].keys + 10**9),
+        "keys_3",
+    ),
+    "keys of 32 bits": (
+        lambda file, model: rewrite(file, keys_1=model.orders[0].keys.astype("i4")),
+        "keys_1",
+    ),
+    "a count below 0": (
+        lambda file, model: rewrite(file, counts_2=model.orders[1].counts - 9),
+        "counts_2",
+    ),
+    "a count of 0 in the highest order": (
+        lambda file, model: rewrite(file, counts_5=np.zeros_like(model.orders[4].counts)),
+        "counts_5",
+    ),
+    "no 0 at the end": (
+        lambda file, model: rewrite(file, counts_2=model.orders[1].counts + 1),
+        "counts_2",
+    ),
+    "counts too short": (
+        lambda file, model: rewrite(file, counts_2=model.orders[1].counts[1:]),
+        "counts_2",
+    ),
+    "counts as floats": (
+        lambda file, model: rewrite(file, counts_2=model.orders[1].counts.astype("f4")),
+        "counts_2",
+    ),
+    "one count more": (
+        lambda file, model: rewrite(
+            file, counts_2=model.orders[1].counts + (np.arange(len(model.orders[1].counts)) == 0)
+        ),
+        "counts_2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(FAULTS))
+def test_what_counting_cannot_come_to_is_refused(tmp_path: Path, case: str) -> None:
+    """Although every checksum is right."""
+    path, model = tmp_path / "counts.npz", count(corpus())
+    model.save(path, MINE)
+    spoil, says = FAULTS[case]
+    spoil(path, model)
+    with pytest.raises(NGramError) as caught:
+        NGramModel.load(path, MINE)
+    assert "cannot be read" in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_a_description_reads_no_counts(tmp_path: Path) -> None:
+    path = tmp_path / "counts.npz"
+    count(corpus()).save(path, MINE)
+    assert module.describe(path, MINE) == f"up to 5 tokens, of {len(corpus()):,}"
+    with pytest.raises(NGramError, match="another datastore"):
+        module.describe(path, "b" * 64)
+
+
 def test_repeated_text_is_remembered() -> None:
     """What was seen often gets nearly all: the point of it."""
     tokens = np.tile(np.arange(10), 50)

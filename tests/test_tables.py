@@ -235,3 +235,140 @@ def test_what_is_no_table_is_told(tmp_path: Path, content: str) -> None:
             np.savez(file, lm=np.ones(3), card=np.array("{}"))
     with pytest.raises(TableError):
         read_table(path)
+
+
+def rewrite(
+    path: Path,
+    change: Callable[[dict[str, np.ndarray]], object] = lambda _: None,
+    **fields: object,
+) -> None:
+    """A table with other columns or another card, whose checksums are right."""
+    arrays = dict(columns())
+    change(arrays)
+    content = {"format": module.FORMAT, "version": module.VERSION, **card(**fields)}
+    content = {key: value for key, value in content.items() if value != "missing"}
+    np.savez(path, allow_pickle=False, card=np.array([json.dumps(content)]), **arrays)
+
+
+def test_a_table_rewritten_as_it_was_opens(tmp_path: Path) -> None:
+    rewrite(tmp_path / "table.npz")
+    assert len(read_table(tmp_path / "table.npz")) == ROWS
+
+
+FIELDS: dict[str, tuple[dict[str, object], str]] = {
+    "split is a number": ({"split": 3}, "$.split"),
+    "no model": ({"model": "missing"}, "`model`"),
+    "no experts": ({"experts": "missing"}, "`experts`"),
+    "unknown field": ({"colour": "red"}, "`colour`"),
+    "experts is a list": ({"experts": ["knn"]}, "$.experts"),
+    "no settings": ({"experts": {**EXPERTS, "knn": []}}, "$.experts"),
+    "temperature 0": ({"experts": {**EXPERTS, "knn": [{"temperature": 0}] * 2}}, "temperature"),
+    "temperature infinite": (
+        {"experts": {**EXPERTS, "knn": [{"temperature": 10**400}] * 2}},
+        "temperature",
+    ),
+    "temperature a text": ({"experts": {**EXPERTS, "knn": [{"temperature": "1"}] * 2}}, "temper"),
+    "window 0": ({"experts": {**EXPERTS, "cache": [{"window": 0}] * 5}}, "window"),
+    "suffix of 5": ({"experts": {**EXPERTS, "cache": [{"suffix": 5}] * 5}}, "suffix"),
+    "theta below 0": ({"experts": {**EXPERTS, "cache": [{"theta": -1}] * 5}}, "theta"),
+    "k below 0": ({"experts": {**EXPERTS, "knn": [{"k": -1}] * 2}}, ".k"),
+    "unknown setting": ({"experts": {**EXPERTS, "knn": [{"heat": 1}] * 2}}, "heat"),
+    "fewer settings": ({"experts": {**EXPERTS, "knn": [{}]}}, "knn"),
+    "another expert": ({"experts": {**EXPERTS, "ngram": [{"order": 5}]}}, "ngram"),
+    "expert not described": ({"described": {"knn": {"k": 8}}}, "$.described"),
+    "described by a list": ({"described": {"knn": {"k": [8]}, "cache": {}}}, "$.described"),
+    "no k": ({"k": "missing"}, "$.k"),
+    "k a million million million": ({"k": 10**18}, "$.k"),
+    "datastore is no fingerprint": ({"datastores": ["x"]}, "$.datastores"),
+    "datastores is a text": ({"datastores": "a" * 64}, "$.datastores"),
+    "feature twice": ({"features": ["knn_entropy", "knn_entropy"]}, "$.features"),
+    "feature not there": ({"features": ["knn_entropy", "lm_top"]}, "card does not know"),
+    "feature is an expert": ({"features": ["knn", "knn_distances", "knn_entropy"]}, "knn"),
+    "loss NaN": ({"loss": math.nan}, "NaN"),
+    "loss infinite": ({"loss": -math.inf}, "Infinity"),
+}
+
+
+@pytest.mark.parametrize("case", list(FIELDS))
+def test_fields_of_the_card(tmp_path: Path, case: str) -> None:
+    fields, says = FIELDS[case]
+    rewrite(tmp_path / "table.npz", **fields)
+    with pytest.raises(TableError) as caught:
+        read_table(tmp_path / "table.npz")
+    assert_helps(caught, says)
+
+
+def test_brackets_without_end(tmp_path: Path) -> None:
+    text = "[" * 200_000
+    np.savez(tmp_path / "table.npz", allow_pickle=False, card=np.array([text]), **columns())
+    with pytest.raises(TableError) as caught:
+        read_table(tmp_path / "table.npz")
+    assert_helps(caught, "brackets")
+
+
+def put(name: str, value: object, place: object = 3) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name] = arrays[name].copy()
+        arrays[name][place] = value
+
+    return change
+
+
+def replace(name: str, array: np.ndarray) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda arrays: arrays.update({name: array})
+
+
+COLUMNS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
+    "no lm": (lambda arrays: arrays.pop("lm"), "no column lm"),
+    "no row": (lambda arrays: arrays.pop("row"), "no row"),
+    "no knn": (lambda arrays: arrays.pop("knn"), "no column knn"),
+    "no feature": (lambda arrays: arrays.pop("knn_entropy"), "no column knn_entropy"),
+    "one more": (lambda arrays: arrays.update(more=np.ones(ROWS, "f4")), "more"),
+    "a row twice": (put("row", 2), "row"),
+    "rows that descend": (lambda arrays: arrays.update(row=arrays["row"][::-1]), "row"),
+    "a row below 0": (put("row", -1, 0), "row"),
+    "rows as floats": (replace("row", np.arange(ROWS, dtype="f8")), "row"),
+    "a token below 0": (put("token", -1), "token"),
+    "tokens of 64 bits": (replace("token", np.zeros(ROWS, "i8")), "token"),
+    "a context below -1": (replace("context", np.full(ROWS, -2, "i4")), "context"),
+    "lm NaN": (put("lm", math.nan), "lm"),
+    "lm above 0": (put("lm", 0.5), "lm"),
+    "lm infinite": (put("lm", math.inf), "lm"),
+    "lm in double": (replace("lm", np.zeros(ROWS)), "lm"),
+    "lm too short": (replace("lm", np.zeros(ROWS - 1, "f4")), "lm"),
+    "lm too long": (replace("lm", np.zeros(ROWS + 1, "f4")), "lm"),
+    "lm of two columns": (replace("lm", np.zeros((ROWS, 2), "f4")), "lm"),
+    "knn above 0": (put("knn", 0.5), "knn"),
+    "knn flat": (replace("knn", np.zeros(ROWS, "f4")), "knn"),
+    "knn of three columns": (replace("knn", np.zeros((ROWS, 3), "f4")), "knn"),
+    "a feature of three dimensions": (
+        replace("knn_entropy", np.zeros((ROWS, 2, 2), "f4")),
+        "knn_entropy",
+    ),
+    "a feature of texts": (replace("knn_entropy", np.array(["x"] * ROWS)), "knn_entropy"),
+}
+
+
+@pytest.mark.parametrize("case", list(COLUMNS))
+def test_what_columns_hold(tmp_path: Path, case: str) -> None:
+    change, says = COLUMNS[case]
+    rewrite(tmp_path / "table.npz", change)
+    with pytest.raises(TableError) as caught:
+        read_table(tmp_path / "table.npz")
+    assert_helps(caught, says)
+
+
+def test_probability_0_and_nothing_to_go_by_are_no_faults(tmp_path: Path) -> None:
+    path = tmp_path / "table.npz"
+    rewrite(path, put("lm", -math.inf))
+    assert read_table(path)["lm"][3] == -math.inf
+    rewrite(path, put("knn", [math.nan, -math.inf]))
+    assert np.isnan(read_table(path)["knn"][3, 0])
+    rewrite(path, put("knn_distances", math.nan))
+    assert np.isnan(read_table(path)["knn_distances"][3]).all()
+
+
+def test_a_table_of_no_token(tmp_path: Path) -> None:
+    arrays = {name: column[:0] for name, column in columns().items()}
+    rewrite(tmp_path / "table.npz", lambda found: found.update(arrays))
+    assert len(read_table(tmp_path / "table.npz")) == 0
