@@ -32,7 +32,7 @@ def kind_of(path: Path) -> str:
     """What lies at ``path``, in words: a file, a folder, nothing, ..."""
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "a link that leads nowhere" if path.is_symlink() else "no such file"
     if stat.S_ISREG(mode):
         return "a file"

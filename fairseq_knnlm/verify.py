@@ -25,6 +25,7 @@ from fairseq_knnlm.files import altered
 from fairseq_knnlm.ngram import NGramModel
 from fairseq_knnlm.tables import read_table
 
+WRONG = "not as it should be"
 #: What names of temporary files hold, and what is said of them.
 LEFT = (".partial-", ".building", ".lock")
 LEFT_OVER = "of a run that has not ended, or did not end well; the next one removes it"
@@ -85,7 +86,12 @@ def _judged(path: Path, look: Callable[[], str]) -> Finding:
             )
         return Finding(path, look())
     except KnnlmError as error:
-        return Finding(path, "not as it should be", (error,))
+        return Finding(path, WRONG, (error,))
+    except OSError as error:
+        unread = DatastoreError(
+            f"{path} cannot be read", found=error.strerror, do="check whose it is, and the disk"
+        )
+        return Finding(path, WRONG, (unread,))
 
 
 def _arrays(store: Datastore) -> tuple[dict[str, np.ndarray], Finding]:
@@ -99,7 +105,7 @@ def _arrays(store: Datastore) -> tuple[dict[str, np.ndarray], Finding]:
             continue
         faults = check_numbers(name, arrays[name], manifest.origin.vocabulary)
         errors += [_unsound(store.path / name, fault) for fault in faults]
-    verdict = "not as it should be"
+    verdict = WRONG
     if not errors:
         verdict = f"{len(store):,} entries, every byte as it was written ({', '.join(arrays)})"
     return arrays, Finding(store.path, verdict, tuple(errors))
@@ -111,7 +117,7 @@ def _old_arrays(store: Datastore) -> Finding:
         _unsound(store.path.with_name(f"{store.path.name}_keys.npy"), fault)
         for fault in check_numbers(KEYS, store.full_keys(), 0, empty_keys=False)
     ]
-    verdict = "not as it should be" if errors else "of the right length; no checksums"
+    verdict = WRONG if errors else "of the right length; no checksums"
     return Finding(store.path, f"{len(store):,} entries, {verdict}", tuple(errors))
 
 

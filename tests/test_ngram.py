@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import truncate
+from stores import random_entries, truncate, write_store
 
 from fairseq_knnlm import ngram as module
 from fairseq_knnlm.errors import NGramError
+from fairseq_knnlm.memory import _ngram
 from fairseq_knnlm.ngram import FALLBACK, NGramModel, estimate_discounts
 
 ORDERS = (1, 2, 3, 4, 5)
@@ -423,6 +425,38 @@ def test_a_description_reads_no_counts(tmp_path: Path) -> None:
     assert module.describe(path, MINE) == f"up to 5 tokens, of {len(corpus()):,}"
     with pytest.raises(NGramError, match="another datastore"):
         module.describe(path, "b" * 64)
+
+
+def full_disk(path: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def a_folder_there(path: Path) -> None:
+    path.mkdir()
+
+
+def nothing_can_be_locked(path: Path) -> None:
+    path.with_name(f".{path.name}.lock").mkdir()
+
+
+@pytest.mark.parametrize("obstacle", [full_disk, a_folder_there, nothing_can_be_locked])
+def test_counts_that_cannot_be_kept_are_used(
+    tmp_path: Path, obstacle: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = write_store(tmp_path / "store", *random_entries(3000, 2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {file.name for file in store.path.iterdir()}
+    obstacle(store.ngram_path)
+    try:
+        model = _ngram(store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert model.tokens == 3000
+    (said,) = caplog.messages
+    assert said.startswith("the n-gram counts are not kept: ")
+    left = {file.name for file in store.path.iterdir()} - before
+    assert left <= {"ngram.npz", ".ngram.npz.lock"}
+    assert not store.ngram_path.is_file()
 
 
 def test_repeated_text_is_remembered() -> None:
