@@ -129,7 +129,7 @@ class Calibration:
 
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Positive = Annotated[float, Meta(gt=0, le=1e300)]
-Natural = Annotated[int, Meta(ge=0, le=2**63)]
+Natural = Annotated[int, Meta(ge=0, le=2**62)]
 Weight = Annotated[float, Meta(ge=0, le=1)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 Suffix = Annotated[int, Meta(ge=0, le=CONTEXT)]
@@ -263,6 +263,9 @@ def write_calibration(path: Path, calibration: Calibration) -> Path:
 
     Returns:
         The file: ``calibration_path``.
+
+    Raises:
+        ValueError: where it is none that could be read again; what was there stays.
     """
     path = calibration_path(path, calibration.datastores)
     tensors: dict[str, Tensor] = {}
@@ -298,6 +301,7 @@ def write_calibration(path: Path, calibration: Calibration) -> Path:
         "versions": calibration.versions,
         "gates": base64.b64encode(packed).decode("ascii"),
     }
+    _made(typed(content, _File))
     write_sealed(path, FORMAT, VERSION, content)
     return path
 
@@ -362,7 +366,7 @@ def _opened(path: Path) -> Calibration:
     """A calibration of whatever datastores."""
 
     def renewed(fields: dict[str, Any]) -> dict[str, Any]:
-        return fields if isinstance(fields.get("gates"), str) else _of_version_2(path, fields)
+        return _of_version_2(path, fields) if isinstance(fields.get("gates"), dict) else fields
 
     try:
         content, _ = read_sealed(path, FORMAT, range(2, VERSION + 1), _File, renewed)
@@ -375,7 +379,10 @@ def _opened(path: Path) -> Calibration:
 
 def _of_version_2(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of version 3: what was reported then had been chosen by."""
-    seal = typed(fields.get("gates"), _GatesBeside)
+    try:
+        seal = typed(fields["gates"], _GatesBeside)
+    except ValueError as error:
+        raise ValueError(f"gates: {error}") from None
     file = path.with_suffix(".safetensors")
     if not file.is_file():
         raise ValueError(f"no {file.name} beside it")

@@ -79,10 +79,11 @@ MODEL = "m" * 64
 
 def calibration(datastore: str) -> Calibration:
     """The language model alone, and neighbours that lower its perplexity."""
-    alone = Stack((), Fixed((LM,), (1.0,)), 150.0, 7.2)
+    alone = Stack((), Fixed((LM,), (1.0,)), 150.0, 7.2, 151.0)
     knn = Component("knn", {"suffix": 0, "k": 0, "temperature": 12.0})
-    mixed = Stack(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9)
-    fitted_on = {"split": "valid", "tokens": 1000, "held_out": 100, "seed": 0}
+    mixed = Stack(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9, 121.0)
+    fitted_on = {"split": "valid", "tokens": 1000, "chosen_on": 100, "held_out": 100, "seed": 0}
+    fitted_on["context"] = {}
     stacks = (alone, mixed)
     return Calibration((datastore,), MODEL, fitted_on, {"knn": {"k": 8}}, 150.0, stacks, 1)
 
@@ -331,7 +332,7 @@ def test_tune_stores_the_fit(
     a = np.exp(-2)
     assert stack.mixer.weights[1] == pytest.approx((1 - 2 * a) / (2 * (1 - a)), abs=1e-6)
     assert stack.mixer.components[1].setting["temperature"] == 2.0
-    assert "valid, 960 tokens; figures are of the 96 that nothing was fitted on" in said
+    assert "valid, 960 tokens; figures are of the 96 that nothing was fitted or chosen on" in said
     assert f"language model alone {np.exp(2):>18.2f}\n" in said
     change = f"{stack.perplexity / np.exp(2) - 1:+.1%}"
     assert f"knn, fixed {stack.perplexity:>28.2f} {change:>8}" in said
