@@ -201,7 +201,7 @@ def fit_bins(
 def _settled(weights: np.ndarray) -> list[float]:
     """Without what weighs next to nothing, the language model at its floor at least; sum 1."""
     others = np.where(weights[1:] < 1e-6, 0.0, weights[1:])
-    lm = max(weights[0] / (weights[0] + others.sum()), LEAST_LM)
+    lm = max(float(weights[0] / (weights[0] + others.sum())), LEAST_LM)
     return [lm, *(others * ((1 - lm) / max(others.sum(), 1e-6))).tolist()]
 
 

@@ -176,18 +176,22 @@ class Gate(nn.Module):
         self.scale.copy_(1 / variance.sqrt().clamp_min(1e-6))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N, F) features, as ``gathered``, to (N, E) log weights.
+        """(N, F) features, as ``gathered``, to (N, E) log weights, without a floor.
 
-        While it learns nothing is held above the floor, where there would be no gradient.
+        At a floor there is no gradient to learn by, nor are searches told apart by their scores.
         """
         # What is not known is taken for average.
         known = ((inputs - self.mean) * self.scale).nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
-        log_weights = self.layers(known).log_softmax(dim=1)
-        return log_weights if self.training else floored(log_weights)
+        return self.layers(known).log_softmax(dim=1)
 
     @torch.no_grad()
     def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
         """(N, E) float32, natural log."""
+        return floored(self.of(features))
+
+    @torch.no_grad()
+    def of(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The same without a floor."""
         return self(gathered(features, self.features).to(self.mean.device))
 
 
@@ -232,7 +236,7 @@ class Skip:
 
     def scores(self, features: Mapping[str, Tensor]) -> Tensor:
         """(N,) float32, log-odds (natural) of the weight that the gate gives to neighbours."""
-        log_weights = self.gate.log_weights(features)
+        log_weights = self.gate.of(features)
         ours = torch.tensor([searches(component.expert) for component in self.gate.components])
         return log_weights[:, ours].logsumexp(dim=1) - log_weights[:, ~ours].logsumexp(dim=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from stores import assert_helps
 
 from fairseq_knnlm import tune
-from fairseq_knnlm.calibration import Calibration, Stack
+from fairseq_knnlm.calibration import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixers import CONVENTIONS, LM, Component, Fixed, Gate, Mixer
 from fairseq_knnlm.tables import ScoreTable
@@ -389,6 +390,16 @@ def silent_at_times(seed: int = 6) -> ScoreTable:
     lm, knn, cache = columns.T
     grid = {"knn": settings(1.0), "cache": [{"suffix": 0, "theta": 1.0, "window": 500}]}
     return table({"lm": lm, "knn": knn[:, None], "cache": cache[:, None]}, grid)
+
+
+def test_what_is_fitted_can_be_kept(tmp_path: Path) -> None:
+    """All kinds of mixers, in plain numbers."""
+    for scores in (keyed(told(400)), silent_at_times(), planted(5.0, 0.5)):
+        found = fit(scores)
+        write_calibration(tmp_path / "calibration.json", found)
+        kept = read_calibration(tmp_path / "calibration.json", found.datastores)
+        assert kept is not None
+        assert [each.name for each in kept.stacks] == [each.name for each in found.stacks]
 
 
 def test_valid_chooses_between_the_conventions() -> None:
