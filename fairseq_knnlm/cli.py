@@ -13,7 +13,12 @@ from tqdm import tqdm
 
 from fairseq_knnlm import index as indexes
 from fairseq_knnlm import ngram as ngrams
-from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
+from fairseq_knnlm.calibration import (
+    Calibration,
+    calibrated_sets,
+    read_calibration,
+    write_calibration,
+)
 from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore, outline
 from fairseq_knnlm.errors import (
@@ -22,7 +27,7 @@ from fairseq_knnlm.errors import (
     told,
     wants_traceback,
 )
-from fairseq_knnlm.files import human_bytes
+from fairseq_knnlm.files import Claim, check_outputs, human_bytes
 from fairseq_knnlm.host import end_on_request
 from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
@@ -30,7 +35,7 @@ from fairseq_knnlm.plots import draw_curves
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.snapshots import Snapshots
 from fairseq_knnlm.tables import ScoreTable, read_table
-from fairseq_knnlm.tune import Parts, fit, lines, skipping_lines, tested
+from fairseq_knnlm.tune import MOST_ITSELF, Parts, fit, itself, lines, skipping_lines, tested
 from fairseq_knnlm.verify import verified
 
 
@@ -123,7 +128,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     tune.add_argument("--path", help="with --data: checkpoint of the language model")
     tune.add_argument("--gen-subset", default="valid", help="with --data: split (default: valid)")
     tune.add_argument(
-        "--experts", default="knn,cache,ngram", help="with --data (default: knn,cache,ngram)"
+        "--experts",
+        help="with --data (default: knn,cache,ngram; without ngram where entries were merged)",
     )
     tune.add_argument("--plot", type=Path, help="PNG of curves (default: calibration.png there)")
     tune.add_argument("--seed", type=int, default=0, help="of the gates (default: 0)")
@@ -299,8 +305,28 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
 
 def _tune(args: argparse.Namespace, rest: list[str]) -> None:
     store = _open(args)
-    table = _table(args, store, rest)
+    plot = args.plot or store.calibration_path.with_suffix(".png")
+    made = _made_table(args, store) if args.data else None
+    # Hours may lie between here and what is written.
+    outputs = {"the calibration": store.calibration_path, "--score-table": made, "--plot": plot}
+    check_outputs(outputs)
+    if args.score_table is not None and plot.resolve() == args.score_table.resolve():
+        raise ConfigError(
+            "--plot names the score table",
+            expected="a file that may be replaced",
+            found=plot,
+            do="give the picture another name",
+        )
+    with Claim(store.calibration_path):
+        table = _table(args, store, rest)
+        _fit(args, store, table)
+        _draw(table, plot)
+
+
+def _fit(args: argparse.Namespace, store: Datastore, table: ScoreTable) -> None:
+    """Fits a calibration, says what it gained and writes it."""
     _check_table(table, store)
+    _warn_of_own_text(store, table)
 
     def steps(sets: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
         with tqdm(sets, desc="fitting", unit=" mixtures") as bar:
@@ -312,20 +338,48 @@ def _tune(args: argparse.Namespace, rest: list[str]) -> None:
     fitted = calibration.fitted_on
     print(
         f"{fitted['split']}, {fitted['tokens']:,} tokens; figures are of the "
-        f"{fitted['held_out']:,} that nothing was fitted on"
+        f"{fitted['held_out']:,} that nothing was fitted or chosen on"
     )
     for line in lines(calibration):
         print(f"  {line}")
-    _print_skipping(skipping_lines(calibration, table, Parts.of(len(table)).held_out))
+    _print_skipping(skipping_lines(calibration, table, Parts.of(len(table)).report))
     if not calibration.best.experts:
         print("nothing helps this model on this text: evaluation will use it alone")
-    write_calibration(store.calibration_path, calibration)
-    print(f"written to {store.calibration_path}; evaluation uses it unless told otherwise")
-    plot = args.plot or store.calibration_path.with_suffix(".png")
-    if draw_curves(table, plot):
-        print(f"curves: {plot}")
+    path = write_calibration(store.calibration_path, calibration)
+    print(f"written to {path}; evaluation uses it unless told otherwise")
+
+
+def _draw(table: ScoreTable, plot: Path) -> None:
+    """Draws curves. Whatever is in the way, the calibration is there already."""
+    try:
+        drawn = draw_curves(table, plot)
+    except Exception as error:
+        print(f"no curves: {told(error)[0]}")
+        return
+    missing = "no curves: they need matplotlib (pip install matplotlib)"
+    print(f"curves: {plot}" if drawn else missing)
+
+
+def _warn_of_own_text(store: Datastore, table: ScoreTable) -> None:
+    """Weights fitted on text that the datastore holds are worth nothing for other text."""
+    share, split = itself(table), table.card["split"]
+    if share > MOST_ITSELF:
+        why = f"{share:.0%} of its tokens find a neighbour at distance 0"
+    elif split == store.manifest.origin.split:
+        why = f"both are of a split named {split!r}"
     else:
-        print("no curves: they need matplotlib (pip install matplotlib)")
+        return
+    print(
+        f"warning: the datastore seems to hold the text of the score table ({why}): what is fitted "
+        "or measured on it says nothing of other text",
+        file=sys.stderr,
+    )
+
+
+def _made_table(args: argparse.Namespace, store: Datastore) -> Path:
+    """The score table that ``--data`` asks for."""
+    path: Path = args.score_table or store.calibration_path.with_name(f"{args.gen_subset}.npz")
+    return path
 
 
 def _table(args: argparse.Namespace, store: Datastore, rest: list[str]) -> ScoreTable:
@@ -340,9 +394,9 @@ def _table(args: argparse.Namespace, store: Datastore, rest: list[str]) -> Score
         return read_table(args.score_table)
     if not args.path:
         raise ConfigError("--data needs --path", expected="--path CHECKPOINT", found="nothing")
-    path = args.score_table or store.calibration_path.with_name(f"{args.gen_subset}.npz")
+    path = _made_table(args, store)
     flags = ["--path", args.path, "--gen-subset", args.gen_subset, "--knnlm"]
-    flags += ["--dstore-filename", str(args.dstore), "--experts", args.experts]
+    flags += ["--dstore-filename", str(args.dstore), "--experts", _experts(args, store)]
     # What was fitted before has no say in a new table.
     flags += ["--mixer", "none", "--score-table", str(path)]
     if args.dstore_size is not None:
@@ -351,6 +405,13 @@ def _table(args: argparse.Namespace, store: Datastore, rest: list[str]) -> Score
         flags.append("--dstore-fp16")
     _evaluate(args.data, [*flags, *rest])
     return read_table(path)
+
+
+def _experts(args: argparse.Namespace, store: Datastore) -> str:
+    if args.experts is not None or not store.manifest.merged:
+        return args.experts or "knn,cache,ngram"
+    print("n-grams are left out: the datastore no longer holds its text, since entries were merged")
+    return "knn,cache"
 
 
 def _check_table(table: ScoreTable, store: Datastore) -> None:
@@ -369,6 +430,7 @@ def _report(args: argparse.Namespace, _: list[str]) -> None:
     _check_table(table, store)
     calibration = _calibration(store, table.card["datastores"])
     found = tested(calibration, table)
+    _warn_of_own_text(store, table)
     print(f"{table.card['split']}, {len(table):,} tokens; fitted on {_fitted(calibration)}")
     for line in lines(found):
         print(f"  {line}")
@@ -415,7 +477,7 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     total = sum(file.bytes for file in manifest.files.values())
     if total:
         print(f"  on disk      {human_bytes(total)}")
-    parts = {"arrays": _arrays, "index": _index, "n-grams": _ngrams, "calibration": _fit}
+    parts = {"arrays": _arrays, "index": _index, "n-grams": _ngrams, "calibration": _mixtures}
     for name, look in parts.items():
         try:
             said = look(store)
@@ -444,15 +506,18 @@ def _ngrams(store: Datastore) -> str:
     return ngrams.describe(store.ngram_path, store.fingerprint)
 
 
-def _fit(store: Datastore) -> str:
+def _mixtures(store: Datastore) -> str:
     calibration = read_calibration(store.calibration_path, [store.fingerprint])
     if calibration is None:
-        return "none; fit it with `fairseq-knnlm tune`"
-    best = calibration.best
-    return (
-        f"{best.name}, fitted on {_fitted(calibration)}; perplexity "
-        f"{calibration.base_perplexity:.2f} -> {best.perplexity:.2f}"
-    )
+        found = "none; fit it with `fairseq-knnlm tune`"
+    else:
+        best = calibration.best
+        found = (
+            f"{best.name}, fitted on {_fitted(calibration)}; perplexity "
+            f"{calibration.base_perplexity:.2f} -> {best.perplexity:.2f}"
+        )
+    others = calibrated_sets(store.calibration_path, but=[store.fingerprint])
+    return "\n".join([found, *(f"  calibration  also of {line}" for line in others)])
 
 
 def _verify(args: argparse.Namespace, _: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Mixers: each gives every expert a weight, for all tokens or for each one by its features.
 
-The weights of a token are positive and sum to one, so the mixture stays a distribution.
+The weights of a token are positive and sum to one, so the mixture stays a distribution. What is
+fitted leaves the language model ``LEAST_LM`` at least, so that nothing it can say costs infinity.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ from torch import Tensor, nn
 
 #: Features are cut off at this many standard deviations.
 FAR = 6.0
+#: The language model's weight in what is fitted is no less. Without it one new token, which no
+#: memory knows of, would make the loss infinite, however well they all did on valid; with it that
+#: token costs 13.3 bits more than it costs the model, and every other one 0.00014 more at most.
+LEAST_LM = 1e-4
+
+#: Where the weight of an expert that abstains (NaN) goes: to all others in proportion to theirs, or
+#: to the language model.
+Abstain = Literal["share", "lm"]
+CONVENTIONS: tuple[Abstain, ...] = ("share", "lm")
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class Mixer(Protocol):
     def features(self) -> Sequence[str]:
         """Names of what the weights depend on."""
 
+    @property
+    def abstain(self) -> Abstain:
+        """Where the weight of an expert that abstains goes."""
+
     def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
         """(N, E) or (E,) float32, natural log; exp sums to 1 a row."""
 
@@ -61,12 +75,14 @@ class Fixed:
         components: E of them.
         weights: E numbers, which sum to 1.
         kind: ``fixed`` with one setting an expert, ``blend`` with several.
+        abstain: where the weight of an expert that abstains goes.
     """
 
     components: Sequence[Component]
     weights: Sequence[float]
     features: Sequence[str] = ()
     kind: str = "fixed"
+    abstain: Abstain = "share"
 
     def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
         """(E,) float32, natural log."""
@@ -82,6 +98,7 @@ class Bins:
         edges: B - 1 ascending distances between the bins.
         weights: B rows of E numbers, which sum to 1.
         features: the one feature whose first column is binned.
+        abstain: where the weight of an expert that abstains goes.
     """
 
     components: Sequence[Component]
@@ -89,6 +106,7 @@ class Bins:
     weights: Sequence[Sequence[float]]
     features: Sequence[str] = ("knn_distances",)
     kind: str = "bins"
+    abstain: Abstain = "share"
 
     def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
         """(N, E) float32, natural log; a token without neighbours is in the last bin."""
@@ -116,6 +134,7 @@ class Gate(nn.Module):
         inputs: numbers that the features amount to.
         hidden: widths of the hidden layers.
         dropout: share of hidden units left out in training.
+        abstain: where the weight of an expert that abstains goes.
     """
 
     kind = "gate"
@@ -129,8 +148,10 @@ class Gate(nn.Module):
         inputs: int,
         hidden: Sequence[int] = (64, 64),
         dropout: float = 0.1,
+        abstain: Abstain = "share",
     ) -> None:
         super().__init__()
+        self.abstain = abstain
         self.components = components
         self.features = features
         self.hidden = tuple(hidden)
@@ -155,7 +176,10 @@ class Gate(nn.Module):
         self.scale.copy_(1 / variance.sqrt().clamp_min(1e-6))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N, F) features, as ``gathered``, to (N, E) log weights."""
+        """(N, F) features, as ``gathered``, to (N, E) log weights, without a floor.
+
+        At a floor there is no gradient to learn by, nor are searches told apart by their scores.
+        """
         # What is not known is taken for average.
         known = ((inputs - self.mean) * self.scale).nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
         return self.layers(known).log_softmax(dim=1)
@@ -163,7 +187,24 @@ class Gate(nn.Module):
     @torch.no_grad()
     def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:
         """(N, E) float32, natural log."""
+        return floored(self.of(features))
+
+    @torch.no_grad()
+    def of(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The same without a floor."""
         return self(gathered(features, self.features).to(self.mean.device))
+
+
+def floored(log_weights: Tensor) -> Tensor:
+    """Log weights (N, E) in which the first, the language model's, is ``LEAST_LM`` at least.
+
+    Where it is less, the others give the difference, each in proportion to its weight.
+    """
+    lm = log_weights[:, :1]
+    low = lm < math.log(LEAST_LM)
+    scale = math.log1p(-LEAST_LM) - torch.log1p(-lm.exp())
+    raised = torch.cat([lm * 0 + math.log(LEAST_LM), log_weights[:, 1:] + scale], dim=1)
+    return raised.where(low, log_weights)
 
 
 def searches(expert: str) -> bool:
@@ -195,7 +236,7 @@ class Skip:
 
     def scores(self, features: Mapping[str, Tensor]) -> Tensor:
         """(N,) float32, log-odds (natural) of the weight that the gate gives to neighbours."""
-        log_weights = self.gate.log_weights(features)
+        log_weights = self.gate.of(features)
         ours = torch.tensor([searches(component.expert) for component in self.gate.components])
         return log_weights[:, ours].logsumexp(dim=1) - log_weights[:, ~ours].logsumexp(dim=1)
 

@@ -4,13 +4,15 @@ p_kNN(y) is proportional to the sum over the neighbours with value y of exp(-d /
 squared L2 distance and T the temperature (Khandelwal et al., 2020, equation 2, where T = 1). A
 neighbour that stands for s merged entries counts s times (He et al., 2021). The mixture is the sum
 over experts of their weights times their probabilities (equation 3), computed as a logsumexp. An
-expert that has nothing to go by says NaN, and leaves its weight to the others.
+expert that abstains, having nothing to go by, says NaN: its weight goes to all the others ("share")
+or to the language model ("lm").
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -68,18 +70,24 @@ def safe_log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
 
 
-def mix(log_probs: Tensor, log_weights: Tensor) -> Tensor:
-    """The mixture's log-probability, over the experts that have something to say.
+def mix(
+    log_probs: Tensor, log_weights: Tensor, abstain: Literal["share", "lm"] = "share"
+) -> Tensor:
+    """The mixture's log-probability. Whatever is fitted is fitted for this very function.
 
     Args:
         log_probs: (N, E) float32, natural log, one column an expert, the language model first; NaN
-            where an expert has nothing to go by: its weight then goes to the others.
+            where an expert abstains.
         log_weights: (E,) or (N, E), natural log, exp sums to 1 a row.
+        abstain: where the weight of one that abstains goes: ``share``, to all others in proportion
+            to theirs; ``lm``, to the language model.
 
     Returns:
         (N,) float32, natural log.
     """
     silent = log_probs.isnan()
+    if abstain == "lm":
+        return torch.logsumexp(log_probs.where(~silent, log_probs[:, :1]) + log_weights, dim=1)
     weights = log_weights.expand_as(log_probs).masked_fill(silent, -math.inf)
     norm = torch.logsumexp(weights, dim=1)
     # Rows in which every weight is -inf (lambda 1 and no neighbours) fall back on the LM.

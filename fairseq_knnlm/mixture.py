@@ -45,7 +45,7 @@ def chosen_experts(args: Any, calibration: Calibration | None) -> Sequence[str]:
     usable = [stack for stack in calibration.stacks if "lm2" not in stack.experts or args.expert_lm]
     kind = str(args.mixer)
     fitting = [stack for stack in usable if kind in ("auto", stack.mixer.kind)]
-    best = min(fitting or usable, key=lambda stack: stack.perplexity)
+    best = min(fitting or usable, key=lambda stack: stack.choice_perplexity)
     if not best.experts:
         logger.warning(
             "on %s nothing that was fitted beat the language model: the datastore gets no weight",
@@ -181,7 +181,8 @@ def _fixed(
         weights.append(given.get(kind, weight))
     weights[0] = max(0.0, 1.0 - sum(weights[1:]))
     total = math.fsum(weights)  # fitted weights beside given ones may come to more than 1
-    return Fixed(components, [weight / total for weight in weights])
+    abstain = start.mixer.abstain if start is not None else "share"
+    return Fixed(components, [weight / total for weight in weights], abstain=abstain)
 
 
 def _default_weight(kind: str) -> float:

@@ -54,7 +54,7 @@ class Panel:
             return base
         columns = [self._column(component, base, opinions) for component in self.mixer.components]
         log_weights = self.mixer.log_weights(_features(opinions)).to(base.device)
-        return mix(torch.stack(columns, dim=1), log_weights)
+        return mix(torch.stack(columns, dim=1), log_weights, self.mixer.abstain)
 
     def _column(self, component: Component, base: Tensor, opinions: dict[str, Opinion]) -> Tensor:
         if component == LM:

@@ -1,7 +1,8 @@
 """From a score table of valid to a calibration: no language model, no index, a few minutes.
 
 The table's tokens are cut into stretches of text. Most are fitted on; some tell a gate when to stop
-learning; the rest are held out, and on these alone a mixture is compared with the language model.
+learning; by some it is chosen between mixtures; the rest are held out of all this, and on these
+alone a mixture is compared with the language model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,15 +26,28 @@ from fairseq_knnlm.fitting import (
     fit_gate,
     worth_mixing,
 )
-from fairseq_knnlm.mixers import ALONE, LM, Component, Fixed, Mixer, Skip, gathered, searches
+from fairseq_knnlm.mixers import (
+    ALONE,
+    CONVENTIONS,
+    LM,
+    Abstain,
+    Component,
+    Fixed,
+    Mixer,
+    Skip,
+    gathered,
+    searches,
+)
 from fairseq_knnlm.mixing import mix
 from fairseq_knnlm.tables import ScoreTable
 from fairseq_knnlm.versions import versions
 
 #: Tokens of a stretch. Neighbouring tokens are alike, so the parts must not alternate quickly.
 STRETCH = 2000
-#: Of ten stretches, how many to fit on and how many to stop on; the others are held out.
-FIT, STOP = 8, 1
+#: Of ten stretches, how many to fit on, to stop on and to choose on; the other is held out.
+FIT, STOP, CHOOSE = 7, 1, 1
+#: Tokens without which there is no telling them apart: four rounds of ten stretches of one token.
+LEAST_ROWS = 40
 #: The feature that bins go by.
 BINNED = "knn_distances"
 #: The feature that is the query.
@@ -41,6 +56,14 @@ QUERY = "lm_key"
 SKIP_DROPOUT, SKIP_DECAY = 0.5, 0.1
 #: Shares of the searches for which a table tells what skipping them does.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: A nearest neighbour this much nearer than the farthest is the token itself, but for rounding.
+ITSELF = 1e-3
+#: Of text that the datastore does not hold fewer tokens find themselves.
+MOST_ITSELF = 0.2
+#: Nats a token beyond which a perplexity is no number.
+MOST_NATS = 700.0
+
+M = TypeVar("M", bound=Mixer)
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,8 @@ class Parts:
 
     fit: np.ndarray
     stop: np.ndarray
-    held_out: np.ndarray
+    choose: np.ndarray
+    report: np.ndarray
 
     @property
     def fixed(self) -> np.ndarray:
@@ -59,13 +83,10 @@ class Parts:
     @classmethod
     def of(cls, rows: int) -> Parts:
         """Cuts a table: into shorter stretches where ten would not fit into it."""
-        stretch = max(1, min(STRETCH, rows // 40))
+        stretch = max(1, min(STRETCH, rows // LEAST_ROWS))
         turn = np.arange(rows) // stretch % 10
-        return cls(
-            np.flatnonzero(turn < FIT),
-            np.flatnonzero((turn >= FIT) & (turn < FIT + STOP)),
-            np.flatnonzero(turn >= FIT + STOP),
-        )
+        part = np.searchsorted(np.cumsum([FIT, STOP, CHOOSE]), turn, side="right")
+        return cls(*(np.flatnonzero(part == number) for number in range(4)))
 
 
 class Fitter:
@@ -76,7 +97,8 @@ class Fitter:
         seed: of the gates.
 
     Raises:
-        TableError: where the table has no expert but the language model.
+        TableError: where the table has no expert but the language model, too few tokens, or a
+            column that nothing can be fitted on.
     """
 
     def __init__(self, table: ScoreTable, seed: int = 0) -> None:
@@ -87,10 +109,11 @@ class Fitter:
                 found=", ".join(table.columns),
                 do="write it with --knnlm --dstore-filename DSTORE --score-table FILE.npz",
             )
+        _check_columns(table, LEAST_ROWS)
         self.table = table
         self.seed = seed
         self.parts = Parts.of(len(table))
-        self._components: dict[tuple[str, ...], list[Component]] = {}
+        self._components: dict[tuple[tuple[str, ...], Abstain], list[Component]] = {}
 
     @cached_property
     def single(self) -> dict[str, Component]:
@@ -107,28 +130,63 @@ class Fitter:
 
     def fixed(self, experts: Sequence[str]) -> Fixed:
         """One setting and one weight an expert."""
-        components = [LM, *(self.single[name] for name in experts)]
-        return fit_fixed(components, log_probs(self.table, components, self.parts.fixed))
+        components = self._singles(experts)
+        columns = log_probs(self.table, components, self.parts.fixed)
+        return self._better(
+            experts, lambda abstain: fit_fixed(components, columns, abstain=abstain)
+        )
 
     def blend(self, experts: Sequence[str]) -> Fixed:
         """One weight for each of several settings an expert."""
-        components = self.components(experts)
-        columns = log_probs(self.table, components, self.parts.fixed)
-        return fit_fixed(components, columns, "blend")
+
+        def fitted(abstain: Abstain) -> Fixed:
+            components = self.components(experts, abstain)
+            columns = log_probs(self.table, components, self.parts.fixed)
+            return fit_fixed(components, columns, "blend", abstain)
+
+        return self._better(experts, fitted)
 
     def bins(self, experts: Sequence[str]) -> Mixer:
-        """The same with weights by the distance of the nearest neighbour."""
-        components = [LM, *(self.single[name] for name in experts)]
-        rows = self.parts.fixed
+        """One setting an expert, with weights by the distance of the nearest neighbour."""
+        components, rows = self._singles(experts), self.parts.fixed
         nearest = self.table[BINNED].reshape(len(self.table), -1)[rows, 0]
-        return fit_bins(components, log_probs(self.table, components, rows), BINNED, nearest)
+        columns = log_probs(self.table, components, rows)
+        return self._better(
+            experts, lambda abstain: fit_bins(components, columns, BINNED, nearest, abstain)
+        )
 
     def gate(self, experts: Sequence[str]) -> Mixer:
         """Weights by a small network, over several settings an expert; needs features."""
-        components = self.components(experts)
         features = self.features(experts)
-        fit, stop = self._examples(components, features)
-        return fit_gate(components, features, fit, stop, seed=self.seed)
+
+        def fitted(abstain: Abstain) -> Mixer:
+            components = self.components(experts, abstain)
+            fit, stop = self._examples(components, features)
+            return fit_gate(components, features, fit, stop, seed=self.seed, abstain=abstain)
+
+        return self._better(experts, fitted)
+
+    def mixers(self, experts: Sequence[str]) -> Iterator[Mixer]:
+        """One of every kind that there is something to fit for."""
+        yield (fixed := self.fixed(experts))
+        blend = self.blend(experts)
+        if len(blend.components) > len(fixed.components):
+            yield blend
+        if "knn" in experts and BINNED in self.table.columns:
+            yield self.bins(experts)
+        if self.features(experts):
+            yield self.gate(experts)
+
+    def _better(self, experts: Sequence[str], fitted: Callable[[Abstain], M]) -> M:
+        """What is fitted under the convention, of who gets the weight of an expert that abstains,
+        that does better on the tokens to choose on.
+        """
+        silent = any(np.isnan(self.table[name]).any() for name in experts)
+        found = [fitted(abstain) for abstain in (CONVENTIONS if silent else CONVENTIONS[:1])]
+        return min(found, key=lambda mixer: mean_loss(self.table, mixer, self.parts.choose))
+
+    def _singles(self, experts: Sequence[str]) -> list[Component]:
+        return [LM, *(self.single[name] for name in experts)]
 
     def skip(self, experts: Sequence[str]) -> Skip | None:
         """What tells before a search if it is worth its while; None where there is no telling.
@@ -139,7 +197,7 @@ class Fitter:
         features += [name for name in self.table.card["features"] if name == QUERY]
         if not features or not any(map(searches, experts)):
             return None
-        components = [LM, *(self.single[name] for name in experts)]
+        components = self._singles(experts)
         fit, stop = self._examples(components, features)
         gate = fit_gate(
             components,
@@ -150,8 +208,8 @@ class Fitter:
             dropout=SKIP_DROPOUT,
             weight_decay=SKIP_DECAY,
         )
-        # Of all text that it did not learn from; they depend on no target.
-        rows = np.concatenate([self.parts.stop, self.parts.held_out])
+        # Of text that it did not learn from, nor is judged on.
+        rows = np.concatenate([self.parts.stop, self.parts.choose])
         scores = Skip(gate, ()).scores(self.table.features(features, rows)).numpy()
         return Skip(gate, np.quantile(scores, np.linspace(0, 1, 101)).tolist())
 
@@ -175,9 +233,9 @@ class Fitter:
         every = self.table.card["features"]
         return [name for name in every if _owner(name) in owners and name != QUERY]
 
-    def components(self, experts: Sequence[str]) -> list[Component]:
+    def components(self, experts: Sequence[str], abstain: Abstain = "share") -> list[Component]:
         """The settings that are worth mixing: those of which the best fixed mixture makes use."""
-        if (known := self._components.get(tuple(experts))) is not None:
+        if (known := self._components.get((tuple(experts), abstain))) is not None:
             return known
         every = [LM] + [
             Component(name, setting) for name in experts for setting in self.table.experts[name]
@@ -185,13 +243,16 @@ class Fitter:
         # A part of the text tells which settings matter.
         columns = log_probs(self.table, every, self.parts.fit[::4])
         chosen = {every.index(self.single[name]) for name in experts} | {0}
-        found = [every[place] for place in sorted(chosen | set(worth_mixing(columns)))]
-        return self._components.setdefault(tuple(experts), found)
+        chosen |= set(worth_mixing(columns, abstain))
+        found = [every[place] for place in sorted(chosen)]
+        return self._components.setdefault((tuple(experts), abstain), found)
 
     def judge(self, experts: Sequence[str], mixer: Mixer) -> Stack:
-        """A stack, with its figures on the tokens held out."""
-        loss = mixture_losses(self.table, mixer, self.parts.held_out).mean()
-        return Stack(tuple(experts), mixer, math.exp(loss), loss / math.log(2))
+        """A stack, with its figures on the tokens to choose on and on those held out."""
+        choice, loss = (
+            mean_loss(self.table, mixer, rows) for rows in (self.parts.choose, self.parts.report)
+        )
+        return Stack(tuple(experts), mixer, math.exp(loss), loss / math.log(2), math.exp(choice))
 
 
 def _is_whole(setting: dict[str, object]) -> bool:
@@ -216,7 +277,64 @@ def mixture_losses(
     """(N,) float64, -log p of each token of a table's rows by a mixture, natural log."""
     columns = torch.from_numpy(log_probs(table, mixer.components, rows))
     weights = mixer.log_weights(table.features(mixer.features, rows))
-    return -mix(columns, weights).double().numpy()
+    return -mix(columns, weights, mixer.abstain).double().numpy()
+
+
+def mean_loss(table: ScoreTable, mixer: Mixer, rows: np.ndarray | slice = slice(None)) -> float:
+    """Mean of ``mixture_losses``, natural log.
+
+    Raises:
+        TableError: where it is no number, or its perplexity none.
+    """
+    loss = float(mixture_losses(table, mixer, rows).mean())
+    if not loss < MOST_NATS:
+        raise TableError(
+            "the score table gives a mixture no perplexity",
+            expected=f"a loss below {MOST_NATS:g} nats a token",
+            found=f"{loss:g}, of {'+'.join({one.expert: 0 for one in mixer.components})}",
+            do="look for infinite or wrong numbers in the table, and write it again",
+        )
+    return loss
+
+
+def _check_columns(table: ScoreTable, least: int) -> None:
+    """Refuses a table of too few tokens, or in which somebody never says anything."""
+    if len(table) < least:
+        raise TableError(
+            "the score table has too few tokens",
+            expected=f"{least} at least, and tens of thousands for figures that mean something",
+            found=len(table),
+            do="write it of a longer text",
+        )
+    if count := int((~np.isfinite(table["lm"])).sum()):
+        raise TableError(
+            "the language model gives tokens of the score table no probability",
+            expected="a finite number in every row of lm",
+            found=f"{count:,} rows of {len(table):,} that are infinite or NaN",
+            do="look for NaN in the checkpoint, or write the table without --fp16",
+        )
+    if wrong := [name for name in table.experts if np.isposinf(table[name]).any()]:
+        raise TableError(
+            f"{', '.join(wrong)} gives tokens of the score table more than certainty",
+            expected="log-probabilities",
+            found="infinity",
+            do="write the table again",
+        )
+    if silent := [name for name in table.experts if np.isnan(table[name]).all()]:
+        raise TableError(
+            f"{', '.join(silent)} abstains from every token of the score table",
+            expected="log-probabilities",
+            found="NaN in every row",
+            do="write the table without it, or of a longer text",
+        )
+
+
+def itself(table: ScoreTable) -> float:
+    """Share of the tokens whose nearest neighbour is where they stand, but for rounding."""
+    if BINNED not in table.columns:
+        return 0.0
+    distances = table[BINNED].reshape(len(table), -1)
+    return float(np.mean(np.abs(distances[:, 0]) <= ITSELF * distances[:, -1]))
 
 
 def stacks_of(experts: Sequence[str]) -> list[tuple[str, ...]]:
@@ -276,19 +394,20 @@ def tested(calibration: Calibration, table: ScoreTable) -> Calibration:
     """The same mixtures with their figures on another table, such as one of test.
 
     Raises:
-        TableError: where the table is of another model or k, or lacks an expert of the mixture
-            that is used. Other mixtures that it lacks an expert of are left out.
+        TableError: where the table is of another model or k, has no tokens, or lacks an expert of
+            the mixture that is used. Other mixtures that it lacks an expert of are left out.
     """
     calibration.check_model(table.card["model"])
+    _check_columns(table, 1)
     _check_experts(calibration, table)
     stacks = []
     for stack in calibration.stacks:
         if not set(stack.experts) <= set(table.experts):
             continue
-        loss = mixture_losses(table, stack.mixer).mean()
+        loss = mean_loss(table, stack.mixer)
         stacks.append(replace(stack, perplexity=math.exp(loss), bits=loss / math.log(2)))
     default = [stack.name for stack in stacks].index(calibration.best.name)
-    base = stacks[0].perplexity
+    base = math.exp(mean_loss(table, ALONE))
     return replace(calibration, stacks=tuple(stacks), base_perplexity=base, default=default)
 
 
@@ -326,32 +445,28 @@ def fit(
         steps: goes through the sets of experts, to show progress.
 
     Raises:
-        TableError: where the table has no expert but the language model.
+        TableError: where nothing can be fitted on the table, as ``Fitter`` tells.
     """
     fitter = Fitter(table, seed)
     base = fitter.judge((), ALONE)
     stacks, skips = [base], []
     for experts in steps(stacks_of(list(table.experts))):
-        mixers: list[Mixer] = [fitter.fixed(experts)]
-        if len(fitter.components(experts)) > len(mixers[0].components):
-            mixers.append(fitter.blend(experts))
-        if "knn" in experts and BINNED in table.columns:
-            mixers.append(fitter.bins(experts))
-        if fitter.features(experts):
-            mixers.append(fitter.gate(experts))
-        stacks += [fitter.judge(experts, mixer) for mixer in mixers]
+        stacks += [fitter.judge(experts, mixer) for mixer in fitter.mixers(experts)]
         skips.append(fitter.skip(experts))
     # The language model stands first: nothing is preferred that does not beat it.
-    best = min(range(len(stacks)), key=lambda number: stacks[number].perplexity)
+    best = min(range(len(stacks)), key=lambda number: stacks[number].choice_perplexity)
     card = table.card
     return Calibration(
         datastores=tuple(card["datastores"]),
+        names=_names(card),
         model=card["model"],
         fitted_on={
             "split": card["split"],
             "tokens": len(table),
-            "held_out": len(fitter.parts.held_out),
+            "chosen_on": len(fitter.parts.choose),
+            "held_out": len(fitter.parts.report),
             "seed": seed,
+            "context": card.get("context") or {},
         },
         experts=card["described"],
         base_perplexity=base.perplexity,
@@ -360,3 +475,10 @@ def fit(
         versions=versions(),
         skips=tuple(skip for skip in skips if skip is not None),
     )
+
+
+def _names(card: dict[str, Any]) -> tuple[str, ...]:
+    """The datastores' paths as they were typed."""
+    names = str(card.get("datastore", "")).split(":")
+    known = len(names) == len(card["datastores"])
+    return tuple(names) if known else ("a datastore",) * len(card["datastores"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -83,16 +85,23 @@ MODEL = "m" * 64
 
 def calibration(datastore: str) -> Calibration:
     """The language model alone, and neighbours that lower its perplexity."""
-    alone = Stack((), Fixed((LM,), (1.0,)), 150.0, 7.2)
+    alone = Stack((), Fixed((LM,), (1.0,)), 150.0, 7.2, 151.0)
     knn = Component("knn", {"suffix": 0, "k": 0, "temperature": 12.0})
-    mixed = Stack(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9)
-    fitted_on = {"split": "valid", "tokens": 1000, "held_out": 100, "seed": 0}
+    mixed = Stack(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9, 121.0)
+    fitted_on = {"split": "valid", "tokens": 1000, "chosen_on": 100, "held_out": 100, "seed": 0}
+    fitted_on["context"] = {}
     stacks = (alone, mixed)
     return Calibration((datastore,), MODEL, fitted_on, {"knn": {"k": 8}}, 150.0, stacks, 1)
 
 
 def write_table(
-    path: Path, datastore: str, *, helpful: bool = True, split: str = "valid", **card: Any
+    path: Path,
+    seal: str,
+    *,
+    helpful: bool = True,
+    split: str = "valid",
+    own: bool = False,
+    **card: Any,
 ) -> Path:
     """960 tokens; the neighbours know half of them for certain at temperature 2, or nothing."""
     rows = np.arange(960)
@@ -101,13 +110,15 @@ def write_table(
     other = lm - 1
     writer = ScoreTableWriter(path)
     columns = np.stack([other, sharp if helpful else other], axis=1)
-    distances = np.random.default_rng(1).random((960, 2), np.float32)
+    distances = 1 + np.random.default_rng(1).random((960, 2), np.float32)
+    if own:
+        distances[::2, 0] = 0
     experts = {} if card.get("experts") == {} else {"knn": columns}
     writer.write({"row": rows, "lm": lm, **experts, "knn_distances": distances})
     settings = [{"suffix": 0, "k": 0, "temperature": t} for t in (1.0, 2.0)]
     writer.publish(
         {
-            "datastores": [datastore],
+            "datastores": [seal],
             "model": MODEL,
             "split": split,
             "k": 8,
@@ -337,7 +348,7 @@ def test_tune_stores_the_fit(
     a = np.exp(-2)
     assert stack.mixer.weights[1] == pytest.approx((1 - 2 * a) / (2 * (1 - a)), abs=1e-6)
     assert stack.mixer.components[1].setting["temperature"] == 2.0
-    assert "valid, 960 tokens; figures are of the 96 that nothing was fitted on" in said
+    assert "valid, 960 tokens; figures are of the 96 that nothing was fitted or chosen on" in said
     assert f"language model alone {np.exp(2):>18.2f}\n" in said
     change = f"{stack.perplexity / np.exp(2) - 1:+.1%}"
     assert f"knn, fixed {stack.perplexity:>28.2f} {change:>8}" in said
@@ -373,6 +384,130 @@ def test_tune_draws_curves_where_it_can(
     assert drawn == [store.path / "calibration.png", tmp_path / "x.png"]
     monkeypatch.setattr(cli, "draw_curves", lambda table, path: False)
     assert "no curves: they need matplotlib" in say(capsys, *tune)
+
+
+def test_curves_that_fail_cost_nothing_else(
+    store: Datastore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are drawn last, whatever matplotlib and the disk have to say."""
+
+    def fail(*_: object) -> bool:
+        assert store.calibration_path.is_file()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, "draw_curves", fail)
+    table = write_table(tmp_path / "valid.npz", store.fingerprint)
+    said = say(capsys, "tune", "--dstore", store.path, "--score-table", table)
+    assert "no curves: error: the disk is full" in said
+    assert read_calibration(store.calibration_path, [store.fingerprint]) is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--plot", "FOLDER"], "--plot cannot be written"),
+        (["--plot", "FOLDER/calibration.json"], "the calibration and --plot name the same file"),
+        (["--plot", "/dev/null"], "--plot cannot be written"),
+        (["--score-table", "FOLDER"], "--score-table cannot be written"),
+        (["--score-table", "T.npz", "--plot", "T.npz"], "--score-table and --plot name the same"),
+    ],
+)
+def test_what_tune_writes_is_tried_before_the_table_is_made(
+    store: Datastore,
+    flags: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_evaluate", lambda *_: pytest.fail("hours of work"))
+    typed = [flag.replace("FOLDER", str(store.path)) for flag in flags]
+    typed = [str(store.path / flag) if flag == "T.npz" else flag for flag in typed]
+    data = ["--data", "data-bin", "--path", "model.pt", *typed]
+    assert says in refuse(capsys, "tune", "--dstore", store.path, *data)
+
+
+def test_a_plot_does_not_replace_the_table(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_table(tmp_path / "valid.npz", store.fingerprint)
+    before = table.read_bytes()
+    tune = ["tune", "--dstore", store.path, "--score-table", table, "--plot", table]
+    assert "--plot names the score table" in refuse(capsys, *tune)
+    assert table.read_bytes() == before
+
+
+def test_a_second_tune_of_one_datastore_is_refused(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a living process fits one; a lock that is left behind stops nobody."""
+    table = write_table(tmp_path / "valid.npz", store.fingerprint)
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom fairseq_knnlm.files import Claim\n"
+        "claim = Claim(Path(sys.argv[1]))\nprint('claimed', flush=True)\ntime.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(store.calibration_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        tune = ["tune", "--dstore", store.path, "--score-table", table]
+        assert "another process is writing" in refuse(capsys, *tune)
+        other.kill()
+    say(capsys, *tune)
+
+
+def test_tune_of_several_leaves_the_calibration_of_one(
+    store: Datastore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = write_table(tmp_path / "one.npz", store.fingerprint)
+    say(capsys, "tune", "--dstore", store.path, "--score-table", one)
+    before = store.calibration_path.read_bytes()
+    seals = [store.fingerprint, "e" * 64]
+    two = write_table(tmp_path / "two.npz", seals[0], datastores=seals, datastore="news:books")
+    said = say(capsys, "tune", "--dstore", store.path, "--score-table", two)
+    assert "written to " in said
+    assert store.calibration_path.read_bytes() == before
+    both = read_calibration(store.calibration_path, seals)
+    assert both is not None
+    assert both.names == ("news", "books")
+    said = say(capsys, "info", "--dstore", store.path)
+    assert "calibration  knn" in said
+    assert "calibration  also of datastore" in said
+    assert "news:books" in said
+
+
+def test_a_merged_datastore_is_tuned_without_ngrams(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it no longer has the text for; whoever asks for them is still told so by evaluation."""
+    store = write_compressed(tmp_path / "merged")
+    asked: list[str] = []
+
+    def evaluate(_: str, flags: list[str]) -> None:
+        asked.append(flags[flags.index("--experts") + 1])
+        write_table(store.path / "valid.npz", store.fingerprint)
+
+    monkeypatch.setattr(cli, "_evaluate", evaluate)
+    tune = ["tune", "--dstore", store.path, "--data", "data-bin", "--path", "model.pt"]
+    assert "n-grams are left out" in say(capsys, *tune)
+    assert "n-grams" not in say(capsys, *tune, "--experts", "knn,ngram")
+    assert asked == ["knn,cache", "knn,ngram"]
+
+
+@pytest.mark.parametrize("own", ["split", "distances", "neither"])
+def test_text_that_the_datastore_holds_comes_with_a_warning(
+    store: Datastore, tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = "train" if own == "split" else "valid"
+    table = write_table(tmp_path / "x.npz", store.fingerprint, split=split, own=own == "distances")
+    for command in ("tune", "report"):
+        assert cli.main([command, "--dstore", str(store.path), "--score-table", str(table)]) == 0
+        said = capsys.readouterr().err
+        assert ("warning: the datastore seems to hold the text" in said) == (own != "neither")
+        assert ("'train'" in said) == (own == "split")
+        assert ("at distance 0" in said) == (own == "distances")
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,20 @@ from fairseq_knnlm.fitting import (
     mixture_loss,
     worth_mixing,
 )
-from fairseq_knnlm.mixers import LM, Component, Gate
+from fairseq_knnlm.mixers import (
+    CONVENTIONS,
+    LEAST_LM,
+    LM,
+    Abstain,
+    Component,
+    Gate,
+    Mixer,
+    floored,
+)
 from fairseq_knnlm.mixing import mix
 
 ROWS = 3000
+WAYS = CONVENTIONS
 
 
 def log_probs(seed: int, impossible: float = 0.0, silent: float = 0.0) -> np.ndarray:
@@ -48,7 +58,7 @@ def components(number: int) -> list[Component]:
 
 
 def probabilities(columns: np.ndarray) -> np.ndarray:
-    """float64; where an expert is silent, the language model's."""
+    """float64; where an expert is silent, the language model's (the convention ``lm``)."""
     columns = columns.astype(np.float64)
     return np.exp(np.where(np.isnan(columns), columns[:, :1], columns))
 
@@ -104,9 +114,114 @@ def test_silence_alone_gets_no_weight() -> None:
     assert best_lambda(log_probs(1), np.full(ROWS, math.nan, np.float32)) == 0.0
 
 
-def test_neighbours_that_always_know_better_get_all_weight() -> None:
+def test_neighbours_that_always_know_better_get_all_weight_but_a_floor() -> None:
     lm = log_probs(1)
-    assert best_lambda(lm, np.minimum(lm + 1, 0)) == pytest.approx(1.0)
+    assert best_lambda(lm, np.minimum(lm + 1, 0)) == 1 - LEAST_LM
+
+
+def floored_mixers() -> dict[str, Mixer]:
+    """Fitted on a datastore that always knows; of the bins one holds a single token."""
+    lm, know = log_probs(1) - 1, np.zeros(ROWS, np.float32)
+    two, three = np.stack([lm, know], axis=1), np.stack([lm, know, know - 1], axis=1)
+    distances = np.where(np.arange(ROWS) % 16, 5.0, np.arange(ROWS)).astype(np.float32)
+    distances[0] = -1.0
+    inputs = torch.randn(ROWS, 2, generator=torch.manual_seed(1))
+    examples = Examples(torch.from_numpy(three), inputs)
+    gate = fit_gate(components(3), ["x"], examples, examples, seed=0)
+    with torch.no_grad():
+        gate.layers[-1].bias[0] = -50.0
+    return {
+        "fixed": fit_fixed(components(2), two),
+        **{f"blend, {each}": fit_fixed(components(3), three, "blend", each) for each in WAYS},
+        "bins": fit_bins(components(2), two, "x", distances),
+        "gate": gate,
+    }
+
+
+def test_no_token_that_the_language_model_can_produce_costs_infinity() -> None:
+    """A new one, that no other expert gives any probability; it costs at most -log2 of the floor
+    more than it costs the model.
+    """
+    new = torch.tensor([[-3.0, -math.inf, -math.inf]])
+    for name, mixer in floored_mixers().items():
+        every = mixer.log_weights({"x": torch.linspace(-5, 5000, 200)[:, None].expand(-1, 2)})
+        weights = every.double().exp().reshape(-1, len(mixer.components))
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)).double())
+        for row in weights.log().float():
+            cost = -float(mix(new[:, : len(row)], row, mixer.abstain))
+            assert cost <= 3.0 - math.log(LEAST_LM) + 1e-3, name
+
+
+def test_the_floor_takes_nothing_from_who_has_more() -> None:
+    weights = torch.tensor([[0.5, 0.2, 0.3], [LEAST_LM / 9, 0.25, 0.75 - LEAST_LM / 9]])
+    found = floored(weights.log()).exp()
+    assert torch.equal(found[0], weights.log().exp()[0])
+    assert found[1, 0].item() == pytest.approx(LEAST_LM)
+    assert (found[1, 1] / found[1, 2]).item() == pytest.approx(0.25 / 0.75, rel=1e-4)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(2))
+
+
+def direct(columns: np.ndarray, abstain: Abstain, start: np.ndarray) -> float:
+    """Bits a token at the optimum of ``mix`` itself, by L-BFGS over softmax weights in float64."""
+    log_probs = torch.from_numpy(columns).double().clamp_min(-300)  # which has a gradient
+    scores = torch.tensor(np.log(start), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [scores],
+        max_iter=2000,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = -mix(log_probs, scores.log_softmax(dim=0), abstain).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(closure().detach()) / math.log(2)
+
+
+@pytest.mark.parametrize("abstain", WAYS)
+@pytest.mark.parametrize(("seed", "experts"), [(1, 3), (2, 6), (3, 12)])
+def test_what_is_fitted_is_the_optimum_of_what_is_used(
+    seed: int, experts: int, abstain: Abstain
+) -> None:
+    """Where each expert abstains from a share of the tokens of its own, up to 60%."""
+    columns, rng = table(experts, 50 * seed), np.random.default_rng(seed)
+    share = rng.uniform(0, 0.6, experts)
+    columns[:, 1:][rng.random(columns[:, 1:].shape) < share[1:]] = np.nan
+    weights = np.array(fit_fixed(components(experts), columns, "blend", abstain).weights)
+    log_weights = torch.from_numpy(weights).log()
+    reached = -float(mix(torch.from_numpy(columns).double(), log_weights, abstain).mean())
+    starts = np.full(experts, 1 / experts), np.maximum(weights, 1e-7)
+    best = min(direct(columns, abstain, start) for start in starts)
+    assert reached / math.log(2) == pytest.approx(best, abs=1e-4)
+
+
+def test_the_conventions_differ_and_each_is_best_at_its_own() -> None:
+    columns = table(6)
+    columns[::2, 1] = np.nan
+    double = torch.from_numpy(columns).double()
+    fitted = {way: fit_fixed(components(6), columns, "blend", way) for way in WAYS}
+    for way in WAYS:
+        own, other = (
+            float(mix(double, torch.tensor(fitted[one].weights).log(), way).mean())
+            for one in (way, *(set(WAYS) - {way}))
+        )
+        assert own > other + 1e-4
+
+
+@pytest.mark.parametrize("abstain", WAYS)
+def test_columns_are_chosen_for_the_mixture_that_is_used(abstain: Abstain) -> None:
+    """Those that weigh something at the optimum of that mixture, and no others."""
+    columns = np.concatenate([table(6), table(6)[:, 1:] - 1], axis=1)
+    columns[::2, 3] = np.nan
+    weights = np.array(fit_fixed(components(11), columns, "blend", abstain).weights)
+    expected = [place for place, weight in enumerate(weights) if weight > 2 * module.LEAST]
+    assert 3 <= len(expected) <= 6
+    assert set(expected) <= set(worth_mixing(columns, abstain)) <= set(range(6))
 
 
 def test_hopeless_language_model_does_not_overflow() -> None:
@@ -133,7 +248,7 @@ def test_the_best_setting_is_that_of_a_grid() -> None:
 @pytest.mark.parametrize("seed", [1, 20])
 def test_best_weights_are_likeliest(columns: int, seed: int) -> None:
     some = table(columns, seed)
-    weights = best_weights(some, rounds=1000)
+    weights = best_weights(some, rounds=1000, abstain="lm")
     assert weights.dtype == np.float64
     assert weights.sum() == pytest.approx(1)
     assert weights.min() >= 0
@@ -149,12 +264,13 @@ def test_best_weights_beat_a_grid_of_three() -> None:
     some = table(3)
     p, steps = probabilities(some), np.linspace(0, 1, 51)
     grid = [-np.log(p @ [1 - a - b, a, b]).mean() for a in steps for b in steps if a + b < 1 - 1e-9]
-    assert -np.log(p @ best_weights(some)).mean() <= min(grid) + 1e-6
+    assert -np.log(p @ best_weights(some, abstain="lm")).mean() <= min(grid) + 1e-6
 
 
 def test_every_round_is_likelier() -> None:
     some = table(5)
-    losses = [-np.log(probabilities(some) @ best_weights(some, n)).mean() for n in range(0, 40, 4)]
+    found = [best_weights(some, n, abstain="lm") for n in range(0, 40, 4)]
+    losses = [-np.log(probabilities(some) @ weights).mean() for weights in found]
     assert all(later < earlier + 1e-7 for earlier, later in pairwise(losses))
     assert losses[-1] < losses[0] - 0.01
 
@@ -164,7 +280,7 @@ def test_a_fixed_mixture_is_the_likeliest() -> None:
     fixed = fit_fixed(components(2), two)
     assert fixed.kind == "fixed"
     assert fixed.weights[1] == best_lambda(*two.T)
-    blend = fit_fixed(components(5), five, "blend")
+    blend = fit_fixed(components(5), five, "blend", "lm")
     assert blend.kind == "blend"
     assert list(blend.components) == components(5)
     assert sum(blend.weights) == pytest.approx(1, abs=1e-12)
@@ -185,7 +301,7 @@ def test_each_bin_has_the_best_weights_of_its_tokens(experts: int, ties: bool) -
     if ties:
         distances = np.floor(distances / 5) * 5
     distances[rng.random(ROWS) < 0.05] = np.nan
-    mixer = fit_bins(components(experts), some, "knn_distances", distances)
+    mixer = fit_bins(components(experts), some, "knn_distances", distances, "lm")
     assert len(mixer.weights) == len(mixer.edges) + 1 == module.BINS
     assert list(mixer.edges) == sorted(set(mixer.edges))
     found = mixer.log_weights({"knn_distances": torch.from_numpy(distances)}).exp().numpy()

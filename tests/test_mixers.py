@@ -194,7 +194,7 @@ FEATURES = ["cache_shared", "knn_distances", "knn_shared", "ngram_length"]
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 21, 22, 23, 42, 43, TOKENS - 1])
-@pytest.mark.parametrize("kind", ["fixed", "bins", "gate"])
+@pytest.mark.parametrize("kind", ["fixed", "bins", "gate", "fixed, lm", "bins, lm", "gate, lm"])
 def test_the_whole_mixture_sums_to_one(store: Datastore, kind: str, place: int) -> None:
     """LM, neighbours, cache and n-grams, several of which are silent: every token in turn.
 
@@ -215,7 +215,9 @@ def test_the_whole_mixture_sums_to_one(store: Datastore, kind: str, place: int) 
             "fixed": lambda c=components, w=weights: Fixed(c, w[0]),
             "bins": lambda c=components, w=weights: Bins(c, (6.0, 9.0, 12.0), w),
             "gate": lambda c=components: random_gate(c, FEATURES, 13),
-        }[kind]()
+        }[kind.removesuffix(", lm")]()
+        if kind.endswith("lm"):
+            object.__setattr__(mixer, "abstain", "lm")
         # The text before is as it is; only the last token, which is to be predicted, changes.
         targets = torch.tensor([*tokens[:-1], token])
         base = torch.full((len(tokens),), -1.0)

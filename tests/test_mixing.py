@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -32,8 +33,12 @@ def fixed(lmbda: float) -> torch.Tensor:
     return torch.tensor([safe_log(1 - lmbda), safe_log(lmbda)])
 
 
-def plain_mix(log_probs: list[float], log_weights: list[float]) -> float:
-    """log of the weighted mean of the probabilities of those who say something."""
+def plain_mix(log_probs: list[float], log_weights: list[float], abstain: str = "share") -> float:
+    """log of the weighted mean of the probabilities of those who say something; with ``lm`` who
+    says nothing says what the language model says.
+    """
+    if abstain == "lm":
+        log_probs = [log_probs[0] if math.isnan(p) else p for p in log_probs]
     parts = [
         (math.exp(w), math.exp(p))
         for p, w in zip(log_probs, log_weights, strict=True)
@@ -164,7 +169,8 @@ def test_mix_is_a_weighted_mean_of_probabilities(lmbda: float) -> None:
     torch.testing.assert_close(mix(log_probs, weights), torch.tensor(expected))
 
 
-def test_mix_takes_more_experts_and_weights_of_each_token() -> None:
+@pytest.mark.parametrize("abstain", ["share", "lm"])
+def test_mix_takes_more_experts_and_weights_of_each_token(abstain: Literal["share", "lm"]) -> None:
     rng = torch.Generator().manual_seed(1)
     log_probs = -10 * torch.rand(30, 4, generator=rng)
     log_weights = torch.log_softmax(torch.randn(30, 4, generator=rng), dim=1)
@@ -172,8 +178,8 @@ def test_mix_takes_more_experts_and_weights_of_each_token() -> None:
     silent[:, 0] = False
     log_probs = log_probs.masked_fill(silent, math.nan)
     rows = zip(log_probs.tolist(), log_weights.tolist(), strict=True)
-    expected = torch.tensor([plain_mix(*row) for row in rows])
-    torch.testing.assert_close(mix(log_probs, log_weights), expected)
+    expected = torch.tensor([plain_mix(*row, abstain) for row in rows])
+    torch.testing.assert_close(mix(log_probs, log_weights, abstain), expected)
 
 
 def test_lambda_zero_is_the_language_model_and_one_the_neighbours() -> None:
@@ -195,17 +201,25 @@ def test_who_is_silent_leaves_its_weight_to_all_others() -> None:
     assert found.exp().item() == pytest.approx((0.5 * 0.1 + 0.3 * 0.9) / 0.8)
 
 
+def test_who_is_silent_leaves_its_weight_to_the_language_model() -> None:
+    """The other way: 0.7 of 1."""
+    log_probs = torch.tensor([[math.log(0.1), math.nan, math.log(0.9)]])
+    found = mix(log_probs, torch.tensor([0.5, 0.2, 0.3]).log(), "lm")
+    assert found.exp().item() == pytest.approx(0.7 * 0.1 + 0.3 * 0.9)
+
+
 def test_tiny_probabilities_do_not_underflow() -> None:
     log_probs = torch.tensor([[-1000.0, -1001.0]])
     expected = -1000.0 + math.log(0.5 + 0.5 * math.exp(-1))
     assert mix(log_probs, fixed(0.5)).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_silence_leaves_gradients_finite() -> None:
+@pytest.mark.parametrize("abstain", ["share", "lm"])
+def test_silence_leaves_gradients_finite(abstain: Literal["share", "lm"]) -> None:
     """A gate learns through this."""
     weights = torch.zeros(2, 3, requires_grad=True)
     log_probs = torch.tensor([[-1.0, math.nan, -2.0], [-1.0, math.nan, math.nan]])
-    mix(log_probs, weights.log_softmax(dim=1)).sum().backward()
+    mix(log_probs, weights.log_softmax(dim=1), abstain).sum().backward()
     assert weights.grad is not None
     assert weights.grad.isfinite().all()
     assert weights.grad[1].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-7)

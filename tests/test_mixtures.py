@@ -100,7 +100,8 @@ def counted(tokens: Sequence[int], window: int, starts: Sequence[int] = (0,)) ->
 
 def test_tuning_makes_its_table_and_says_what_each_part_adds(tuned: Tuned) -> None:
     names = {file.name for file in tuned.store.iterdir()}
-    assert {"calibration.json", "calibration.safetensors", "valid.npz", "ngram.npz"} <= names
+    assert {"calibration.json", "valid.npz", "ngram.npz"} <= names
+    assert "calibration.safetensors" not in names
     table = read_table(tuned.store / "valid.npz")
     assert list(table.experts) == EXPERTS.split(",")
     for stack in tuned.calibration.stacks:
@@ -302,8 +303,7 @@ def test_several_datastores(lab: Lab, tuned: Tuned, tmp_path: Path) -> None:
 def test_several_datastores_are_tuned_together(
     lab: Lab, tuned: Tuned, copy: Path, tmp_path: Path
 ) -> None:
-    """The calibration lies in the first, and asks for both."""
-    (copy / "calibration.json").unlink()
+    """The calibration lies in the first, beside that of the first alone, which stays."""
     both = ["--dstore-filename", f"{copy}:{tuned.store}", "--knnlm", *K]
     table = tmp_path / "valid.npz"
     lab.evaluate("valid", *both, "--mixer", "none", "--score-table", table)
@@ -315,5 +315,8 @@ def test_several_datastores_are_tuned_together(
     assert fitted is not None
     stack = fitted.find(["knn", "knn2"], "gate")
     assert stack is not None
+    alone = read_calibration(copy / "calibration.json", [fingerprint])
+    assert alone is not None
+    assert alone.best.name == tuned.calibration.best.name
     expected = mixture_losses(read_table(table), stack.mixer).mean() / math.log(2)
     assert found["loss"] == pytest.approx(expected, abs=1e-4)

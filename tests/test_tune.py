@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from stores import assert_helps
 
 from fairseq_knnlm import tune
-from fairseq_knnlm.calibration import Calibration, Stack
+from fairseq_knnlm.calibration import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.mixers import LM, Component, Fixed, Gate, Mixer
+from fairseq_knnlm.mixers import CONVENTIONS, LM, Component, Fixed, Gate, Mixer
 from fairseq_knnlm.tables import ScoreTable
 from fairseq_knnlm.tune import Fitter, Parts, fit, lines, mixture_losses, stacks_of
 
@@ -116,6 +117,8 @@ def plain_losses(scores: ScoreTable, mixer: Mixer) -> np.ndarray:
     losses = []
     for row, weight in enumerate(weights):
         ps = [math.exp(column[row]) for column in columns]
+        if mixer.abstain == "lm":
+            ps = [ps[0] if math.isnan(p) else p for p in ps]
         known = [(w, p) for w, p in zip(weight, ps, strict=True) if not math.isnan(p)]
         total = sum(w for w, _ in known)
         losses.append(-math.log(sum(w * p for w, p in known) / total))
@@ -137,15 +140,15 @@ def weights_of(mixer: Mixer) -> list[Any]:
 @pytest.mark.parametrize("rows", [40, 399, 4000, 20_000, 100_003])
 def test_parts_share_every_row_out(rows: int) -> None:
     parts = Parts.of(rows)
-    everything = np.concatenate([parts.fit, parts.stop, parts.held_out])
-    assert np.array_equal(np.sort(everything), np.arange(rows))
-    for part, share in ((parts.fit, 0.8), (parts.stop, 0.1), (parts.held_out, 0.1)):
+    others = parts.stop, parts.choose, parts.report
+    assert np.array_equal(np.sort(np.concatenate([parts.fit, *others])), np.arange(rows))
+    for part, share in ((parts.fit, 0.7), *((each, 0.1) for each in others)):
         assert len(part) / rows == pytest.approx(share, abs=0.03)
 
 
 def test_parts_are_stretches_of_text() -> None:
     """Neighbouring tokens are alike: a token apart from its neighbours would be known by them."""
-    held_out = Parts.of(100_000).held_out
+    held_out = Parts.of(100_000).report
     breaks = np.flatnonzero(np.diff(held_out) > 1)
     assert len(breaks) + 1 == len(held_out) / tune.STRETCH
 
@@ -188,10 +191,13 @@ def test_losses_are_those_of_the_mixed_probabilities(kind: str) -> None:
 
 def test_figures_are_of_the_tokens_held_out() -> None:
     found = fit(told(1000))
-    held_out = Parts.of(1000).held_out
-    assert found.fitted_on["held_out"] == len(held_out)
+    parts = Parts.of(1000)
+    assert found.fitted_on["held_out"] == len(parts.report)
+    assert found.fitted_on["chosen_on"] == len(parts.choose)
     for each in found.stacks:
-        loss = plain_losses(told(1000), each.mixer)[held_out].mean()
+        losses = plain_losses(told(1000), each.mixer)
+        loss, choice = losses[parts.report].mean(), losses[parts.choose].mean()
+        assert each.choice_perplexity == pytest.approx(math.exp(choice), rel=1e-3)
         assert each.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
         assert each.bits == pytest.approx(loss / math.log(2), rel=1e-3)
     assert found.base_perplexity == found.stacks[0].perplexity
@@ -241,8 +247,8 @@ def test_where_nothing_helps_the_language_model_stays_alone() -> None:
 
 def test_lines_say_what_each_mixture_gains() -> None:
     mixer = Fixed((LM,), (1.0,))
-    stacks = [Stack((), mixer, 100.0, 6.6), Stack(("knn", "cache"), mixer, 87.65, 6.5)]
-    stacks.append(Stack(("lm2",), mixer, 102.0, 6.7))
+    stacks = [Stack((), mixer, 100.0, 6.6, 99), Stack(("knn", "cache"), mixer, 87.65, 6.5, 99)]
+    stacks.append(Stack(("lm2",), mixer, 102.0, 6.7, 99))
     found = replace(fit(told(400)), stacks=tuple(stacks), base_perplexity=100.0, default=1)
     assert lines(found) == [
         "mixture                      perplexity   change",
@@ -265,10 +271,10 @@ def test_one_seed_gives_one_calibration() -> None:
     assert fitted(one) != fitted(other)
 
 
-def test_nothing_is_fitted_on_the_tokens_held_out() -> None:
-    """Whatever stands there, the mixers are the same; only their figures change."""
-    scores = told(1000)
-    held_out = Parts.of(len(scores)).held_out
+def test_nothing_is_fitted_or_chosen_on_the_tokens_held_out() -> None:
+    """Whatever stands there, mixers, choices and thresholds are the same; only figures change."""
+    scores = keyed(told(1000))
+    held_out = Parts.of(len(scores)).report
     rng = np.random.default_rng(1)
     others = {name: column.copy() for name, column in scores.columns.items()}
     for column in others.values():
@@ -278,6 +284,26 @@ def test_nothing_is_fitted_on_the_tokens_held_out() -> None:
     for before, after in zip(one.stacks, other.stacks, strict=True):
         assert weights_of(before.mixer) == weights_of(after.mixer)
         assert before.perplexity != after.perplexity
+        assert before.choice_perplexity == after.choice_perplexity
+    assert one.default == other.default
+    assert one.skips
+    for ours, theirs in zip(one.skips, other.skips, strict=True):
+        assert ours.quantiles == theirs.quantiles
+        assert weights_of(ours.gate) == weights_of(theirs.gate)
+
+
+def test_the_default_is_chosen_by_tokens_on_which_it_is_not_reported() -> None:
+    """The neighbours help where it is chosen and hurt where it is reported."""
+    scores, parts = useless(1000), Parts.of(1000)
+    knn = scores["knn"].copy()
+    knn[np.concatenate([parts.fixed, parts.choose])] = -0.01
+    found = fit(replace(scores, columns=scores.columns | {"knn": knn}))
+    assert "knn" in found.best.experts
+    assert found.best.perplexity > found.base_perplexity
+    best = found.find(found.best.experts)
+    assert best is not None
+    assert best.choice_perplexity == found.best.choice_perplexity
+    assert best.choice_perplexity < found.stacks[0].choice_perplexity
 
 
 def test_gates_go_by_the_features_of_their_experts_and_of_the_language_model() -> None:
@@ -292,7 +318,14 @@ def test_gates_go_by_the_features_of_their_experts_and_of_the_language_model() -
 def test_the_card_says_what_was_fitted_on_what() -> None:
     found = fit(told(400), seed=3)
     assert (found.datastores, found.model) == (("d" * 64,), "m" * 64)
-    assert found.fitted_on == {"split": "valid", "tokens": 400, "held_out": 40, "seed": 3}
+    assert found.fitted_on == {
+        "split": "valid",
+        "tokens": 400,
+        "chosen_on": 40,
+        "held_out": 40,
+        "seed": 3,
+        "context": {},
+    }
     assert found.experts == {"knn": {"k": 8}, "cache": {"k": 8}}
 
 
@@ -307,6 +340,13 @@ def test_on_another_table() -> None:
         assert after.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
         assert after.bits == pytest.approx(loss / math.log(2), rel=1e-3)
     assert there.base_perplexity == there.stacks[0].perplexity
+
+
+def keyed(scores: ScoreTable) -> ScoreTable:
+    """With the queries, by which searches may be skipped."""
+    keys = np.random.default_rng(2).normal(size=(len(scores), 4)).astype(np.float32)
+    features = sorted([*scores.card["features"], "lm_key"])
+    return ScoreTable(scores.columns | {"lm_key": keys}, scores.card | {"features": features})
 
 
 def without(scores: ScoreTable, name: str) -> ScoreTable:
@@ -339,6 +379,103 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         with pytest.raises(TableError) as caught:
             tune.tested(found, spoilt)
         assert_helps(caught, says)
+
+
+def silent_at_times(seed: int = 6) -> ScoreTable:
+    """Drawn from a mixture of three in which who abstains leaves its weight to the model alone."""
+    rng = np.random.default_rng(seed)
+    columns = np.log(rng.beta(0.5, 1.5, (ROWS, 3)) + 1e-4)
+    columns[rng.random(ROWS) < 0.5, 1] = np.nan
+    columns[rng.random(ROWS) < 0.5, 2] = np.nan
+    lm, knn, cache = columns.T
+    grid = {"knn": settings(1.0), "cache": [{"suffix": 0, "theta": 1.0, "window": 500}]}
+    return table({"lm": lm, "knn": knn[:, None], "cache": cache[:, None]}, grid)
+
+
+def test_what_is_fitted_can_be_kept(tmp_path: Path) -> None:
+    """All kinds of mixers, in plain numbers."""
+    for scores in (keyed(told(400)), silent_at_times(), planted(5.0, 0.5)):
+        found = fit(scores)
+        write_calibration(tmp_path / "calibration.json", found)
+        kept = read_calibration(tmp_path / "calibration.json", found.datastores)
+        assert kept is not None
+        assert [each.name for each in kept.stacks] == [each.name for each in found.stacks]
+
+
+def test_valid_chooses_between_the_conventions() -> None:
+    """Each of them is fitted; the better one on the tokens to choose on is taken."""
+    scores = silent_at_times()
+    fitter = Fitter(scores)
+    chosen = fitter.fixed(["knn", "cache"])
+    columns = tune.log_probs(scores, chosen.components, fitter.parts.fixed)
+    losses = {}
+    for way in CONVENTIONS:
+        mixer = tune.fit_fixed(chosen.components, columns, abstain=way)
+        losses[way] = plain_losses(scores, mixer)[fitter.parts.choose].mean()
+    assert chosen.abstain == min(losses, key=losses.__getitem__)
+    assert losses["share"] != pytest.approx(losses["lm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 9, 39])
+def test_too_few_tokens_are_refused(rows: int) -> None:
+    some = told(400)
+    few = replace(some, columns={name: column[:rows] for name, column in some.columns.items()})
+    with pytest.raises(TableError) as caught:
+        fit(few)
+    assert_helps(caught, "too few tokens", "40 at least", f"found:    {rows}")
+
+
+def test_a_table_of_no_tokens_is_not_judged() -> None:
+    some = told(400)
+    none = replace(some, columns={name: column[:0] for name, column in some.columns.items()})
+    with pytest.raises(TableError, match="too few tokens"):
+        tune.tested(fit(some), none)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("knn", math.nan, "knn abstains from every token"),
+        ("cache", math.nan, "cache abstains from every token"),
+        ("lm", math.nan, "the language model gives tokens"),
+        ("lm", -math.inf, "the language model gives tokens"),
+        ("lm", -1e5, "no perplexity"),
+        ("knn", math.inf, "knn gives tokens"),
+    ],
+)
+def test_columns_of_which_nothing_can_be_made(name: str, value: float, says: str) -> None:
+    some = told(400)
+    column = np.full_like(some[name], value)
+    with pytest.raises(TableError) as caught:
+        fit(replace(some, columns=some.columns | {name: column}))
+    assert_helps(caught, says)
+
+
+def test_one_token_that_the_language_model_holds_for_impossible() -> None:
+    some = told(400)
+    lm = some["lm"].copy()
+    lm[77] = -math.inf
+    with pytest.raises(TableError) as caught:
+        fit(replace(some, columns=some.columns | {"lm": lm}))
+    assert_helps(caught, "no probability", "1 rows of 400")
+
+
+def test_text_that_the_datastore_holds_is_seen() -> None:
+    """Its own entry is at distance 0, but for rounding; of other text, and of inner products,
+    nobody is."""
+    some = told(400)
+
+    def share(distances: np.ndarray) -> float:
+        return tune.itself(replace(some, columns=some.columns | {"knn_distances": distances}))
+
+    far = 100 + np.arange(400 * 3, dtype=np.float32).reshape(400, 3)
+    own = far.copy()
+    own[:300, 0] = np.float32(0.01) * np.random.default_rng(0).normal(size=300)
+    assert share(far) == 0
+    assert share(own) == 0.75
+    assert share(-far) == 0
+    assert share(np.full((400, 3), np.nan, np.float32)) == 0
+    assert tune.itself(without(some, "knn_distances")) == 0
 
 
 def test_fit_needs_experts() -> None:
