@@ -33,10 +33,7 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 @pytest.mark.parametrize("k", [1024, 4096, 20_000])
 def test_memory_does_not_grow_with_k(k: int) -> None:
     """Keys of the paper's width; all of a batch's would be 2.5 to 49 GB."""
-    if k == 20_000:
-        program = PEAK.replace("(600", "(40")
-    else:
-        program = PEAK
+    program = PEAK if k < 20_000 else PEAK.replace("(600", "(40")
     done = subprocess.run(
         [sys.executable, "-c", program, str(k)], capture_output=True, text=True, check=True
     )
