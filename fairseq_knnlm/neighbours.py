@@ -92,6 +92,13 @@ class Retriever:
         self._checking.wait()
 
     @property
+    def measures_l2(self) -> bool:
+        """Whether the distances are squared L2, or the index's approximation of it."""
+        if self.similarity == "do_not_recomp_l2":
+            return self.index.card.metric == "l2"
+        return self.similarity == "l2"
+
+    @property
     def distances(self) -> str:
         """What the distances are, in words for a report."""
         if self.similarity != "do_not_recomp_l2":
