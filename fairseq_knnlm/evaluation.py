@@ -323,7 +323,8 @@ class EvaluationRun:
         """
         if self.setting.memory is not None:
             for retriever in self.setting.memory.retrievers.values():
-                retriever.check_files()
+                if checked := retriever.check_files():
+                    logger.info("checked the other %s chunks of %s", checked, retriever.store.path)
         found = self._results()
         failures: list[Exception] = []
         for publish in (self._publish_datastore, self._publish_table, self._publish_results):

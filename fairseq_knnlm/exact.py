@@ -39,7 +39,8 @@ class ExactSearch:
         self.card = card
         self._keys = torch.from_numpy(np.array(keys)).to(device)
         # An inner product is not that of what is left without the mean.
-        middle = keys.mean(axis=0, dtype=np.float64) if card.metric == "l2" else 0 * keys[0]
+        centred = card.metric == "l2"
+        middle = keys.mean(axis=0, dtype=np.float64) if centred else np.zeros(keys.shape[1])
         self._middle = torch.from_numpy(middle.astype(np.float32)).to(device)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

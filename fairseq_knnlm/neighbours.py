@@ -83,13 +83,17 @@ class Retriever:
         chunks = store.manifest.files.get(KEYS, {}).get("chunks", ()) if recomputes else ()
         self._checking = Checking(store.path / KEYS, chunks)
 
-    def check_files(self) -> None:
+    def check_files(self) -> int:
         """Waits until every key of the file that is read was compared with its checksum.
+
+        Returns:
+            How many chunks of the file were left for this when it was opened.
 
         Raises:
             DatastoreError: where keys are damaged.
         """
         self._checking.wait()
+        return self._checking.checked
 
     @property
     def measures_l2(self) -> bool:
@@ -227,8 +231,9 @@ class Retriever:
             )
 
     def _log_weights_of(self, rows: Tensor) -> Tensor | None:
-        if self._weights is None:
+        if self._weights is None or self.store.weights is None:
             return None
+        check_mapped(self.store.weights, f"weights of {self.store.path}")
         self._weights = self._weights.to(rows.device)
         return self._weights.index_select(0, rows.reshape(-1)).view(rows.shape).log()
 

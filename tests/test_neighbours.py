@@ -315,4 +315,4 @@ def test_keys_that_opening_left_unread_are_checked_while_they_are_used(
     assert unseen == chunks - 3
     (path / "keys.npy").write_bytes(whole)
     store = open_datastore(path)
-    Retriever(searcher(store), store, "l2").check_files()
+    assert Retriever(searcher(store), store, "l2").check_files() == chunks - 3
