@@ -3,7 +3,7 @@
 p_cache(w) is the sum over the earlier positions i of the window whose token was w of
 softmax_i(theta h_i . h_t), with h the features from which the model predicts. Only tokens that
 stand strictly before the one to be predicted count, across blocks and batches, so the text must be
-read in its order.
+read in its order. Where every sentence is a text of its own, each begins with an empty cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts import SUFFIXES, Opinion, Passage, joined
+from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.lm import CONTEXT
 
 #: Windows and thetas in a score table; these thetas are over sqrt(D), as attention's scale is.
@@ -57,6 +58,38 @@ def cache_grid(width: int) -> list[CacheSetting]:
             for x in SUFFIX_THETAS
         ),
     ]
+
+
+def cache_bytes(settings: Sequence[CacheSetting], width: int, *, features: bool = False) -> int:
+    """Bytes that a cache of these settings will need, for features of D = ``width``.
+
+    The window's keys, tokens and contexts, twice while it moves on; and for each query of a batch
+    its scores, their copies that are worked on (4 bytes each), and the masks (1 byte each).
+    """
+    windows = [setting.window for setting in settings] + [*(FEATURE_WINDOWS if features else ())]
+    suffixes = max([setting.suffix for setting in settings] + [2 if features else 0])
+    text = 4 * width + 8 * (CONTEXT + 2)
+    scores = QUERIES_AT_A_TIME * (3 * 4 + 3 + 2 * suffixes)
+    return (max(windows) + QUERIES_AT_A_TIME) * (2 * text + scores)
+
+
+def check_memory(needed: int, available: int) -> None:
+    """Refuses a window that memory cannot hold.
+
+    Args:
+        needed: bytes, by ``cache_bytes``.
+        available: bytes.
+
+    Raises:
+        ConfigError: where there are fewer.
+    """
+    if needed > available:
+        raise ConfigError(
+            "the cache does not fit into memory",
+            expected=f"{human_bytes(needed)}, which a window of so many tokens needs",
+            found=f"{human_bytes(available)} available",
+            do="pass a smaller --cache-window",
+        )
 
 
 def over_root(theta: float, width: int) -> float:
@@ -136,6 +169,10 @@ class CacheExpert:
         self._ring_of = torch.empty(far_end, dtype=torch.int64)
         for number, ring in enumerate(self.rings):
             self._ring_of[ring] = number
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins a text."""
         self._recent: Recent | None = None
         self._last_row = -1
         self._document = 0
@@ -146,6 +183,15 @@ class CacheExpert:
         Raises:
             ConfigError: where a batch lies before one that was already read.
         """
+        if passage.texts is None or not len(passage.rows):
+            return self._read_on(passage)
+        parts = []
+        for text in passage.apart():
+            self._forget()
+            parts.append(self._read_on(text))
+        return joined(parts)
+
+    def _read_on(self, passage: Passage) -> Opinion:
         rows = passage.rows
         order = rows.argsort()
         order = order[rows[order] >= 0]  # an added beginning of sentence is no text

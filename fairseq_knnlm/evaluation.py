@@ -5,16 +5,25 @@ who listens to it, what it leaves behind, what it reports.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fairseq_knnlm import config
-from fairseq_knnlm.cache import CacheExpert, CacheSetting, cache_grid
+from fairseq_knnlm.cache import (
+    CacheExpert,
+    CacheSetting,
+    cache_bytes,
+    cache_grid,
+    check_memory,
+)
 from fairseq_knnlm.datastore import DatastoreWriter, Origin
+from fairseq_knnlm.errors import ModelError, told
 from fairseq_knnlm.experts import (
     DISTANCE_RANKS,
     Expert,
@@ -29,7 +38,13 @@ from fairseq_knnlm.experts import (
 from fairseq_knnlm.files import write_json
 from fairseq_knnlm.index import wants_gpu
 from fairseq_knnlm.indexing import IndexBuilder, Wishes
-from fairseq_knnlm.lm import TargetLM, check_model, dictionary_fingerprint, model_fingerprint
+from fairseq_knnlm.lm import (
+    TargetLM,
+    check_finite,
+    check_model,
+    dictionary_fingerprint,
+    model_fingerprint,
+)
 from fairseq_knnlm.memory import Memory
 from fairseq_knnlm.mixers import Component, Fixed
 from fairseq_knnlm.mixture import describe, mixed_experts, mixture
@@ -38,10 +53,13 @@ from fairseq_knnlm.pointers import PointerExpert
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.report import closing_lines, results
 from fairseq_knnlm.saving import Saving
-from fairseq_knnlm.scorer import Blocks, FillsTable, KnnScorer, Listener
+from fairseq_knnlm.scorer import Blocks, FillsTable, KnnScorer, Listener, Sentences
 from fairseq_knnlm.versions import versions
 
 logger = logging.getLogger(__name__)
+
+#: Share of the tokens with an entry of their own from which a datastore seems to hold the text.
+RECALLED = 0.25
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,8 @@ class Setting:
         split: the split loaded last.
         memory: what ``--knnlm`` or ``--experts`` opened.
         second: the model of ``--expert-lm``.
+        context: blocks and context of the run, as ``Origin`` has them; None where sentences are
+            scored by themselves.
     """
 
     args: Any
@@ -63,6 +83,31 @@ class Setting:
     split: str
     memory: Memory | None
     second: Any = None
+    context: dict[str, Any] | None = None
+
+    def holds(self, models: Sequence[Any], split: str, context: dict[str, Any] | None) -> bool:
+        """Whether this is the setting of these very models, on that split."""
+        same = list(map(id, self.models)) == list(map(id, models))
+        return same and (self.split, self.context) == (split, context)
+
+    @cached_property
+    def model(self) -> str:
+        """Fingerprint of the first model, computed once.
+
+        Raises:
+            ModelError: where its weights are not all numbers.
+        """
+        return model_fingerprint(self.models[0])
+
+    @cached_property
+    def second_model(self) -> str:
+        """The same of the model of ``--expert-lm``."""
+        return model_fingerprint(self.second)
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The id that is put before each block and does not count."""
+        return self.dictionary.bos() if self.args.add_bos_token else None
 
 
 def make_scorer(
@@ -72,25 +117,31 @@ def make_scorer(
 
     Args:
         setting: flags, models, memory.
-        blocks: where the blocks lie, or None where rows do not matter.
+        blocks: where the blocks lie; left out, every sentence is a text of its own.
         listeners: told of every batch.
 
     Raises:
         DatastoreError: where the datastore is of another checkpoint.
+        ModelError: where a model's weights are not all numbers, or there are several models.
         TableError: where the calibration is.
-        ConfigError: where pointers are asked for and rows are not known.
+        ConfigError: where pointers are asked for and there is no text, or memory is too small.
     """
     args, memory = setting.args, setting.memory
     if blocks is None:
         config.check_in_text(args)
     key_type = str(args.knn_keytype) if memory or args.save_knnlm_dstore else None
+    if key_type is None:
+        for model in setting.models:
+            check_finite(model)
+    elif len(setting.models) > 1:
+        raise several_models(len(setting.models))
     panel, source = Panel(), ""
     if memory is not None:
         panel, source = _panel(setting, memory, for_table=bool(args.score_table and blocks))
     return KnnScorer(
         setting.dictionary.pad(),
         setting.dictionary.eos(),
-        blocks=blocks,
+        blocks=blocks if blocks is not None else Sentences(setting.bos),
         key_type=key_type,
         panel=panel,
         mixture_from=source,
@@ -98,16 +149,27 @@ def make_scorer(
     )
 
 
+def several_models(count: int) -> ModelError:
+    """What to raise where a datastore or another expert is asked for, and several checkpoints."""
+    return ModelError(
+        "a datastore belongs to one language model",
+        expected="one checkpoint",
+        found=f"{count}",
+        do="evaluate them one by one, or a second one as --expert-lm",
+    )
+
+
 def _panel(setting: Setting, memory: Memory, *, for_table: bool) -> tuple[Panel, str]:
     """Experts and mixer, and where the mixer comes from."""
     args = setting.args
-    model = model_fingerprint(setting.models[0])
     for store in memory.stores:
-        store.check_origin(model=model)
+        store.check_origin(model=setting.model)
     if memory.calibration is not None:
-        memory.calibration.check_model(model)
+        memory.calibration.check_model(setting.model)
     width = check_model(setting.models[0], str(args.knn_keytype))
-    chosen = mixture(args, memory.calibration, memory.experts, described(setting), width)
+    chosen = mixture(
+        *(args, memory.calibration, memory.experts, described(setting), width, setting.context)
+    )
     skipping = memory.skipping
     components, needed = list(chosen.mixer.components), set(chosen.mixer.features)
     if skipping is not None:
@@ -147,6 +209,7 @@ def _expert(
     if name == "cache":
         grid = cache_grid(width) if for_table else []
         columns = _distinct([*grid, *(CacheSetting(**setting) for setting in used)])
+        check_memory(cache_bytes(columns, width, features=features), available_memory())
         eos = setting.dictionary.eos()
         return CacheExpert(columns, eos, reset=args.cache_reset, features=features)
     if name == "ngram":
@@ -190,7 +253,7 @@ def described(setting: Setting) -> dict[str, dict[str, Any]]:
     if memory.ngram is not None:
         found["ngram"] = {"order": memory.ngram.order, "tokens": memory.ngram.tokens}
     if "lm2" in memory.experts:
-        found["lm2"] = {"model": model_fingerprint(setting.second)}
+        found["lm2"] = {"model": setting.second_model}
     return found
 
 
@@ -201,12 +264,9 @@ class EvaluationRun:
         setting: flags, models, memory.
         sizes: (number of blocks,) tokens of each block, in the order of the text.
         left_out: tokens in blocks that fairseq will drop.
-        context_window: tokens of context before each block.
     """
 
-    def __init__(
-        self, setting: Setting, sizes: np.ndarray, left_out: int, context_window: int
-    ) -> None:
+    def __init__(self, setting: Setting, sizes: np.ndarray, left_out: int) -> None:
         self.setting = setting
         self.left_out = left_out
         args = setting.args
@@ -214,14 +274,25 @@ class EvaluationRun:
         self.saving: Saving | None = None
         self.table: FillsTable | None = None
         if args.save_knnlm_dstore:
-            self.saving = _saving(setting, int(sizes.sum()), context_window)
+            self.saving = _saving(setting, int(sizes.sum()))
             listeners.append(self.saving)
         if args.score_table:
             self.table = FillsTable(Path(args.score_table))
             listeners.append(self.table)
-        bos = setting.dictionary.bos() if args.add_bos_token else None
-        self.blocks = Blocks(np.cumsum(sizes) - sizes, bos)
+        self.blocks = Blocks(np.cumsum(sizes) - sizes, setting.bos)
         self.scorer = make_scorer(setting, self.blocks, listeners)
+        self._warn_of_the_same_split()
+
+    def _warn_of_the_same_split(self) -> None:
+        setting = self.setting
+        for store in setting.memory.stores if setting.memory is not None else ():
+            origin = store.manifest.origin
+            if origin.split == setting.split and origin.model == setting.model:
+                logger.warning(
+                    "the datastore %s is of a split %r too: where it is the same text, every "
+                    "token finds its own entry, and the perplexity says nothing",
+                    *(store.path, setting.split),
+                )
 
     @property
     def sample_every(self) -> int:
@@ -242,25 +313,60 @@ class EvaluationRun:
         self.saving.learn(lm, self.blocks, batches, to_device)
 
     def finish(self) -> None:
-        """Publishes what was written and reports what was measured."""
-        args, found = self.setting.args, self._results()
+        """Publishes what was written and reports what was measured.
+
+        Where one thing cannot be published the others are, and what was measured is told.
+
+        Raises:
+            KnnlmError: where keys or values turn out to be damaged; nothing is published then.
+            Exception: the first that publishing raised.
+        """
+        if self.setting.memory is not None:
+            for retriever in self.setting.memory.retrievers.values():
+                if checked := retriever.check_files():
+                    logger.info("checked the other %s chunks of %s", checked, retriever.store.path)
+        found = self._results()
+        failures: list[Exception] = []
+        for publish in (self._publish_datastore, self._publish_table, self._publish_results):
+            try:
+                publish(found)
+            except Exception as error:
+                failures.append(error)
+        self._tell(found)
+        for failure in failures[1:]:
+            logger.error(told(failure)[0])
+        if failures:
+            raise failures[0]
+
+    def _publish_datastore(self, found: dict[str, Any]) -> None:
         if self.saving is not None:
             path = self.saving.publish()
             logger.info("saved %s entries in %s", f"{found['tokens']:,}", path)
+
+    def _publish_table(self, found: dict[str, Any]) -> None:
         if self.table is not None:
             experts = self.scorer.panel.experts
             self.table.writer.publish(_card(self.setting, experts, self.table.features, found))
-            logger.info("score table written to %s", args.score_table)
-        if args.results_json:
-            write_json(Path(args.results_json), found)
-        if found["tokens_impossible"]:
-            logger.warning(
-                "%s tokens have probability 0: the loss is infinite, while fairseq's own figure "
-                "below leaves them out",
-                f"{found['tokens_impossible']:,}",
-            )
+            logger.info("score table written to %s", self.setting.args.score_table)
+
+    def _publish_results(self, found: dict[str, Any]) -> None:
+        if self.setting.args.results_json:
+            write_json(Path(self.setting.args.results_json), found)
+
+    def _tell(self, found: dict[str, Any]) -> None:
         for line in closing_lines(found):
             logger.info(line)
+        if found.get("tokens_recalled", 0) > RECALLED * found["tokens"]:
+            logger.warning(
+                "%s of %s tokens have an entry of their own in the datastore, at no distance: it "
+                "seems to hold the evaluated text, and then the perplexity says nothing",
+                *(f"{found[name]:,}" for name in ("tokens_recalled", "tokens")),
+            )
+        if found["tokens_impossible"]:
+            logger.warning(
+                "%s tokens have probability 0: the loss is infinite",
+                f"{found['tokens_impossible']:,}",
+            )
 
     def _results(self) -> dict[str, Any]:
         tally, memory = self.scorer.tally, self.setting.memory
@@ -274,7 +380,8 @@ class EvaluationRun:
         )
         if memory is not None:
             found |= self._mixed(memory)
-        return found | {"split": self.setting.split, "versions": versions()}
+        where = {"split": self.setting.split, "context": self.setting.context}
+        return found | where | {"versions": versions()}
 
     def _mixed(self, memory: Memory) -> dict[str, Any]:
         """What was mixed, for the results."""
@@ -298,6 +405,7 @@ class EvaluationRun:
             found |= {
                 "k": self.setting.args.k,
                 "search_seconds": sum(expert.search_seconds for expert in knn),
+                "tokens_recalled": max((expert.recalled for expert in knn), default=0),
                 "index": retriever.index.card.describe(),
                 "distances": retriever.distances,
             }
@@ -316,19 +424,25 @@ class EvaluationRun:
         return found
 
 
-def _saving(setting: Setting, rows: int, context_window: int) -> Saving:
+def available_memory() -> int:
+    """Bytes that this process may still take, as far as the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":") for line in lines)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _saving(setting: Setting, rows: int) -> Saving:
     args, model = setting.args, setting.models[0]
     origin = Origin(
-        model=model_fingerprint(model),
+        model=setting.model,
         dictionary=dictionary_fingerprint(setting.dictionary.symbols),
         vocabulary=len(setting.dictionary),
         key_type=str(args.knn_keytype),
         split=setting.split,
-        context={
-            "tokens_per_sample": args.tokens_per_sample,
-            "context_window": context_window,
-            "sample_break_mode": str(args.sample_break_mode),
-        },
+        context=setting.context or {},
         versions=versions(),
     )
     width = check_model(model, origin.key_type)
@@ -350,7 +464,7 @@ def _card(
     setting: Setting, experts: Sequence[Expert], features: Iterable[str], found: dict[str, Any]
 ) -> dict[str, Any]:
     """What the score table says of itself: the results, and what its columns are."""
-    card = {**found, "model": model_fingerprint(setting.models[0]), "experts": {}, "features": []}
+    card = {**found, "model": setting.model, "experts": {}, "features": []}
     if setting.memory is not None:
         card |= {
             "datastores": [store.fingerprint for store in setting.memory.stores],

@@ -28,6 +28,10 @@ TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(-4, 19))
 #: Queries searched at a time: enough for FAISS to share work between them, and few enough for
 #: memory to be used again in the place of new memory, which costs more than the arithmetic on it.
 QUERIES_AT_A_TIME = 1024
+#: Neighbours of these queries at a time, which bounds memory where there are many of each.
+NEIGHBOURS_AT_A_TIME = 2**21
+#: |query - key|^2 / |query|^2 up to which they are the same but for rounding to float16.
+SAME = 2.0**-22
 #: Neighbours whose distance is a feature.
 DISTANCE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: Neighbours in whose tokens distinct ones are counted.
@@ -49,15 +53,26 @@ class Passage:
         scored: targets, their contexts and keys.
         rows: (N,) int64, the token's place in the text; -1 where it does not count.
         sample: fairseq's batch, for an expert that is a model itself.
+        texts: (N,) int64, ascending: the text that each token is of, where every sentence of a
+            batch is one of its own; None where all batches are one text.
     """
 
     scored: Scored
     rows: Tensor
     sample: dict[str, Any] = field(default_factory=dict)
+    texts: Tensor | None = None
 
     def at(self, places: Tensor) -> Passage:
         """Some of the tokens, without fairseq's batch."""
-        return Passage(self.scored.at(places), self.rows[places])
+        texts = None if self.texts is None else self.texts[places]
+        return Passage(self.scored.at(places), self.rows[places], texts=texts)
+
+    def apart(self) -> list[Passage]:
+        """Its texts, one by one."""
+        assert self.texts is not None
+        lengths = self.texts.unique_consecutive(return_counts=True)[1].tolist()
+        places = torch.arange(len(self.rows), device=self.rows.device)
+        return [self.at(some) for some in places.split(lengths)]
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,12 @@ class KnnExpert:
         settings: temperatures and the like, a column each.
         features: name features too.
         name: ``knn``, with a number from the second datastore on.
+
+    Attributes:
+        search_seconds: spent so far.
+        asked: tokens so far.
+        recalled: those of them whose own entry seems to be in the datastore: one at no distance,
+            with the right token.
     """
 
     def __init__(
@@ -152,6 +173,7 @@ class KnnExpert:
         self.features = features
         self.name = name
         self.search_seconds = 0.0
+        self.asked = self.recalled = 0
         if features:
             size = retriever.store.manifest.origin.vocabulary
             counts = np.bincount(retriever.store.values, minlength=size)
@@ -162,7 +184,8 @@ class KnnExpert:
         scored = passage.scored
         assert scored.keys is not None
         pieces = (scored.keys, scored.targets, scored.context, passage.rows)
-        some = zip(*(piece.split(QUERIES_AT_A_TIME) for piece in pieces), strict=True)
+        step = max(1, min(QUERIES_AT_A_TIME, NEIGHBOURS_AT_A_TIME // self.k))
+        some = zip(*(piece.split(step) for piece in pieces), strict=True)
         return joined([self._opinion(*part) for part in some])
 
     def near(self, keys: Tensor, targets: Tensor, rows: Tensor) -> Neighbours:
@@ -183,8 +206,20 @@ class KnnExpert:
             near = near.nearest_first()
         wanted = max(setting.suffix for setting in self.columns)
         shared = self._shared(near, context, max(SUFFIXES) if self.features else wanted)
-        log_probs = self._log_probs(near, near.values == targets[:, None], shared)
+        matches = near.values == targets[:, None]
+        self.asked += len(keys)
+        self.recalled += self._recalled(near, matches, keys)
+        log_probs = self._log_probs(near, matches, shared)
         return Opinion(log_probs, self._features(near, shared, context) if self.features else {})
+
+    def _recalled(self, near: Neighbours, matches: Tensor, keys: Tensor) -> int:
+        """How many queries have their own target at no distance."""
+        if not self.retriever.measures_l2:
+            return 0
+        limits = SAME * keys.float().square().sum(dim=1)
+        rows = (near.distances.amin(dim=1) <= limits).nonzero().squeeze(1)
+        same = near.distances[rows] <= limits[rows, None]
+        return int((same & matches[rows]).any(dim=1).sum())
 
     def _shared(self, near: Neighbours, context: Tensor, suffix: int) -> list[Tensor]:
         """(N, K) bool for 0, 1, ... ``suffix`` tokens: the neighbour's last ones are the same."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +22,10 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
 import msgspec
+import numpy as np
 from tqdm import tqdm
 
-from fairseq_knnlm.errors import BusyError, OutputError
+from fairseq_knnlm.errors import BusyError, DatastoreError, OutputError
 
 T = TypeVar("T")
 
@@ -344,9 +347,7 @@ def checksums(path: Path, chunks: Sequence[int] | None = None) -> list[str]:
         chunks = range(chunk_count(path))
 
     def digest(chunk: int) -> str:
-        with path.open("rb") as file:
-            file.seek(chunk * CHUNK_BYTES)
-            return hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest()[:16]
+        return _checksum(path, chunk)
 
     # hashlib lets go of the interpreter lock, so threads are enough; four bound the memory.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -354,6 +355,12 @@ def checksums(path: Path, chunks: Sequence[int] | None = None) -> list[str]:
         label = f"checking {path.name}"
         # Shown only where it takes long enough to wonder.
         return list(tqdm(digests, total=len(chunks), desc=label, unit=" chunks", delay=2))
+
+
+def _checksum(path: Path, chunk: int) -> str:
+    with path.open("rb") as file:
+        file.seek(chunk * CHUNK_BYTES)
+        return hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest()[:16]
 
 
 def altered(path: Path, expected: Sequence[str], *, everything: bool = False) -> bool:
@@ -372,6 +379,76 @@ def sampled_chunks(total: int) -> Sequence[int]:
         return range(total)
     step = (total - 1) / (CHUNKS_ON_OPEN - 1)
     return sorted({round(i * step) for i in range(CHUNKS_ON_OPEN)})
+
+
+def check_mapped(array: np.ndarray, what: str) -> None:
+    """Refuses to read an array whose file became shorter since it was mapped.
+
+    Reading behind its end would end the process without a message.
+
+    Raises:
+        DatastoreError: naming ``what`` the array is.
+    """
+    owner: Any = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = getattr(owner, "base", None)
+    if owner is not None and owner.size() < len(owner):
+        raise DatastoreError(
+            f"the {what} were cut off while they were read",
+            expected=f"a file of {len(owner):,} bytes, as when it was opened",
+            found=f"{owner.size():,} bytes",
+            do="restore it, and let nobody write to a datastore that is in use",
+        )
+
+
+class Checking:
+    """Compares the chunks of a file that opening left unread, in a thread, while it is in use.
+
+    Args:
+        path: the file.
+        expected: the checksums of all its chunks.
+    """
+
+    def __init__(self, path: Path, expected: Sequence[str]) -> None:
+        self.path = path
+        self.checked = 0
+        self._expected = expected
+        self._left = sorted(set(range(len(expected))) - set(sampled_chunks(len(expected))))
+        self._failure: DatastoreError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Says so, if damage was found by now.
+
+        Raises:
+            DatastoreError: where it was.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def wait(self) -> None:
+        """Waits for the last chunk.
+
+        Raises:
+            DatastoreError: where the file is damaged.
+        """
+        self._thread.join()
+        self.check()
+
+    def _run(self) -> None:
+        try:
+            for chunk in self._left:
+                if _checksum(self.path, chunk) != self._expected[chunk]:
+                    raise ValueError("other ones (checksums differ)")
+                self.checked += 1
+        except (OSError, ValueError) as error:
+            self._failure = DatastoreError(
+                f"{self.path} is damaged",
+                expected="the bytes that were written",
+                found=error,
+                do="restore it from a copy, or save the datastore again",
+            )
 
 
 def chunk_count(path: Path) -> int:

@@ -5,6 +5,8 @@
   task before that, puts our scorer under that name; its use puts the stock one back.
 * A user's mistake (``KnnlmError``) ends a program with its message and exit code 1, not with a
   traceback. fairseq's commands catch nothing, so this hangs on the hook for uncaught exceptions.
+* fairseq's own figure at the end of an evaluation is corrected where tokens have probability 0.
+* A crash in a library tells where it happened.
 * Deprecations inside fairseq's libraries are kept off the screen.
 * ``np.compat.long``, which NumPy 2 no longer has, is there for fairseq's sentence-wise data sets
   (hub scoring, ``--sample-break-mode eos``).
@@ -13,6 +15,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -47,6 +51,9 @@ def settle_in() -> None:
     """Prepares the process; done once, when the package is imported."""
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
+    if sys.stderr is sys.__stderr__ and not faulthandler.is_enabled():
+        with contextlib.suppress(Exception):  # a standard error that is no file
+            faulthandler.enable()
     logging.getLogger("hydra").setLevel(logging.WARNING)
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=np.int64)  # type: ignore[attr-defined]
@@ -104,6 +111,36 @@ def hand_over(scorer: Any) -> None:
 
     for host in hosts:
         host.SequenceScorer = make
+    CorrectsLoss(scorer.tally)
+
+
+class CorrectsLoss(logging.Filter):
+    """Has the last line of fairseq's report of one run say what our tally knows.
+
+    fairseq adds up scores that had to be finite, and would give a figure where there is none.
+
+    Args:
+        tally: with ``impossible``, the number of tokens that have probability 0.
+    """
+
+    def __init__(self, tally: Any) -> None:
+        super().__init__()
+        self._tally = tally
+        self._logger = logging.getLogger("fairseq_cli.eval_lm")
+        for other in [one for one in self._logger.filters if isinstance(one, CorrectsLoss)]:
+            self._logger.removeFilter(other)  # of a run that ended early
+        self._logger.addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("Loss (base 2)"):
+            self._logger.removeFilter(self)
+            if self._tally.impossible:
+                record.levelno, record.levelname = logging.WARNING, "WARNING"
+                record.msg = (
+                    "Loss (base 2): inf, Perplexity: inf. "
+                    f"{self._tally.impossible:,} tokens have probability 0."
+                )
+        return True
 
 
 class WithEnd:

@@ -8,6 +8,7 @@ computed, never the whole vocabulary for a position of context.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from fairseq_knnlm.errors import ModelError
 LOGITS_AT_A_TIME = 2**22
 #: Tokens before a target that a scored position knows: what n-grams and matches of words go by.
 CONTEXT = 4
+#: What every key type reads of a decoder's last layer.
+LAYER_PARTS = ("fc1", "self_attn", "self_attn_layer_norm", "final_layer_norm", "normalize_before")
 #: Layers that are known to do nothing between positions but attend.
 PLAIN_LAYERS = {
     "fairseq.modules.transformer_layer.TransformerDecoderLayer",
@@ -120,10 +123,20 @@ class Scored:
 
 
 def is_supported(model: nn.Module) -> bool:
-    """True for a decoder built of fairseq's Transformer layers."""
+    """True for a decoder of fairseq's Transformer kind: all that is read of one is there.
+
+    Others stop at no features when asked to, or have layers without attention, or no output layer
+    of their own.
+    """
     decoder: Any = getattr(model, "decoder", None)
     layers: Any = getattr(decoder, "layers", None)
-    return bool(layers) and hasattr(layers[-1], "fc1") and hasattr(decoder, "adaptive_softmax")
+    return (
+        bool(layers)
+        and all(hasattr(layers[-1], part) for part in LAYER_PARTS)
+        and hasattr(decoder, "adaptive_softmax")
+        and (decoder.adaptive_softmax is not None or hasattr(decoder, "output_layer"))
+        and "features_only" in inspect.signature(decoder.forward).parameters
+    )
 
 
 def check_model(model: nn.Module, key_type: str) -> int:
@@ -155,12 +168,39 @@ def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the weights' names, shapes and values.
 
     Values count as float16, so that a model evaluated with ``--fp16`` is the same model.
+
+    Raises:
+        ModelError: where a weight is NaN or infinite.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
+        values = weight.detach().half().cpu().contiguous()
+        if not values.isfinite().all():  # or only too large for float16
+            _check_finite(name, weight)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().half().cpu().contiguous().numpy().data)
+        digest.update(values.numpy().data)
     return digest.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuses a model with weights that are no numbers, as ``model_fingerprint`` does.
+
+    Raises:
+        ModelError: where a weight is NaN or infinite.
+    """
+    for name, weight in model.named_parameters():
+        _check_finite(name, weight)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    bad = weight.numel() - int(weight.detach().isfinite().sum())
+    if bad:
+        raise ModelError(
+            "the language model's weights are not all numbers",
+            expected="finite weights",
+            found=f"{bad:,} that are NaN or infinite in {name}",
+            do="use another checkpoint; one whose training went astray cannot be mended",
+        )
 
 
 def dictionary_fingerprint(symbols: Sequence[str]) -> str:

@@ -102,6 +102,7 @@ def mixture(
     experts: Sequence[str],
     described: dict[str, dict[str, Any]],
     width: int,
+    context: dict[str, Any] | None = None,
 ) -> Mixture:
     """What flags, else the calibration, else defaults come to.
 
@@ -111,6 +112,7 @@ def mixture(
         experts: names of those to ask.
         described: what each expert is in this run, to compare with the calibration.
         width: dimensions of a key, D.
+        context: blocks and context of this run; None where it has none.
 
     Raises:
         ConfigError: where ``--mixer`` asks for what was not fitted, or flags contradict it.
@@ -123,6 +125,7 @@ def mixture(
     if stack is not None and not given:
         assert calibration is not None
         _compare(calibration, described, stack)
+        _compare_context(calibration, context)
         return Mixture(stack.mixer, f"calibrated on {calibration.fitted_on['split']}")
     if kind not in ("auto", "fixed"):
         raise ConfigError(
@@ -218,6 +221,17 @@ def _compare(calibration: Calibration, described: dict[str, dict[str, Any]], sta
                 "`fairseq-knnlm tune` where figures matter.",
                 *(name, _words(then), _words(now)),
             )
+
+
+def _compare_context(calibration: Calibration, now: dict[str, Any] | None) -> None:
+    """Warns where tokens see other contexts than those that the mixture was fitted on."""
+    then = calibration.fitted_on.get("context")
+    if then and now and then != now:
+        logger.warning(
+            "the calibration was fitted with %s; this run has %s. Its weights are for other "
+            "contexts: fit it again with `fairseq-knnlm tune` where figures matter.",
+            *(_words(then), _words(now)),
+        )
 
 
 def _words(described: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.datastore import KEYS, Datastore
+from fairseq_knnlm.distances import GATHER_BYTES, distances_to_rows
+from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
+from fairseq_knnlm.files import Checking, check_mapped
 from fairseq_knnlm.index import IndexCard
-
-#: Bytes of float32 keys held at a time while distances are recomputed: few enough for a cache.
-GATHER_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,27 @@ class Retriever:
         self._projection = None if store.projection is None else _as_tensor(store.projection)
         recomputes = similarity != "do_not_recomp_l2"
         self._keys = _as_tensor(store.full_keys()) if recomputes else None
+        sums = store.manifest.files.get(KEYS) if recomputes else None
+        self._checking = Checking(store.path / KEYS, sums.chunks if sums is not None else ())
+
+    def check_files(self) -> int:
+        """Waits until every key of the file that is read was compared with its checksum.
+
+        Returns:
+            How many chunks of the file were left for this when it was opened.
+
+        Raises:
+            DatastoreError: where keys are damaged.
+        """
+        self._checking.wait()
+        return self._checking.checked
+
+    @property
+    def measures_l2(self) -> bool:
+        """Whether the distances are squared L2, or the index's approximation of it."""
+        if self.similarity == "do_not_recomp_l2":
+            return self.index.card.metric == "l2"
+        return self.similarity == "l2"
 
     @property
     def distances(self) -> str:
@@ -96,9 +118,15 @@ class Retriever:
         Args:
             queries: (N, D), any float type, any device; D is the language model's width.
             k: neighbours a query.
+
+        Raises:
+            DatastoreError: where keys or values that were found are none, or a file shrank.
+            IndexFileError: where the index names entries that the datastore does not have.
+            ModelError: where a query is not finite.
         """
         queries = self._projected(queries)
         found, ids = self.index.search(queries, k)
+        self._check_ids(ids)
         if self.similarity == "do_not_recomp_l2":
             return self.entries(ids, found if self.index.card.metric == "l2" else found.neg_())
         return self.entries(ids, self._recompute(queries, ids.clamp_min(0)))
@@ -115,6 +143,13 @@ class Retriever:
         if not bool(valid.all()):
             rows = ids.clamp_min(0)
             distances.masked_fill_(~valid, torch.inf)
+        if not torch.equal(distances.isfinite(), valid):
+            raise DatastoreError(
+                f"the index of {self.store.path} gives distances that are no numbers",
+                expected="finite distances",
+                found="NaN or infinity",
+                do="check the datastore with `fairseq-knnlm verify`, and build the index again",
+            )
         return Neighbours(ids, distances, self._values_of(rows), valid, self._log_weights_of(rows))
 
     def distances_to(self, queries: Tensor, ids: Tensor) -> Tensor:
@@ -135,6 +170,13 @@ class Retriever:
     def _projected(self, queries: Tensor) -> Tensor:
         """Queries as the datastore's keys are."""
         queries = queries.detach().float()
+        if not _all_finite(queries):
+            raise ModelError(
+                "the language model gives keys that are NaN or infinite",
+                expected="finite keys to search with",
+                found="others, as where float16 overflows or a checkpoint is damaged",
+                do="leave --fp16 out, or check the checkpoint",
+            )
         if self._projection is None:
             return queries
         self._projection = self._projection.to(queries.device)
@@ -156,37 +198,67 @@ class Retriever:
         rows = ids - steps
         return self._values_of(rows.clamp_min(0)).masked_fill(rows < 0, -1)
 
+    def _check_ids(self, ids: Tensor) -> None:
+        low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
+        if low < -1 or high >= len(self.store):
+            raise IndexFileError(
+                "the index names entries that the datastore does not have",
+                expected=f"entries from 0 to {len(self.store) - 1:,}, or -1 for none",
+                found=f"from {low:,} to {high:,}",
+                do="build the index of this datastore again",
+            )
+
     def _values_of(self, rows: Tensor) -> Tensor:
         """The tokens at these rows, from a copy of the values on the rows' device."""
+        check_mapped(self.store.values, f"values of {self.store.path}")
         if self._values.device != rows.device:
             self._values = self._values.to(rows.device)
         values = self._values.index_select(0, rows.reshape(-1)).view(rows.shape)
         # uint16 travels as int16, with which torch can do more.
-        return values.int().bitwise_and_(0xFFFF) if values.dtype == torch.int16 else values
+        if values.dtype == torch.int16:
+            values = values.int().bitwise_and_(0xFFFF)
+        self._check_values(values)
+        return values
+
+    def _check_values(self, values: Tensor) -> None:
+        low, high = map(int, values.aminmax()) if values.numel() else (0, 0)
+        if low < 0 or high >= self.store.manifest.origin.vocabulary:
+            raise DatastoreError(
+                f"values of {self.store.path} are no tokens of the dictionary",
+                expected=f"from 0 to {self.store.manifest.origin.vocabulary - 1:,}",
+                found=f"from {low:,} to {high:,}",
+                do="check it with `fairseq-knnlm verify`, and save the datastore again",
+            )
 
     def _log_weights_of(self, rows: Tensor) -> Tensor | None:
-        if self._weights is None:
+        if self._weights is None or self.store.weights is None:
             return None
+        check_mapped(self.store.weights, f"weights of {self.store.path}")
         self._weights = self._weights.to(rows.device)
         return self._weights.index_select(0, rows.reshape(-1)).view(rows.shape).log()
 
     def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
         assert self._keys is not None
-        # index_select reads the map in parallel. One query's neighbours lie in few lists but all
-        # over the file; sorting them by row first costs more than it gains.
-        queries_at_a_time = max(1, GATHER_BYTES // (rows.shape[1] * queries.shape[1] * 4))
-        parts = []
-        for asked, wanted in zip(
-            queries.split(queries_at_a_time), rows.cpu().split(queries_at_a_time), strict=True
-        ):
-            near = self._keys.index_select(0, wanted.reshape(-1)).to(queries.device).float()
-            near = near.view(*wanted.shape, queries.shape[1])
-            if self.similarity == "dot":
-                parts.append(-(near @ asked[:, :, None]).squeeze(2))
-            else:
-                parts.append(near.sub_(asked[:, None]).square_().sum(dim=2))
-        return torch.cat(parts)
+        self._checking.check()
+        check_mapped(self.store.full_keys(), f"keys of {self.store.path}")
+        found = distances_to_rows(self._keys, queries, rows, self.similarity)
+        if not _all_finite(found):
+            raise DatastoreError(
+                f"keys of {self.store.path} are NaN or infinite, or too large",
+                expected="finite keys, and distances that float32 can hold",
+                found="a neighbour whose recomputed distance is none",
+                do="check it with `fairseq-knnlm verify`, and save the datastore again",
+            )
+        return found
+
+
+def _all_finite(numbers: Tensor) -> bool:
+    """Whether there is no NaN and no infinity among them, in one pass and no memory."""
+    if not numbers.numel():
+        return True
+    low, high = numbers.aminmax()
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+#: The loss whose perplexity a float can just hold.
+MOST_BITS = 1023
+
 
 def results(
     *,
@@ -40,18 +43,20 @@ def results(
 
 
 def _bits(log_prob: float, tokens: int) -> float | None:
-    """Mean loss in bits; None (JSON's null) where it is infinite or there are no tokens."""
-    if not tokens or math.isinf(log_prob):
+    """Mean loss in bits; None (JSON's null) where it is no number or there are no tokens."""
+    if not tokens or not math.isfinite(log_prob):
         return None
     return -log_prob / tokens / math.log(2)
 
 
 def _power(loss: float | None) -> float | None:
-    return None if loss is None else 2**loss
+    return None if loss is None or loss > MOST_BITS else 2**loss
 
 
 def closing_lines(found: dict[str, Any]) -> list[str]:
     """The end of a run's report."""
+    if not found["tokens"]:
+        return ["no tokens were scored"]
     lines = [_line("base LM", found["base_loss"], found["base_perplexity"], found["tokens"])]
     if "mixture" in found:
         if found["mixed"]:

@@ -47,6 +47,33 @@ class Blocks:
             rows = rows.masked_fill(scored.targets == self.bos, -1)
         return rows.cpu().numpy()
 
+    def texts(self, scored: Scored) -> Tensor | None:
+        """None: all blocks are one text."""
+        return None
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Every sentence of a batch is a text of its own, whose rows count from 0.
+
+    Attributes:
+        bos: as in ``Blocks``.
+    """
+
+    bos: int | None = None
+
+    def rows(self, ids: Tensor, scored: Scored) -> np.ndarray:
+        """The row of each scored token, (N,) int64; -1 for an added beginning of sentence."""
+        counted = scored.mask.clone()
+        if self.bos is not None:
+            counted[scored.mask] = scored.targets != self.bos
+        rows = (counted.cumsum(dim=1) - 1).masked_fill(~counted, -1)
+        return rows[scored.mask].cpu().numpy()
+
+    def texts(self, scored: Scored) -> Tensor | None:
+        """The sentence of each scored token, (N,) int64."""
+        return scored.mask.nonzero()[:, 0]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -125,7 +152,7 @@ class KnnScorer:
     Args:
         pad: the padding token's id.
         eos: the id that ends a sentence; ``fairseq-generate`` reads it.
-        blocks: where the blocks lie, or None where rows do not matter.
+        blocks: where the blocks lie; left out, every sentence is a text of its own.
         key_type: capture these keys, or None for none.
         panel: experts and their mixer.
         mixture_from: where the mixer comes from, in words.
@@ -137,7 +164,7 @@ class KnnScorer:
         pad: int,
         eos: int,
         *,
-        blocks: Blocks | None = None,
+        blocks: Blocks | Sentences | None = None,
         key_type: str | None = None,
         panel: Panel | None = None,
         mixture_from: str = "",
@@ -145,7 +172,7 @@ class KnnScorer:
     ) -> None:
         self.pad = pad
         self.eos = eos
-        self.blocks = blocks
+        self.blocks = blocks if blocks is not None else Sentences()
         self.key_type = key_type
         self.panel = panel if panel is not None else Panel()
         self.mixture_from = mixture_from
@@ -167,20 +194,22 @@ class KnnScorer:
             log) and their mean ``score``.
 
         Raises:
-            ModelError: where keys are needed of an ensemble.
+            ModelError: where keys are needed of an ensemble, or a probability is none.
         """
         started = time.perf_counter()
         scored, base = self._base(models, sample)
-        rows = np.full(len(base), -1)
-        if self.blocks is not None:
-            rows = self.blocks.rows(sample["id"], scored)
+        rows = self.blocks.rows(sample["id"], scored)
         places = torch.from_numpy(rows).to(base.device)
-        verdict = self.panel.judge(base, Passage(scored, places, sample))
+        passage = Passage(scored, places, sample, self.blocks.texts(scored))
+        verdict = self.panel.judge(base, passage)
         mixed = verdict.log_probs
         batch = Batch(rows, scored, base, mixed, verdict.opinions)
         for listener in self.listeners:
             listener.take(batch)
         self.tally.seconds += time.perf_counter() - started
+        if isinstance(self.blocks, Blocks):
+            # fairseq-eval-lm would leave out infinite scores, and fail to say so.
+            mixed = mixed.clamp_min(torch.finfo(mixed.dtype).min)
         return _hypotheses(scored, mixed)
 
     def _base(self, models: Sequence[nn.Module], sample: dict[str, Any]) -> tuple[Scored, Tensor]:
@@ -197,6 +226,13 @@ class KnnScorer:
             scored = lm.score(sample)
             columns.append(lm.target_log_probs(scored))
         mean = torch.logsumexp(torch.stack(columns), dim=0) - math.log(len(columns))
+        if mean.isnan().any():
+            raise ModelError(
+                "the language model gives probabilities that are no numbers",
+                expected="a probability for each token",
+                found="NaN",
+                do="leave --fp16 out, or check the checkpoint",
+            )
         return scored, mean
 
 

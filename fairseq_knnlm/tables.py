@@ -89,6 +89,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: Count = 0
     tokens_left_out: Count = 0
     tokens_impossible: Count = 0
+    tokens_recalled: Count = 0
     base_loss: Finite | None = None
     base_perplexity: Finite | None = None
     loss: Finite | None = None

@@ -21,7 +21,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq_knnlm import config
 from fairseq_knnlm.datastore import check_new
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.evaluation import EvaluationRun, Setting, make_scorer
+from fairseq_knnlm.evaluation import EvaluationRun, Setting, make_scorer, several_models
 from fairseq_knnlm.host import WithEnd, hand_over
 from fairseq_knnlm.lm import check_model, is_supported
 from fairseq_knnlm.memory import Memory, open_memory
@@ -47,6 +47,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         self.models: list[Any] = []
         self.split = ""
         self.memory: Memory | None = None
+        self._known: Setting | None = None
 
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> KnnLanguageModelingTask:
@@ -66,6 +67,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             width = check_model(model, str(self.args.knn_keytype))
             for store in self.memory.stores if self.memory is not None else ():
                 store.check_origin(width=width)
+            if self.models:
+                raise several_models(len(self.models) + 1)
         self.models.append(model)
         return model
 
@@ -118,7 +121,12 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             config.check_stock_is_enough(self.args, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
             return load(num_shards=num_shards, shard_id=shard_id)
-        run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)
+        context = {
+            "tokens_per_sample": self.args.tokens_per_sample,
+            "context_window": context_window,
+            "sample_break_mode": str(self.args.sample_break_mode),
+        }
+        run = EvaluationRun(self._setting(self.models, context), sizes, left_out)
         if run.sample_every:
             on_gpu = next(self.models[0].parameters()).is_cuda
             run.learn(
@@ -131,9 +139,18 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         hand_over(run.scorer)
         return WithEnd(load(num_shards=num_shards, shard_id=shard_id), run.finish)
 
-    def _setting(self, models: list[Any]) -> Setting:
-        second = self._second(models[0]) if self.memory and "lm2" in self.memory.experts else None
-        return Setting(self.args, models, self.target_dictionary, self.split, self.memory, second)
+    def _setting(self, models: Any, context: dict[str, Any] | None = None) -> Setting:
+        """The same one as long as the models are: their weights are read once."""
+        known, models = self._known, list(models)
+        if known is None or not known.holds(models, self.split, context):
+            second = None
+            if self.memory is not None and "lm2" in self.memory.experts:
+                second = self._second(models[0])
+            known = self._known = Setting(
+                *(self.args, models, self.target_dictionary, self.split, self.memory),
+                *(second, context),
+            )
+        return known
 
     def _second(self, first: Any) -> Any:
         """The model of ``--expert-lm``, where the first one is."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from stores import build_index, random_entries
+from stores import brute_force, build_index, random_entries
 
 from fairseq_knnlm import exact as module
 from fairseq_knnlm.exact import ExactSearch
@@ -64,3 +65,23 @@ def test_a_key_is_its_own_nearest_neighbour_at_no_distance() -> None:
     distances, ids = ExactSearch(keys, card, "cpu").search(torch.from_numpy(keys), 1)
     assert ids[:, 0].tolist() == list(range(50))
     assert distances.min() >= 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("offset", [0, 100, 1000])
+def test_it_is_exact_where_keys_lie_far_from_zero(offset: int, metric: str, dtype: str) -> None:
+    """Against float64, where |q|^2 - 2 q.x + |x|^2 in float32 is off by the distances' own size."""
+    rng = np.random.default_rng(5)
+    keys = (offset + rng.normal(size=(2000, 64))).astype(dtype)
+    asked = (offset + rng.normal(size=(20, 64))).astype(np.float32)
+    _, card = build_index(keys.astype(np.float32), "Flat", metric=metric)
+    expected, true = brute_force(keys, asked, 16, metric)
+    distances, ids = ExactSearch(keys, card, "cpu").search(torch.from_numpy(asked), 16)
+    # float16 keys at 1,000 lie on a grid, where many distances are the same.
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=2e-6)
+    if metric == "l2":
+        found = ((asked[:, None].astype(float) - keys[ids.numpy()].astype(float)) ** 2).sum(axis=2)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        if dtype == "float32":
+            assert np.array_equal(ids.numpy(), true)

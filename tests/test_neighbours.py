@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stores import build_index, random_entries, write_compressed, write_store
+from stores import assert_helps, build_index, random_entries, write_compressed, write_store
 
-from fairseq_knnlm import neighbours as module
-from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm import distances as module
+from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.exact import ExactSearch
 from fairseq_knnlm.index import SearchIndex
 from fairseq_knnlm.neighbours import Neighbours, Retriever
@@ -32,6 +34,12 @@ def searcher(store: Datastore, recipe: str = "Flat", metric: str = "l2", **how: 
 
 def queries(rows: int = 15) -> torch.Tensor:
     return torch.randn(rows, WIDTH, generator=torch.manual_seed(4))
+
+
+def of_many_types(store: Datastore, values: np.ndarray) -> Datastore:
+    """The same keys with other values, of a dictionary that has them all."""
+    origin = replace(store.manifest.origin, vocabulary=2**63 - 1)
+    return replace(store, values=values, manifest=replace(store.manifest, origin=origin))
 
 
 def distance_to_all(store: Datastore, asked: torch.Tensor, kind: str) -> np.ndarray:
@@ -79,7 +87,7 @@ def test_an_exact_index_finds_the_nearest(store: Datastore, metric: str) -> None
 def test_values_are_those_of_the_ids(store: Datastore, dtype: str) -> None:
     """Also those above 32,767, which urvashik/knnlm's int16 made negative."""
     values = np.random.default_rng(0).integers(np.iinfo(dtype).max, size=ROWS).astype(dtype)
-    store = replace(store, values=values)
+    store = of_many_types(store, values)
     found = Retriever(searcher(store), store, "l2").search(queries(), K)
     assert np.array_equal(found.values.numpy(), values[found.ids.numpy()])
 
@@ -151,7 +159,7 @@ def test_tokens_before_are_those_of_the_text(store: Datastore, steps: int) -> No
 
 def test_tokens_before_are_no_negative_numbers(store: Datastore) -> None:
     """Above 32,767, where int16 would make them; -1 stays what says that there are none."""
-    store = replace(store, values=np.full(ROWS, 65535, np.uint16))
+    store = of_many_types(store, np.full(ROWS, 65535, np.uint16))
     found = Retriever(searcher(store), store, "l2").tokens_before(torch.tensor([0, 1, 9]), 1)
     assert found.tolist() == [-1, 65535, 65535]
 
@@ -205,3 +213,106 @@ def test_the_report_says_what_the_distances_are(store: Datastore) -> None:
         "exact squared L2, from the index",
         "approximate inner product, from the index",
     ]
+
+
+class Names:
+    """An index that finds what it is told to."""
+
+    def __init__(self, flat: SearchIndex, ids: list[int], distance: float = 1.0) -> None:
+        self.card = flat.card
+        self.ids = ids
+        self.distance = distance
+
+    def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor([self.ids] * len(queries))
+        return torch.full(ids.shape, self.distance), ids
+
+
+@pytest.mark.parametrize("ids", [[0, -2], [3, ROWS], [2**40, 1]])
+@pytest.mark.parametrize("similarity", ["l2", "do_not_recomp_l2"])
+def test_an_index_that_names_other_entries_is_refused(
+    store: Datastore, similarity: str, ids: list[int]
+) -> None:
+    index = Names(searcher(store), ids)
+    with pytest.raises(IndexFileError, match="entries that the datastore does not have") as caught:
+        Retriever(index, store, similarity).search(queries(), 2)
+    assert_helps(caught, f"{ROWS - 1}")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_keys_that_are_no_numbers_are_found(store: Datastore, bad: float) -> None:
+    """Among the neighbours, whose keys are read anyway; and in what an index says of them."""
+    assert store.keys is not None
+    index = Names(searcher(store), [0, 7, 5])
+    keys = np.array(store.keys)
+    keys[7, 3] = bad
+    broken = replace(store, keys=keys)
+    for similarity in ("l2", "dot"):
+        with pytest.raises(DatastoreError, match="NaN or infinite") as caught:
+            Retriever(index, broken, similarity).search(queries(), 3)
+        assert_helps(caught, "verify")
+    index.distance = bad
+    with pytest.raises(DatastoreError, match="distances that are no numbers"):
+        Retriever(index, store, "do_not_recomp_l2").search(queries(), 3)
+
+
+def test_queries_that_are_no_numbers_are_refused(store: Datastore) -> None:
+    """They would find nothing, and leave the language model alone without a word."""
+    asked = queries()
+    asked[3, 2] = torch.nan
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        Retriever(searcher(store), store, "l2").search(asked, 3)
+
+
+@pytest.mark.parametrize("bad", [50, 40_000, 65_535])
+def test_values_beyond_the_vocabulary_are_found(store: Datastore, bad: int) -> None:
+    values = np.array(store.values)
+    values[7] = bad
+    index = Names(searcher(store), [0, 7, 5])
+    with pytest.raises(DatastoreError, match="no tokens of the dictionary") as caught:
+        Retriever(index, replace(store, values=values), "l2").search(queries(), 3)
+    assert_helps(caught, f"{bad:,}")
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "values.npy"])
+def test_a_file_that_shrinks_is_told_before_it_is_read(store: Datastore, name: str) -> None:
+    """Reading a map behind the end of its file would kill the process."""
+    retriever = Retriever(searcher(store), store, "l2")
+    assert retriever.search(queries(), K).valid.all()
+    os.truncate(store.path / name, 200)
+    with pytest.raises(DatastoreError, match="cut off while they were read") as caught:
+        retriever.search(queries(), K)
+    assert_helps(caught, "200")
+
+
+def test_keys_that_opening_left_unread_are_checked_while_they_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every chunk in turn is damaged; the sample on opening sees but a few of them."""
+    monkeypatch.setattr("fairseq_knnlm.files.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("fairseq_knnlm.files.CHUNKS_ON_OPEN", 3)
+    path = write_store(tmp_path / "store", *random_entries(ROWS, WIDTH)).path
+    whole = (path / "keys.npy").read_bytes()
+    chunks = -(-len(whole) // 1000)
+    assert chunks == 15
+    unseen = 0
+    for chunk in range(chunks):
+        damaged = bytearray(whole)
+        damaged[1000 * chunk + 300] ^= 1
+        (path / "keys.npy").write_bytes(damaged)
+        try:
+            store = open_datastore(path)
+        except DatastoreError:
+            continue
+        unseen += 1
+        retriever = Retriever(searcher(store), store, "l2")
+        with pytest.raises(DatastoreError, match="is damaged") as caught:
+            retriever.check_files()
+        assert_helps(caught, "keys.npy", "checksums differ")
+        with pytest.raises(DatastoreError, match="is damaged"):
+            retriever.search(queries(), 3)
+        Retriever(searcher(store), store, "do_not_recomp_l2").check_files()
+    assert unseen == chunks - 3
+    (path / "keys.npy").write_bytes(whole)
+    store = open_datastore(path)
+    assert Retriever(searcher(store), store, "l2").check_files() == chunks - 3

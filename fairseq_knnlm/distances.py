@@ -1,0 +1,56 @@
+"""Distances of queries to a few keys each, difference by difference, in bounded memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Bytes of float32 keys held at a time: few enough for a cache.
+GATHER_BYTES = 8 * 2**20
+
+
+def distances_to_rows(keys: Tensor, queries: Tensor, rows: Tensor, similarity: str) -> Tensor:
+    """Distances of each query to its own rows of the keys.
+
+    Memory beside the result is ``GATHER_BYTES`` twice at most, whatever the number of rows: every
+    buffer is made once, since small results kept between large freed buffers would let the heap
+    grow with each of them.
+
+    Args:
+        keys: (N, D) float16 or float32, on any device, in memory or mapped.
+        queries: (Q, D) float32.
+        rows: (Q, K) int64, from 0 to N - 1.
+        similarity: ``"l2"`` for squared L2, ``"dot"`` for the negative inner product.
+
+    Returns:
+        (Q, K) float32, on the queries' device; NaN or infinite where a key is.
+    """
+    (count, k), width = rows.shape, queries.shape[1]
+    found = queries.new_empty((count, k))
+    if not found.numel():
+        return found
+    # index_select reads a map in parallel. One query's neighbours lie in few lists but all over
+    # the file; sorting them by row first costs more than it gains.
+    most = max(1, GATHER_BYTES // (4 * width))
+    columns = min(k, most)
+    at_a_time = min(count, max(1, most // columns))
+    picked = keys.new_empty((at_a_time * columns, width))
+    near = picked
+    if (keys.dtype, keys.device) != (queries.dtype, queries.device):
+        near = queries.new_empty(picked.shape)
+    rows = rows.to(keys.device)
+    for first in range(0, count, at_a_time):
+        asked = queries[first : first + at_a_time, None]
+        for left in range(0, k, columns):
+            part = slice(first, first + at_a_time), slice(left, left + columns)
+            wanted = rows[part]
+            size = wanted.numel()
+            torch.index_select(keys, 0, wanted.reshape(-1), out=picked[:size])
+            if near is not picked:
+                near[:size].copy_(picked[:size])
+            block = near[:size].view(*wanted.shape, width)
+            if similarity == "dot":
+                torch.sum(block.mul_(asked), dim=2, out=found[part]).neg_()
+            else:
+                torch.sum(block.sub_(asked).square_(), dim=2, out=found[part])
+    return found
