@@ -128,17 +128,18 @@ def _check_names(cfg: Any) -> None:
         if getattr(cfg, name) == "":
             raise ConfigError(f"{_typed(name)} is empty", expected="a name", found="''")
     _check_datastores(cfg)
-    if cfg.dstore_mmap and ":" in cfg.dstore_mmap:
+    check_device(cfg.knn_device)
+
+
+def check_device(name: str) -> None:
+    """Refuses a ``--knn-device`` that is written like none.
+
+    Raises:
+        ConfigError: where it is.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4}(,\d{1,4})*)?", name):
         raise ConfigError(
-            "--dstore-mmap holds a colon, which separates the datastores of --dstore-filename",
-            expected="a path without one, so that the datastore can be read again",
-            found=cfg.dstore_mmap,
-        )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4}(,\d{1,4})*)?", cfg.knn_device):
-        raise ConfigError(
-            "--knn-device names no device",
-            expected="auto, cpu, cuda, or cuda:i,j",
-            found=cfg.knn_device,
+            "--knn-device names no device", expected="auto, cpu, cuda, or cuda:i,j", found=name
         )
 
 
@@ -255,8 +256,12 @@ def name_ignored(cfg: Any, experts: Iterable[str] | None, *, lists: bool = True)
         logger.warning("--probe does nothing: the index has no lists")
     if experts is not None:
         _name_unheeded(cfg, {"knn" if name.startswith("knn") else name for name in experts})
-    if any(is_legacy(Path(name)) for name in datastore_paths(cfg)):
-        return
+    if not any(is_legacy(Path(name)) for name in datastore_paths(cfg)):
+        name_foreign(cfg)
+
+
+def name_foreign(cfg: Any) -> None:
+    """Says that flags for files of urvashik/knnlm do nothing."""
     for name in ("dstore_size", "dstore_fp16"):
         if _given(cfg, name):
             logger.warning(
@@ -332,6 +337,12 @@ def check_new_datastore(flag: str, path: Path, others: Mapping[str, Path | str |
         DatastoreError: where ``path`` exists.
         OutputError: where it lies within a datastore, or another output within it.
     """
+    if ":" in str(path):
+        raise OutputError(
+            f"{flag} holds a colon, which separates the datastores of --dstore-filename",
+            expected="a path without one, so that the datastore can be read again",
+            found=path,
+        )
     if _exists(path):
         check_new(path)
     place = Path(os.path.realpath(path))

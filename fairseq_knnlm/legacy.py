@@ -32,6 +32,8 @@ def values_file(prefix: Path) -> Path:
 
 def is_legacy(prefix: Path) -> bool:
     """True where the two files of urvashik/knnlm lie at ``prefix``."""
+    if not prefix.name:  # `.` or `/`
+        return False
     return keys_file(prefix).is_file() and values_file(prefix).is_file()
 
 
