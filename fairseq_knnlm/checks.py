@@ -591,6 +591,16 @@ def check_stock_is_enough(cfg: Any, what: str) -> None:
             )
 
 
+def name_omitted(tokens: int, mode: str) -> None:
+    """Says how many tokens lie in no block."""
+    if tokens:
+        logger.warning(
+            "--sample-break-mode %s leaves out %s tokens, at the borders of documents: nothing is "
+            "scored or saved of them",
+            *(mode, f"{tokens:,}"),
+        )
+
+
 def check_left_out(tokens: int, longest: Any, saving: bool) -> None:
     """Refuses to save, and warns to evaluate, a split that fairseq would read only in part.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fairseq.file_io import PathManager
 
 from fairseq_knnlm.bounds import check_range, check_seed
@@ -20,6 +21,9 @@ from fairseq_knnlm.errors import MEMORY_WORDS, ConfigError, KnnlmError, ModelErr
 
 MOST = 2**31 - 1
 MOST_WORKERS = 4096
+#: How the index of a binarised split begins, and how long it is before its numbers.
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = 26
 
 
 def check_numbers(run: Any) -> None:
@@ -110,19 +114,58 @@ def check_data(folders: str | None) -> None:
 
 
 def check_split(folders: str, split: str) -> None:
-    """Refuses a split that is not in the data.
+    """Refuses a split that is not in the data, is empty, or is cut off.
 
     Raises:
-        ConfigError: saying which are there.
+        ConfigError: saying what was found.
     """
     folder = _first(folders)
-    if "://" in folders or any((folder / f"{split}{end}").is_file() for end in (".idx", "")):
+    if "://" in folders or (folder / split).is_file():
         return
-    there = sorted(file.stem for file in folder.glob("*.idx"))
-    raise ConfigError(
-        f"the data has no split {split}",
-        expected=f"--gen-subset of {', '.join(there) or 'a split that fairseq-preprocess wrote'}",
-        found=f"no {folder / split}.idx",
+    index = folder / f"{split}.idx"
+    if not index.is_file():
+        there = sorted(file.stem for file in folder.glob("*.idx"))
+        raise ConfigError(
+            f"the data has no split {split}",
+            expected=f"--gen-subset of {', '.join(there) or 'what fairseq-preprocess wrote'}",
+            found=f"no {index}",
+        )
+    text = index.with_suffix(".bin")
+    least = _least_bytes(index)
+    found = text.stat().st_size if text.is_file() else 0
+    if least is None or found < least:
+        raise _unreadable(split, folder, f"{index if least is None else text}, cut off")
+    if not found:
+        raise _unreadable(split, folder, "no tokens")
+
+
+def _least_bytes(index: Path) -> int | None:
+    """Where the last sentence of a split begins; None where the index is cut off.
+
+    Its numbers stand behind a header of 26 bytes: lengths in 4 bytes, places in 8. Of another kind
+    of index nothing is said.
+    """
+    with index.open("rb") as file:
+        header = file.read(INDEX_HEADER)
+        if not header.startswith(INDEX_MAGIC[: len(header)]):
+            return 0
+        if len(header) < INDEX_HEADER:
+            return None
+        end = INDEX_HEADER + 12 * int.from_bytes(header[-8:], "little")
+        if index.stat().st_size < end:
+            return None
+        if end == INDEX_HEADER:
+            return 0
+        file.seek(end - 8)
+        return int.from_bytes(file.read(8), "little")
+
+
+def _unreadable(split: str, folder: object, found: str) -> ConfigError:
+    return ConfigError(
+        f"the split {split} cannot be read",
+        expected=f"text, in {folder}, as fairseq-preprocess wrote it",
+        found=found,
+        do="run fairseq-preprocess again",
     )
 
 
@@ -162,6 +205,13 @@ def check_batches(longest: int, tokens: int, max_tokens: int | None) -> None:
             found=f"{max_tokens:,}",
             do=f"pass --max-tokens {longest} or more, or a smaller --tokens-per-sample",
         )
+
+
+def omitted(dataset: Any) -> int:
+    """Tokens of the text that fairseq put into no block: ends of documents, and the shortest."""
+    text = getattr(getattr(dataset, "dataset", None), "dataset", None)
+    sizes = getattr(text, "sizes", None)
+    return 0 if sizes is None else max(0, int(np.sum(sizes)) - int(np.sum(dataset.sizes)))
 
 
 def in_our_words(error: BaseException) -> BaseException:
@@ -234,12 +284,7 @@ def _data(names: Mapping[str, Any], error: BaseException) -> KnnlmError | None:
             found=_first_line(error),
         )
     empty = "dataset" in names and not len(names["dataset"] or ())
-    return ConfigError(
-        f"the split {split} is empty" if empty else f"the split {split} cannot be read",
-        expected=f"text, in {folder}, as fairseq-preprocess wrote it",
-        found="no tokens" if empty else _first_line(error),
-        do="run fairseq-preprocess again",
-    )
+    return _unreadable(str(split), folder, "no tokens" if empty else _first_line(error))
 
 
 def _dictionary(names: Mapping[str, Any], error: BaseException) -> KnnlmError | None:
@@ -252,7 +297,7 @@ def _dictionary(names: Mapping[str, Any], error: BaseException) -> KnnlmError | 
 
 
 def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [""])[0][:300]
+    line = (str(error).strip().splitlines() or [""])[0][:160]
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 

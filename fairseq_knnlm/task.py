@@ -105,6 +105,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
         left_out = int(sizes.sum() - read.sum())
         checks.check_left_out(left_out, max_positions, saving)
+        omitted = stock.omitted(dataset)
+        checks.name_omitted(omitted, str(self.args.sample_break_mode))
         stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
         remembers = str(self.args.pointers) != "none"
         if self.memory is not None and (remembers or "cache" in self.memory.experts):
@@ -127,7 +129,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         on_gpu = next(self.models[0].parameters()).is_cuda
         if (whole := config.whole_run(self.args)) is not None:
             checks.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
-        run = EvaluationRun(self._setting(self.models), sizes, left_out, context_window)
+        run = EvaluationRun(self._setting(self.models), sizes, left_out + omitted, context_window)
         if run.sample_every:
             run.learn(
                 # A shard is every n-th batch. Its first blocks see context that is not theirs,
