@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from tqdm import tqdm
 
 from fairseq_knnlm import index as indexes
 from fairseq_knnlm import ngram as ngrams
+from fairseq_knnlm.bounds import check_range, check_seed
 from fairseq_knnlm.calibration import (
     Calibration,
     calibrated_sets,
     read_calibration,
     write_calibration,
 )
+from fairseq_knnlm.checks import MOST, MOST_ENTRIES, check_device, check_new_datastore, name_foreign
 from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore, outline
 from fairseq_knnlm.errors import (
@@ -34,9 +37,13 @@ from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
 from fairseq_knnlm.plots import draw_curves
 from fairseq_knnlm.recipes import choose
 from fairseq_knnlm.snapshots import Snapshots
+from fairseq_knnlm.stock import check_checkpoint, check_data, check_split, in_our_words
 from fairseq_knnlm.tables import ScoreTable, read_table
 from fairseq_knnlm.tune import MOST_ITSELF, Parts, fit, itself, lines, skipping_lines, tested
 from fairseq_knnlm.verify import verified
+
+#: Arguments of ``tune`` that only ``--data`` heeds, and what they are where they were left out.
+OF_DATA = {"path": (None,), "gen_subset": ("valid",), "experts": (None, "knn,cache,ngram")}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -57,6 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if rest and not (args.run is _save or (args.run is _tune and args.data)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
+        _check_arguments(args, rest, sys.argv[1:] if argv is None else argv)
         args.run(args, rest)
         sys.stdout.flush()
     except BrokenPipeError:  # as in `fairseq-knnlm info ... | head`
@@ -65,10 +73,47 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if wants_traceback():
             raise
-        text, code = told(error)
+        text, code = told(in_our_words(error))
         print(text, file=sys.stderr)
         return code
     return 0
+
+
+def _check_arguments(args: argparse.Namespace, rest: Sequence[str], typed: Sequence[str]) -> None:
+    """Refuses what can be refused before anything is opened; the rest is for who opens it."""
+    if empty := [word for word in typed if not word or re.fullmatch(r"--[\w-]+=", word)]:
+        raise ConfigError(
+            "an argument is empty", expected="a name or number", found=empty[0] or "''"
+        )
+    given = vars(args)
+    check_range("--dstore-size", given.get("dstore_size"), 1, MOST_ENTRIES, "counts entries")
+    check_range("--vocabulary", given.get("vocabulary"), 1, MOST, "counts types of the dictionary")
+    check_seed(given.get("seed", 0))
+    check_device(given.get("knn_device", "auto"))
+    if args.run is _compress and args.indexfile is not None and args.merge is None:
+        raise ConfigError(
+            "--indexfile does nothing without --merge", expected="--merge K", found="no --merge"
+        )
+    if new := args.dstore if args.run is _save else given.get("out"):
+        flag = "--dstore" if args.run is _save else "--out"
+        check_new_datastore(flag, Path(new), {})
+        check_outputs({flag: new})
+    if args.run is _save and any(word.startswith("--dstore-mmap") for word in rest):
+        raise ConfigError(
+            "--dstore names the datastore to save", expected="--dstore alone", found="--dstore-mmap"
+        )
+    if args.run is _tune and not args.data:
+        for name, defaults in OF_DATA.items():
+            if given[name] not in defaults:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} does nothing without --data",
+                    expected="--data DATA, to make a score table",
+                    found="no --data",
+                )
+    elif given.get("data") and args.path:
+        check_data(args.data)
+        check_split(args.data, args.gen_subset)
+        check_checkpoint(args.path, one=True)
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -244,6 +289,7 @@ def _open(args: argparse.Namespace) -> Datastore:
         return open_legacy(
             args.dstore, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary
         )
+    name_foreign(args)
     return open_datastore(args.dstore)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq_knnlm import config
+from fairseq_knnlm import checks, config
 from fairseq_knnlm.cache import (
     CacheExpert,
     CacheSetting,
@@ -128,7 +128,7 @@ def make_scorer(
     """
     args, memory = setting.args, setting.memory
     if blocks is None:
-        config.check_in_text(args)
+        checks.check_in_text(args)
     key_type = str(args.knn_keytype) if memory or args.save_knnlm_dstore else None
     if key_type is None:
         for model in setting.models:

@@ -4,7 +4,8 @@
   module, and never asks the task. So ``eval_lm_dataloader``, the last thing it does ask of the
   task before that, puts our scorer under that name; its use puts the stock one back.
 * A user's mistake (``KnnlmError``) ends a program with its message and exit code 1, not with a
-  traceback. fairseq's commands catch nothing, so this hangs on the hook for uncaught exceptions.
+  traceback, and so does a failure of fairseq's own (``stock``). fairseq's commands catch nothing,
+  so this hangs on the hook for uncaught exceptions.
 * fairseq's own figure at the end of an evaluation is corrected where tokens have probability 0.
 * A crash in a library tells where it happened.
 * Deprecations inside fairseq's libraries are kept off the screen.
@@ -34,6 +35,7 @@ logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 from fairseq.sequence_scorer import SequenceScorer  # noqa: E402
 
 from fairseq_knnlm.errors import KnnlmError, Terminated, told, wants_traceback  # noqa: E402
+from fairseq_knnlm.stock import in_our_words  # noqa: E402
 
 #: Warnings about fairseq's use of hydra and torch, by the start of their text.
 NOISE = (
@@ -45,6 +47,9 @@ NOISE = (
     "'pin_memory' argument is set as true but no accelerator",
     "Support for mismatched key_padding_mask",
 )
+
+#: fairseq's commands that read a datastore or write one.
+COMMANDS = ("eval_lm", "generate")
 
 
 def settle_in() -> None:
@@ -60,11 +65,11 @@ def settle_in() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if wants_traceback() or not (isinstance(error, KnnlmError) or _scoring()):
+        if wants_traceback() or not (isinstance(error, KnnlmError) or command()):
             previous(kind, error, trace)
             return
         sys.stdout.flush()  # the log comes first
-        print(told(error)[0], file=sys.stderr, flush=True)
+        print(told(in_our_words(error))[0], file=sys.stderr, flush=True)
         if isinstance(error, Terminated):  # Python would end with code 1
             atexit._run_exitfuncs()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -73,12 +78,15 @@ def settle_in() -> None:
     sys.excepthook = hook
 
 
-def _scoring() -> bool:
-    """Whether this process is one of fairseq's commands that read a datastore or write one.
+def command() -> str | None:
+    """Which of fairseq's commands that read a datastore or write one this process is; else None.
 
     In others, such as training, a failure is fairseq's to tell.
     """
-    return any(name in sys.modules for name in ("fairseq_cli.eval_lm", "fairseq_cli.generate"))
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)  # `python -m fairseq_cli.eval_lm`
+    running = {*sys.modules, spec.name if spec is not None else ""}
+    return next((name for name in COMMANDS if f"fairseq_cli.{name}" in running), None)
 
 
 def end_on_request() -> None:

@@ -37,6 +37,8 @@ def values_file(prefix: Path) -> Path:
 
 def is_legacy(prefix: Path) -> bool:
     """True where the two files of urvashik/knnlm lie at ``prefix``, or what has their names."""
+    if not prefix.name:  # `.` or `/`
+        return False
     return keys_file(prefix).exists() and values_file(prefix).exists()
 
 

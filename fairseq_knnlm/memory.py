@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq_knnlm import config
+from fairseq_knnlm import checks, config
 from fairseq_knnlm.calibration import Calibration, read_calibration
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError, OutputError
@@ -129,14 +129,14 @@ def _open_store(args: Any, name: str, vocabulary: int) -> Datastore:
             path, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary, **options
         )
     store = open_datastore(path, **options)
-    config.check_size(args.dstore_size, len(store))
+    checks.check_size(args.dstore_size, len(store))
     return store
 
 
 def _retriever(args: Any, store: Datastore) -> Retriever:
-    config.check_k(args.k, len(store))
+    checks.check_k(args.k, len(store))
     index = _open_index(args, store)
-    config.check_metric(str(args.faiss_metric_type), index.card.metric)
+    checks.check_metric(str(args.faiss_metric_type), index.card.metric)
     similarity = str(args.knn_sim_func)
     if str(args.pointers) != "none":
         _check_unmerged(store, "pointers", "leave --pointers out, or use the original datastore")

@@ -18,8 +18,7 @@ from fairseq.data import BaseWrapperDataset
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
-from fairseq_knnlm import config
-from fairseq_knnlm.datastore import check_new
+from fairseq_knnlm import checks, config, host, stock
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.evaluation import EvaluationRun, Setting, make_scorer, several_models
 from fairseq_knnlm.host import WithEnd, hand_over
@@ -52,12 +51,18 @@ class KnnLanguageModelingTask(LanguageModelingTask):
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> KnnLanguageModelingTask:
         """Checks the flags and opens datastore and index, before any model is loaded."""
-        config.check(args)
+        checks.check(args)
+        _check_run(args)
         task = super().setup_task(args, **kwargs)
-        if args.save_knnlm_dstore:
-            check_new(Path(args.dstore_mmap))
+        memory = None
         if config.evaluates(args):
-            task.memory = open_memory(args, task.target_dictionary.symbols)
+            memory = task.memory = open_memory(args, task.target_dictionary.symbols)
+        indexes = [one.index.card for one in memory.retrievers.values()] if memory else []
+        checks.name_ignored(
+            args,
+            memory.experts if memory else None,
+            lists=not indexes or any(card.nprobe for card in indexes),
+        )
         return task
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
@@ -81,7 +86,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         scoring = getattr(args, "score_reference", False)
         if scoring and all(map(is_supported, models)):
             return make_scorer(self._setting(models))
-        config.check_stock_is_enough(self.args, "generation" if not scoring else "this decoder")
+        checks.check_stock_is_enough(self.args, "generation" if not scoring else "this decoder")
         return super().build_generator(models, args, *rest, **kwargs)
 
     def eval_lm_dataloader(
@@ -98,14 +103,17 @@ class KnnLanguageModelingTask(LanguageModelingTask):
     ) -> Any:
         """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
         saving = self.args.save_knnlm_dstore
-        writing = saving or self.args.score_table or self.args.results_json
-        config.check_loader(context_window, num_workers, num_shards, bool(writing))
+        checks.check_loader(context_window, num_workers, num_shards, checks.writes(self.args))
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
-        left_out = int(sizes[sizes > max_positions].sum()) if isinstance(max_positions, int) else 0
-        config.check_left_out(left_out, max_positions, saving)
+        read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
+        left_out = int(sizes.sum() - read.sum())
+        checks.check_left_out(left_out, max_positions, saving)
+        omitted = stock.omitted(dataset)
+        checks.name_omitted(omitted, str(self.args.sample_break_mode))
+        stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
         remembers = str(self.args.pointers) != "none"
         if self.memory is not None and (remembers or "cache" in self.memory.experts):
-            config.check_order(num_shards)
+            checks.check_order(num_shards)
             dataset = InTextOrder(dataset)
         load = partial(
             super().eval_lm_dataloader,
@@ -118,17 +126,19 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             context_window=context_window,
         )
         if not all(map(is_supported, self.models)):
-            config.check_stock_is_enough(self.args, "this decoder")
+            checks.check_stock_is_enough(self.args, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
             return load(num_shards=num_shards, shard_id=shard_id)
+        on_gpu = next(self.models[0].parameters()).is_cuda
+        if (whole := config.whole_run(self.args)) is not None:
+            checks.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
         context = {
             "tokens_per_sample": self.args.tokens_per_sample,
             "context_window": context_window,
             "sample_break_mode": str(self.args.sample_break_mode),
         }
-        run = EvaluationRun(self._setting(self.models, context), sizes, left_out)
+        run = EvaluationRun(self._setting(self.models, context), sizes, left_out + omitted)
         if run.sample_every:
-            on_gpu = next(self.models[0].parameters()).is_cuda
             run.learn(
                 # A shard is every n-th batch. Its first blocks see context that is not theirs,
                 # which the sample that an index is trained on can bear.
@@ -163,3 +173,30 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         loaded, _ = load_model_ensemble([path], task=stock)
         parameter = next(first.parameters())
         return loaded[0].to(parameter.device, parameter.dtype).eval()
+
+
+def _check_run(args: Any) -> None:
+    """What fairseq is given besides the task's flags, and what will be written.
+
+    The hub interface has the configuration that the model was trained with in its place.
+    """
+    run, command = config.whole_run(args), host.command()
+    if command is not None:
+        host.end_on_request()
+    stock.check_data(args.data)
+    inputs: dict[str, list[str]] = {}
+    if run is not None:
+        stock.check_numbers(run)
+        checks.check_loader(
+            run.eval_lm.context_window,
+            run.dataset.num_workers,
+            stock.shards(run),
+            checks.writes(args),
+        )
+        path, split = run.common_eval.path, run.dataset.gen_subset
+        if command is not None and path is not None:
+            one = command == "eval_lm" or args.save_knnlm_dstore or config.evaluates(args)
+            stock.check_checkpoint(path, one=one)
+            stock.check_split(args.data, split)
+            inputs = {"--path": path.split(":"), "the data": stock.data_files(args.data, split)}
+    checks.check_writes(args, inputs)

@@ -17,8 +17,8 @@ import pytest
 from conftest import Lab, eval_lm, must, run
 
 from fairseq_knnlm import datastore as datastores
+from fairseq_knnlm.checks import check_stock_is_enough
 from fairseq_knnlm.compress import compress
-from fairseq_knnlm.config import check_stock_is_enough
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError, ModelError
 
@@ -211,7 +211,8 @@ def test_index_of_another_datastore(lab: Lab, store: Path, tmp_path: Path) -> No
 
 def test_several_datastores(lab: Lab, store: Path) -> None:
     """Each has its own index and its own share of the weight."""
-    both = ["--knnlm", "--dstore-filename", f"{store}:{store}", "--k", 8]
+    other = shutil.copytree(store, store.with_name("other"))
+    both = ["--knnlm", "--dstore-filename", f"{store}:{other}", "--k", 8]
     says = refused(lab, ConfigError, *both, "--indexfile", store / "knn.index")
     assert "knn.index in each datastore" in says
     assert "found:    1.2" in refused(lab, ConfigError, *both, "--lmbda", 0.6)

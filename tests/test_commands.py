@@ -157,7 +157,7 @@ def test_blocks_that_fairseq_would_drop(
     lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Saving refuses them; evaluating counts them and says so."""
-    long = ["--tokens-per-sample", 40, "--context-window", 0, "--max-tokens", 512]
+    long = ["--tokens-per-sample", 44, "--context-window", 0, "--max-tokens", 512]
     with pytest.raises(ConfigError, match="longer than the model takes"):
         lab.evaluate("valid", *long, "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "store")
     assert not list(tmp_path.iterdir())

@@ -281,12 +281,12 @@ def test_a_second_language_model(lab: Lab, tmp_path: Path) -> None:
     assert found["mixture_from"] == "given"
 
 
-def test_several_datastores(lab: Lab, tuned: Tuned, tmp_path: Path) -> None:
+def test_several_datastores(lab: Lab, tuned: Tuned, copy: Path, tmp_path: Path) -> None:
     """Two with the same entries are one with twice the weight; each is an expert."""
     one = tuned.store
     given = ["--knnlm", *K, "--knn-temp", 2]
     file = tmp_path / "table.npz"
-    two = ["--dstore-filename", f"{one}:{one}", "--lmbda", 0.2, "--score-table", file]
+    two = ["--dstore-filename", f"{one}:{copy}", "--lmbda", 0.2, "--score-table", file]
     found = results(lab, tmp_path, *given, *two)
     expected = results(lab, tmp_path, *given, "--dstore-filename", one, "--lmbda", 0.4)
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
@@ -297,7 +297,7 @@ def test_several_datastores(lab: Lab, tuned: Tuned, tmp_path: Path) -> None:
     np.testing.assert_array_equal(table["knn"], table["knn2"])
     # What was fitted for one of them does not hold for both.
     with pytest.raises(TableError, match="another datastore"):
-        lab.evaluate("test", "--knnlm", *K, "--dstore-filename", f"{one}:{one}")
+        lab.evaluate("test", "--knnlm", *K, "--dstore-filename", f"{one}:{copy}")
 
 
 def test_several_datastores_are_tuned_together(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fairseq_knnlm import config
 from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
+from fairseq_knnlm.checks import check
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts import KeyExpert, KnnSetting, Opinion, Passage
 from fairseq_knnlm.lm import CONTEXT, Scored
@@ -257,13 +258,13 @@ def flags(**given: Any) -> SimpleNamespace:
 )
 def test_flags_that_contradict_are_refused(given: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.check(flags(**given))
+        check(flags(**given))
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_flags_that_agree_pass() -> None:
     for share in (None, 0.0, 0.5, 1.0):
-        config.check(flags(skip_searches=share))
+        check(flags(skip_searches=share))
 
 
 def test_nothing_fitted_is_refused(calibration: Calibration) -> None:
