@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_corpus
 
+from fairseq_knnlm.cli import main
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 #: Sizes that a test has no time for. Each has to be there, so that none slips through unscaled.
 SCALED = {
@@ -50,13 +52,13 @@ def scaled(script: str) -> str:
     return script
 
 
-def run_as_typed(*words: str, cwd: Path, script: str) -> str:
-    """Runs a script from standard input, with the environment active as README wants it."""
+def run_as_typed(*words: str, cwd: Path) -> str:
+    """Runs a command with the environment active, as README wants it."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(
         words,
         cwd=cwd,
-        input=script,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -77,7 +79,7 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (place / "text").mkdir()
     write_corpus(place / "text", held_out=200)
     script = scaled("\n".join(commands(section("The same with your own text"))))
-    return place, run_as_typed("bash", "-euo", "pipefail", cwd=place, script=script)
+    return place, run_as_typed("bash", "-euo", "pipefail", "-c", script, cwd=place)
 
 
 @pytest.mark.slow
@@ -107,7 +109,7 @@ def test_what_is_written_in_python_works(typed: tuple[Path, str]) -> None:
     place, _ = typed
     found = blocks(section("From Python"), "python")
     assert len(found) == 2
-    run_as_typed("python", "-", cwd=place, script="\n".join(found))
+    run_as_typed("python", "-c", "\n".join(found), cwd=place)
 
 
 def test_every_flag_is_in_the_table() -> None:
@@ -125,9 +127,10 @@ def test_every_flag_is_in_the_table() -> None:
     assert ours <= set(re.findall(r"--[a-z0-9-]+", table))
 
 
-def test_every_subcommand_is_in_the_table() -> None:
-    said = run_as_typed("fairseq-knnlm", "--help", cwd=ROOT, script="")
-    there = re.findall(r"^    ([a-z-]+)\b", said, flags=re.MULTILINE)
+def test_every_subcommand_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    there = re.findall(r"^    ([a-z-]+)\b", capsys.readouterr().out, flags=re.MULTILINE)
     named = re.findall(r"^\| `([a-z][a-z-]*) ", section("Flags"), flags=re.MULTILINE)
     assert sorted(named) == sorted(there)
 
