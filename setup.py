@@ -2,11 +2,8 @@
 
 from setuptools import setup
 
-# The import name `fairseq` comes from two distributions, one for each side of Python 3.11.
-FAIRSEQ = [
-    'fairseq-fixed==0.12.3.1; python_version >= "3.11"',
-    'fairseq==0.12.2; python_version < "3.11"',
-]
+# It is imported as `fairseq`; the distribution of that name works up to Python 3.10 only.
+FAIRSEQ = "fairseq-fixed==0.12.3.1"
 
 setup(
     name="fairseq-knnlm",
@@ -14,8 +11,8 @@ setup(
     description="Nearest-neighbour language models for fairseq",
     license="MIT",
     packages=["fairseq_knnlm"],
-    python_requires=">=3.10",
-    install_requires=[*FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "tqdm"],
+    python_requires=">=3.11",
+    install_requires=[FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "tqdm"],
     extras_require={
         # FAISS: one of these two. Requirements cannot say "either", so neither is forced on an
         # environment that has the other; the package asks for one when it needs it.

@@ -126,7 +126,7 @@ def drop_repeats(documents: Iterable[Document], seen: set[tuple[str, ...]]) -> l
 def split_documents(documents: list[Document], held_out: float, seed: int = SEED) -> Corpus:
     """Deal documents into train, valid and test.
 
-    ``held_out`` is the share of words that test gets; valid, which fits two numbers, gets half
+    ``held_out`` is the share of words that test gets; valid, on which mixtures are fitted, half
     of that. The order hangs on a hash of each name, so the split is the same on every machine and
     barely moves from one Python to the next. What is too long for a held-out split trains.
     """

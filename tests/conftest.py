@@ -113,13 +113,13 @@ def eval_lm(words: list[str]) -> dict[str, float]:
     return {name: float(x) for name, x in host.main(convert_namespace_to_omegaconf(args)).items()}
 
 
-def write_corpus(folder: Path) -> dict[str, Path]:
+def write_corpus(folder: Path, held_out: int = 40) -> dict[str, Path]:
     """Text in which the next word often follows from the last two: something to remember."""
     rng = random.Random(7)
     words = [f"w{number}" for number in range(120)]
     follow = {(a, b): rng.choice(words) for a in words for b in words}
     files = {}
-    for split, lines in (("train", 300), ("valid", 40), ("test", 40)):
+    for split, lines in (("train", 300), ("valid", held_out), ("test", held_out)):
         files[split] = folder / f"{split}.txt"
         with files[split].open("w") as file:
             for _ in range(lines):

@@ -153,6 +153,15 @@ def test_fairseq_stays_at_the_edge(module: str) -> None:
 
 
 @every_module
+def test_flags_go_no_further_than_the_mixture(module: str) -> None:
+    """Modules that read flags do so by way of ``config``; the others take plain arguments."""
+    reads = "config" in neighbours_of(module) or "argparse" in libraries_of(module)
+    assert not reads or module in {
+        *("task", "cli", "config", "checks", "evaluation", "memory", "mixture")
+    }
+
+
+@every_module
 def test_only_the_edge_prints(module: str) -> None:
     assert not called(module, "print") or module in {"cli", "host"}
 

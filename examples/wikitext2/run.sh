@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures the kNN-LM on WikiText-2: base, datastore, index, calibration on valid, test, and an
-# independent check.
+# Measures the kNN-LM on WikiText-2: base, datastore, index, calibration on valid, test, and where
+# search is exact an independent check.
 #
 #     examples/wikitext2/run.sh TEXT CHECKPOINT OUT [RECIPE]
 #
