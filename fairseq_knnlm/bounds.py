@@ -1,0 +1,42 @@
+"""Bounds of the numbers that a user types, checked before anything else sees them."""
+
+from __future__ import annotations
+
+import math
+
+from fairseq_knnlm.errors import ConfigError
+
+#: Seeds that NumPy, torch and FAISS all take.
+LAST_SEED = 2**32 - 1
+
+
+def check_range(
+    flag: str, value: float | None, low: float, high: float | None, what: str, do: str | None = None
+) -> None:
+    """Refuses a number that is NaN or out of its bounds.
+
+    Args:
+        flag: where it was typed, ``"--k"``.
+        value: the number; None where the flag was left out, which is always right.
+        low: the least that is right.
+        high: the most; None where there is no such number.
+        what: what it means, as in ``"counts neighbours"``.
+        do: the way out, where the bounds alone do not tell it.
+
+    Raises:
+        ConfigError: naming the flag, its bounds and what was typed.
+    """
+    if value is None:
+        return
+    if math.isnan(value) or value < low or math.isinf(value) or (high is not None and value > high):
+        expected = f"{low:,} or more" if high is None else f"{low:,} to {high:,}"
+        raise ConfigError(f"{flag} {what}", expected=expected, found=f"{value:,}", do=do)
+
+
+def check_seed(value: int, flag: str = "--seed") -> None:
+    """Refuses a seed that some library would not take.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    check_range(flag, value, 0, LAST_SEED, "is the seed of random numbers")
