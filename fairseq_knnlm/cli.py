@@ -6,12 +6,14 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fairseq_knnlm import index as indexes
+from fairseq_knnlm.bounds import check_range, check_seed
 from fairseq_knnlm.calibration import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore
@@ -22,15 +24,20 @@ from fairseq_knnlm.errors import (
     told,
     wants_traceback,
 )
-from fairseq_knnlm.files import altered, human_bytes
+from fairseq_knnlm.files import Claim, check_outputs, human_bytes
 from fairseq_knnlm.host import end_on_request
 from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
 from fairseq_knnlm.plots import draw_curves
-from fairseq_knnlm.recipes import choose
+from fairseq_knnlm.recipes import choose, lists_of
 from fairseq_knnlm.snapshots import Snapshots
 from fairseq_knnlm.tables import ScoreTable, read_table
 from fairseq_knnlm.tune import Parts, fit, lines, skipping_lines, tested
+
+logger = logging.getLogger(__name__)
+
+#: Keys that an index is examined with at most: their true neighbours take 12 KiB each.
+MOST_QUERIES = 100_000
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -255,13 +262,29 @@ def _evaluate(data: str, flags: list[str]) -> None:
 
 def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
     """Builds an index, measures its recall, and writes it beside the datastore."""
+    _check_build(args)
     store = _open(args)
-    keys = store.full_keys()
-    if args.probe is not None and args.probe < 1:
-        raise ConfigError("--probe counts lists", expected="1 or more", found=args.probe)
+    path = args.indexfile or store.index_path
+    check_outputs({"--indexfile": path})
+    path = path.resolve() if path.is_symlink() else path  # what it leads to is replaced
+    with Claim(path):
+        _build_index(args, store, path)
+
+
+def _check_build(args: argparse.Namespace) -> None:
+    """Refuses numbers that nothing can be built with, before anything is opened."""
+    check_range("--probe", args.probe, 1, 2**31 - 1, "counts lists")
     if not 0 < args.recall <= 1:
         raise ConfigError("--recall is a share", expected="above 0, to 1", found=args.recall)
-    path = args.indexfile or store.index_path
+    check_range("--train-rows", args.train_rows, 1, None, "counts keys to train on")
+    check_range("--recall-queries", args.recall_queries, 0, MOST_QUERIES, "counts sampled keys")
+    check_range("--max-bytes-per-key", args.max_bytes_per_key, 1, None, "counts bytes")
+    check_seed(args.seed)
+
+
+def _build_index(args: argparse.Namespace, store: Datastore, path: Path) -> None:
+    started = time.perf_counter()
+    keys = store.full_keys()
     recipe = choose(
         args.recipe,
         len(store),
@@ -270,6 +293,9 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
         gpu=indexes.wants_gpu(args.knn_device),
         max_bytes=args.max_bytes_per_key,
     )
+    if lists := lists_of(recipe.factory):
+        check_range("--probe", args.probe, 1, lists, f"exceeds the lists of {recipe.factory}")
+    indexes.check_factory(recipe.factory, store.manifest.width, args.metric)
     wishes = Wishes(
         metric=args.metric,
         nprobe=args.probe,
@@ -282,12 +308,14 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
         path.with_name(f".{path.name}.building"), plan(recipe, wishes, store.fingerprint)
     )
     index, card = build(keys, recipe, wishes, snapshots=snapshots)
+    if args.probe is not None and not card.nprobe:
+        logger.warning("--probe does nothing: %s has no inverted lists", card.factory)
     card = indexes.save(index, card, path, store.fingerprint)
     snapshots.clear()
     print(f"{path}: {card.describe()}")
     print(
         f"{card.rows:,} keys, {card.bytes / card.rows:.0f} bytes a key, built in "
-        f"{card.seconds:.0f} s"
+        f"{time.perf_counter() - started:.0f} s"
     )
 
 
@@ -410,8 +438,7 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
     if total:
         print(f"  on disk      {human_bytes(total)}")
     if store.index_path.is_file():
-        card = indexes.read_card(store.index_path)
-        print(f"  index        {card.describe() if card else 'built elsewhere'}")
+        print(f"  index        {_index_in_words(store.index_path)}")
     else:
         print("  index        none; build it with `fairseq-knnlm build-index`")
     try:
@@ -429,6 +456,15 @@ def _info(args: argparse.Namespace, _: list[str]) -> None:
         )
 
 
+def _index_in_words(path: Path) -> str:
+    try:
+        card = indexes.read_card(path)
+    except IndexFileError as error:  # the datastore is none the worse for it
+        return str(error)
+    assert card is not None
+    return card.describe()
+
+
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
     store = _open(args, verify=True)
     checked = store.manifest.files
@@ -444,9 +480,8 @@ def _verify(args: argparse.Namespace, _: list[str]) -> None:
             datastore=store.fingerprint,
             rows=len(store),
             width=store.manifest.width,
+            everything=True,
         ).card
-        if card.chunks and altered(path, card.chunks, everything=True):
-            raise IndexFileError(f"{path} is damaged", do="build the index again")
         print(f"{path}: {card.describe()}, of this datastore")
 
 
