@@ -315,7 +315,7 @@ def read_card(path: Path, *, foreign: bool = False) -> IndexCard | None:
             return None
         else:
             raise IndexFileError(
-                f"{path} has no card, so nothing tells whether it is whole and of this datastore",
+                f"{path} is damaged or another program's: it has no card",
                 expected="an index that fairseq-knnlm wrote: its card is the end of the file, or "
                 f"lies beside it as {beside.name}",
                 found="neither",
