@@ -241,7 +241,7 @@ class Material:
         decided = plan(self._recipe(name), self._wishes(queries, recall), self.store.fingerprint)
         digest = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:8]
         path = self.folder / f"{name}-{digest}.index"
-        if not indexes.card_path(path).is_file():
+        if not path.is_file():
             indexes.save(*self.build(name, queries, recall), path, self.store.fingerprint)
         return path
 

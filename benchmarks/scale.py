@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import faiss
 import numpy as np
 import torch
 from measure import default_threads, machine, summary
+from msgspec.structs import replace
 from synthetic import Mixture
 from tqdm import tqdm
 

@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch
 from commands import Shell
 from material import ROOT, Choice, Material, find_source
 from measure import Ratio, default_threads, interleaved
+from msgspec.structs import replace
 from perplexity import Perplexities
 from rivals import EXAM, FROM_INDEX, UNEXAMINED, Search
 

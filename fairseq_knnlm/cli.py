@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from fairseq_knnlm.host import end_on_request
 from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
 from fairseq_knnlm.legacy import convert, is_legacy, open_legacy
 from fairseq_knnlm.plots import draw_curves
-from fairseq_knnlm.recipes import choose
+from fairseq_knnlm.recipes import choose, lists_of
 from fairseq_knnlm.snapshots import Snapshots
 from fairseq_knnlm.stock import check_checkpoint, check_data, check_split, in_our_words
 from fairseq_knnlm.tables import ScoreTable, read_table
@@ -44,6 +45,11 @@ from fairseq_knnlm.verify import verified
 
 #: Arguments of ``tune`` that only ``--data`` heeds, and what they are where they were left out.
 OF_DATA = {"path": (None,), "gen_subset": ("valid",), "experts": (None, "knn,cache,ngram")}
+
+logger = logging.getLogger(__name__)
+
+#: Keys that an index is examined with at most: their true neighbours take 12 KiB each.
+MOST_QUERIES = 100_000
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -313,13 +319,29 @@ def _evaluate(data: str, flags: list[str]) -> None:
 
 def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
     """Builds an index, measures its recall, and writes it beside the datastore."""
+    _check_build(args)
     store = _open(args)
-    keys = store.full_keys()
-    if args.probe is not None and args.probe < 1:
-        raise ConfigError("--probe counts lists", expected="1 or more", found=args.probe)
+    path = args.indexfile or store.index_path
+    check_outputs({"--indexfile": path})
+    path = path.resolve() if path.is_symlink() else path  # what it leads to is replaced
+    with Claim(path):
+        _build_index(args, store, path)
+
+
+def _check_build(args: argparse.Namespace) -> None:
+    """Refuses numbers that nothing can be built with, before anything is opened."""
+    check_range("--probe", args.probe, 1, 2**31 - 1, "counts lists")
     if not 0 < args.recall <= 1:
         raise ConfigError("--recall is a share", expected="above 0, to 1", found=args.recall)
-    path = args.indexfile or store.index_path
+    check_range("--train-rows", args.train_rows, 1, None, "counts keys to train on")
+    check_range("--recall-queries", args.recall_queries, 0, MOST_QUERIES, "counts sampled keys")
+    check_range("--max-bytes-per-key", args.max_bytes_per_key, 1, None, "counts bytes")
+    check_seed(args.seed)
+
+
+def _build_index(args: argparse.Namespace, store: Datastore, path: Path) -> None:
+    started = time.perf_counter()
+    keys = store.full_keys()
     recipe = choose(
         args.recipe,
         len(store),
@@ -328,6 +350,9 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
         gpu=indexes.wants_gpu(args.knn_device),
         max_bytes=args.max_bytes_per_key,
     )
+    if lists := lists_of(recipe.factory):
+        check_range("--probe", args.probe, 1, lists, f"exceeds the lists of {recipe.factory}")
+    indexes.check_factory(recipe.factory, store.manifest.width, args.metric)
     wishes = Wishes(
         metric=args.metric,
         nprobe=args.probe,
@@ -340,12 +365,14 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
         path.with_name(f".{path.name}.building"), plan(recipe, wishes, store.fingerprint)
     )
     index, card = build(keys, recipe, wishes, snapshots=snapshots)
+    if args.probe is not None and not card.nprobe:
+        logger.warning("--probe does nothing: %s has no inverted lists", card.factory)
     card = indexes.save(index, card, path, store.fingerprint)
     snapshots.clear()
     print(f"{path}: {card.describe()}")
     print(
         f"{card.rows:,} keys, {card.bytes / card.rows:.0f} bytes a key, built in "
-        f"{card.seconds:.0f} s"
+        f"{time.perf_counter() - started:.0f} s"
     )
 
 
@@ -543,7 +570,8 @@ def _index(store: Datastore) -> str:
     if not store.index_path.exists():
         return "none; build it with `fairseq-knnlm build-index`"
     card = indexes.read_card(store.index_path)
-    return card.describe() if card else "built elsewhere"
+    assert card is not None  # only with --indexfile
+    return card.describe()
 
 
 def _ngrams(store: Datastore) -> str:

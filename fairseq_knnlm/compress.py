@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fairseq_knnlm import index as indexes
+from fairseq_knnlm.bounds import check_seed
 from fairseq_knnlm.datastore import (
     Compression,
     Datastore,
@@ -55,11 +56,14 @@ def compress(
         seed: of samples, rotation and order.
 
     Raises:
-        ConfigError: where there is nothing to do, or ``pca`` or ``merge`` do not fit.
+        ConfigError: where there is nothing to do, ``pca``, ``merge`` or ``seed`` do not fit, or
+            ``out`` lies in the datastore.
         IndexFileError: where ``merge`` finds no index, or one of another datastore or metric.
         DatastoreError: where the datastore has no keys, ``out`` exists, or the disk is too small.
     """
     _check(store, pca, merge)
+    check_seed(seed)
+    _check_apart(store, out)
     check_new(out)
     with Claim(out):  # from the first minute on
         return _compress(store, out, pca, merge, index, seed)
@@ -222,6 +226,15 @@ def _check(store: Datastore, pca: int | None, merge: int | None) -> None:
         )
 
 
+def _check_apart(store: Datastore, out: Path) -> None:
+    if out.resolve().is_relative_to(store.path.resolve()):
+        raise ConfigError(
+            "--out lies in the datastore that is compressed",
+            expected="a new folder beside it, or elsewhere",
+            found=out,
+        )
+
+
 def _open_index(store: Datastore, index: Path | None, k: int) -> SearchIndex:
     path = index or store.index_path
     if not path.is_file():
@@ -238,6 +251,7 @@ def _open_index(store: Datastore, index: Path | None, k: int) -> SearchIndex:
         width=store.manifest.width,
         device="auto",
         k=k + 1,
+        foreign=index is not None,
     )
     if found.card.metric != "l2":
         raise IndexFileError(

@@ -36,7 +36,7 @@ from fairseq_knnlm.experts import (
     knn_grid,
 )
 from fairseq_knnlm.files import write_json
-from fairseq_knnlm.index import wants_gpu
+from fairseq_knnlm.index import check_factory, wants_gpu
 from fairseq_knnlm.indexing import IndexBuilder, Wishes
 from fairseq_knnlm.lm import (
     TargetLM,
@@ -455,6 +455,7 @@ def _index_builder(args: Any, rows: int, width: int) -> IndexBuilder:
     """Of the index that keys are streamed into."""
     gpu, budget = wants_gpu(args.knn_device), args.max_bytes_per_key
     recipe = choose(args.recipe, rows, width, gpu=gpu, max_bytes=budget, lists=True)
+    check_factory(recipe.factory, width)
     builder = IndexBuilder(recipe, width, rows, Wishes(nprobe=args.probe))
     builder.check_any_order()
     return builder

@@ -243,10 +243,15 @@ def write_sealed(path: Path, kind: str, version: int, content: dict[str, Any]) -
     Returns:
         The seal: a fingerprint over kind, version and content.
     """
+    sealed = seal(kind, version, content)
+    write_json(path, sealed)
+    return str(sealed["fingerprint"])
+
+
+def seal(kind: str, version: int, content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object that tells its kind and version and shows any later change."""
     sealed = {"format": kind, "version": version, **content}
-    seal = fingerprint(sealed)
-    write_json(path, {**sealed, "fingerprint": seal})
-    return seal
+    return {**sealed, "fingerprint": fingerprint(sealed)}
 
 
 def read_sealed(
@@ -273,7 +278,18 @@ def read_sealed(
             version, altered, or has a field that is missing, unknown, of another type or out of
             its bounds.
     """
-    content = parse_json(_bounded(path))
+    return unseal(_bounded(path), kind, versions, shape, renewed)
+
+
+def unseal(
+    text: str,
+    kind: str,
+    versions: range | int,
+    shape: type[T],
+    renewed: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields,
+) -> tuple[T, str]:
+    """The fields and the seal of what ``seal`` made, from JSON text; as ``read_sealed``."""
+    content = parse_json(text)
     if not isinstance(content, dict) or content.get("format") != kind:
         raise ValueError("JSON of another kind")
     versions = range(1, versions + 1) if isinstance(versions, int) else versions
@@ -282,11 +298,11 @@ def read_sealed(
         raise ValueError(f"version {version!r}, written by a newer fairseq-knnlm")
     if version < versions.start:
         raise ValueError(f"version {version}, written by an older fairseq-knnlm")
-    seal = content.pop("fingerprint", None)
-    if seal != fingerprint(content):
+    found = content.pop("fingerprint", None)
+    if found != fingerprint(content):
         raise ValueError("an altered file (its fingerprint differs)")
     fields = {key: content[key] for key in content if key not in ("format", "version")}
-    return typed(renewed(fields), shape), seal
+    return typed(renewed(fields), shape), found
 
 
 def _bounded(path: Path) -> str:
@@ -336,18 +352,22 @@ def fingerprint(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def checksums(path: Path, chunks: Sequence[int] | None = None) -> list[str]:
+def checksums(
+    path: Path, chunks: Sequence[int] | None = None, size: int | None = None
+) -> list[str]:
     """SHA-256 (first 16 hex digits) of the file's chunks of 64 MiB, read in parallel.
 
     Args:
         path: the file.
         chunks: which chunks, by number; all of them where left out.
+        size: bytes that count, from the first on; all of them where left out.
     """
+    size = path.stat().st_size if size is None else size
     if chunks is None:
-        chunks = range(chunk_count(path))
+        chunks = range(chunks_of(size))
 
     def digest(chunk: int) -> str:
-        return _checksum(path, chunk)
+        return _checksum(path, chunk, size)
 
     # hashlib lets go of the interpreter lock, so threads are enough; four bound the memory.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -357,20 +377,25 @@ def checksums(path: Path, chunks: Sequence[int] | None = None) -> list[str]:
         return list(tqdm(digests, total=len(chunks), desc=label, unit=" chunks", delay=2))
 
 
-def _checksum(path: Path, chunk: int) -> str:
+def _checksum(path: Path, chunk: int, size: int | None = None) -> str:
+    """Of a chunk, as far as it lies within the first ``size`` bytes."""
+    start = chunk * CHUNK_BYTES
+    count = CHUNK_BYTES if size is None else min(CHUNK_BYTES, max(0, size - start))
     with path.open("rb") as file:
-        file.seek(chunk * CHUNK_BYTES)
-        return hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest()[:16]
+        file.seek(start)
+        return hashlib.sha256(file.read(count)).hexdigest()[:16]
 
 
-def altered(path: Path, expected: Sequence[str], *, everything: bool = False) -> bool:
-    """True where the file's bytes are not those that ``expected`` was taken from.
+def altered(
+    path: Path, expected: Sequence[str], *, everything: bool = False, size: int | None = None
+) -> bool:
+    """True where the file's bytes, the first ``size``, are not those ``expected`` was taken from.
 
     Checks at most ``CHUNKS_ON_OPEN`` evenly spaced chunks (the first and last among them) unless
     ``everything`` is asked for.
     """
     chosen = range(len(expected)) if everything else sampled_chunks(len(expected))
-    return checksums(path, chosen) != [expected[chunk] for chunk in chosen]
+    return checksums(path, chosen, size) != [expected[chunk] for chunk in chosen]
 
 
 def sampled_chunks(total: int) -> Sequence[int]:

@@ -1,23 +1,40 @@
-"""The FAISS index: train, add, save, load, place on a CPU or GPU, search.
+"""The FAISS index: save, load, place on a CPU or GPU, search.
 
-The only module that imports faiss. Beside an index file lies its card (``knn.index.json``), which
-says how it was built, of which datastore, and how good it is.
+Behind FAISS's bytes an index file holds its card, which says how it was built, of which datastore,
+and how good it is. FAISS reads from the front and does not see it. So an index and its card are
+one file, and no moment leaves one without the other.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import numpy as np
 import torch
+from msgspec.structs import asdict, replace
 from torch import Tensor
 
 from fairseq_knnlm.errors import ConfigError, IndexFileError, KnnlmError
-from fairseq_knnlm.files import altered, checksums, publish, read_sealed, write_sealed
+from fairseq_knnlm.files import (
+    MOST_JSON,
+    altered,
+    checksums,
+    chunks_of,
+    publish,
+    read_sealed,
+    seal,
+    unseal,
+)
+from fairseq_knnlm.trial import looked_at, obstacle_to_recipe, reason
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports every attempt
@@ -35,14 +52,36 @@ except ImportError:
 GPU_MAX = 2048
 GPU_CODE_SIZES = {1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96}
 FORMAT = "fairseq-knnlm index"
-VERSION = 1
+VERSION = 2
+#: The end of an index file that holds its card: the length of the card (8 bytes, little-endian)
+#: and this.
+MAGIC = b"kNNcard1"
+TAIL_BYTES = 8 + len(MAGIC)
+#: The paper's nprobe, for an index of which nothing is known.
+FOREIGN_NPROBE = 32
+#: Factory strings of which FAISS refuses the wrong ones without a crash.
+KNOWN_RECIPES = re.compile(
+    r"Flat|(PCAR[1-9]\d{0,3},)?IVF[1-9]\d{0,5},(Flat|SQ8|PQ[1-9]\d{0,3}(x4fsr?)?)", re.ASCII
+)
+#: What a user may ask for.
+RECIPES = (
+    "auto, paper, or a factory string such as Flat or IVF1024,PQ32x4fs; code sizes divide the "
+    "width, and there are more keys than centroids"
+)
+BUILD = "build it again: python examples/build_index.py --dstore DSTORE"
 #: Share of what the lists hold that compressed keys must find to be trusted with distances.
 FAITHFUL = 0.9
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 
 
-@dataclass(frozen=True)
-class IndexCard:
+#: Types of the card's fields, with their bounds.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Checksum = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+
+
+class IndexCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an index is.
 
     Attributes:
@@ -57,26 +96,27 @@ class IndexCard:
             keys; None without lists or unmeasured.
         recall: share of the true ``recall_at`` nearest that it finds, on sampled keys.
         recall_at: that k.
-        seconds: time to build.
+        threads: that FAISS built it with, whose number shows in the last digits of what is
+            multiplied; 0 where it is not known.
         faiss: version that built it.
-        bytes: length of the index file.
-        chunks: the file's checksums.
+        bytes: length of what FAISS wrote.
+        chunks: its checksums.
     """
 
     factory: str
-    metric: str
-    rows: int
-    width: int
-    nprobe: int
+    metric: Annotated[str, msgspec.Meta(pattern="^(l2|ip)$")]
+    rows: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=10**6)]
+    nprobe: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     exact: bool
-    datastore: str = ""
-    coverage: float | None = None
-    recall: float | None = None
-    recall_at: int = 0
-    seconds: float = 0.0
+    datastore: Fingerprint = ""
+    coverage: Share | None = None
+    recall: Share | None = None
+    recall_at: Count = 0
+    threads: Count = 0
     faiss: str = ""
-    bytes: int = 0
-    chunks: Sequence[str] = ()
+    bytes: Count = 0
+    chunks: tuple[Checksum, ...] = ()
 
     @property
     def faithful(self) -> bool:
@@ -141,29 +181,36 @@ class SearchIndex:
 
 
 def save(index: Any, card: IndexCard, path: Path, datastore: str) -> IndexCard:
-    """Writes an index and its card, each atomically, the card last.
+    """Writes an index and its card as one file, atomically.
 
     Args:
         index: a FAISS index in the CPU's memory.
         card: from ``build``.
         path: the index file.
         datastore: fingerprint of the datastore it was built of.
+
+    Raises:
+        OSError: where the disk is full, or cannot be written to; what was there stays.
     """
-    card_path(path).unlink(missing_ok=True)
     with publish(path) as temporary:
         write_file(index, temporary)
-    card = replace(
-        card,
-        datastore=datastore,
-        bytes=path.stat().st_size,
-        chunks=checksums(path),
-    )
-    write_sealed(card_path(path), FORMAT, VERSION, asdict(card))
+        card = replace(
+            card,
+            datastore=datastore,
+            bytes=temporary.stat().st_size,
+            chunks=tuple(checksums(temporary)),
+        )
+        text = json.dumps(seal(FORMAT, VERSION, asdict(card)), allow_nan=False).encode()
+        with temporary.open("ab") as file:
+            file.write(text + len(text).to_bytes(8, "little") + MAGIC)
+    beside = card_path(path)
+    if beside.is_file() or beside.is_symlink():
+        beside.unlink()  # of the index that was there before
     return card
 
 
 def card_path(index_path: Path) -> Path:
-    """``knn.index`` -> ``knn.index.json``."""
+    """Where earlier versions kept an index's card: ``knn.index`` -> ``knn.index.json``."""
     return index_path.with_name(f"{index_path.name}.json")
 
 
@@ -177,6 +224,8 @@ def load(
     nprobe: int | None = None,
     k: int = 1,
     mapped: bool = False,
+    foreign: bool = False,
+    everything: bool = False,
 ) -> SearchIndex:
     """Reads an index, checks that it belongs to the datastore, and places it.
 
@@ -189,70 +238,152 @@ def load(
         nprobe: lists visited a query, where not the card's.
         k: neighbours that will be asked for.
         mapped: leave the keys' codes in the file, mapped, so that they take no memory of their own.
+        foreign: take an index without a card too, checked for what can be.
+        everything: compare all bytes, also of a large file.
 
     Raises:
-        IndexFileError: where it is missing, damaged, of another datastore, or cannot be mapped or
-            searched on the device.
+        IndexFileError: where it is missing, damaged, without its card, of another datastore, or
+            cannot be mapped or searched on the device.
         ConfigError: where the device does not exist, or nprobe exceeds the lists.
     """
-    card = read_card(path)
-    if card is not None:
-        _check_file(path, card, datastore)
-    exact = card is not None and card.exact
-    index = _map_file(path, exact) if mapped else read_file(path)
-    if index.ntotal != rows or index.d != width:
-        raise IndexFileError(
-            f"{path} is an index of another datastore",
-            expected=f"{rows:,} keys of width {width}",
-            found=f"{index.ntotal:,} keys of width {index.d}",
-            do="build it again: python examples/build_index.py --dstore DSTORE",
-        )
-    card = card or _foreign_card(index)
+
+    def read() -> tuple[Any, IndexCard]:
+        card = read_card(path, foreign=foreign)
+        if card is None:
+            card = _foreign_card(path, rows, width)
+        else:
+            _check_file(path, card, datastore, everything=everything)
+        index = _map_file(path, card.exact) if mapped else read_file(path)
+        if index.ntotal != rows or index.d != width:
+            raise _of_another(path, rows, width, index.ntotal, index.d)
+        return index, card
+
+    index, card = _settled(path, read)
     if nprobe is not None:
         card = replace(card, nprobe=_checked_nprobe(index, nprobe))
     return place(index, card, device, k)
 
 
-def read_card(path: Path) -> IndexCard | None:
-    """The card beside an index, or None for an index that somebody else built.
+def _settled(path: Path, read: Callable[[], T]) -> T:
+    """What ``read`` makes of a file that nobody replaced meanwhile."""
+    while True:
+        before = _identity(path)
+        try:
+            found = read()
+        except IndexFileError:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return found
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_card(path: Path, *, foreign: bool = False) -> IndexCard | None:
+    """The card of an index; None where it has none and is welcome all the same.
+
+    Args:
+        path: the index file.
+        foreign: whether an index that another program built, which has no card, is welcome.
 
     Raises:
-        IndexFileError: where the index is missing or its card damaged.
+        IndexFileError: where the index is missing, or its card is missing or damaged.
     """
     if not path.is_file():
         raise IndexFileError(
             f"no index at {path}",
             expected="an index of the datastore",
-            found="nothing",
-            do="build it: python examples/build_index.py --dstore DSTORE",
+            found="another kind of thing" if os.path.lexists(path) else "nothing",
+            do=BUILD,
         )
-    file = card_path(path)
-    if not file.is_file():
-        return None
+    beside, size = card_path(path), path.stat().st_size
+    text = None
     try:
-        return IndexCard(**read_sealed(file, FORMAT, VERSION, dict)[0])
-    except (TypeError, ValueError) as error:
-        raise _damaged(file, "the card of an index", str(error)) from None
-
-
-def _check_file(path: Path, card: IndexCard, datastore: str) -> None:
-    size = path.stat().st_size
-    if size != card.bytes:
+        if (text := _card_within(path)) is not None:
+            size -= len(text.encode()) + TAIL_BYTES
+            card, _ = unseal(text, FORMAT, VERSION, IndexCard, _renewed)
+        elif beside.is_file():
+            card, _ = read_sealed(beside, FORMAT, 1, IndexCard, _renewed)
+        elif foreign:
+            return None
+        else:
+            raise IndexFileError(
+                f"{path} is damaged or another program's: it has no card",
+                expected="an index that fairseq-knnlm wrote: its card is the end of the file, or "
+                f"lies beside it as {beside.name}",
+                found="neither",
+                do=f"{BUILD}; or, if another program built it, name it with --indexfile",
+            )
+        if len(card.chunks) != chunks_of(card.bytes):
+            raise ValueError(f"{len(card.chunks):,} checksums for {card.bytes:,} bytes")
+    except ValueError as error:
+        where = beside if text is None else path
+        raise _damaged(where, "the card of an index", str(error)) from None
+    if card.bytes != size:
         raise _damaged(path, f"{card.bytes:,} bytes", f"{size:,} bytes")
+    return card
+
+
+def _card_within(path: Path) -> str | None:
+    """The card that an index file ends with, as JSON text; None where it ends otherwise."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        tail = file.read()
+        if not tail.endswith(MAGIC) or len(tail) < TAIL_BYTES:
+            return None
+        length = int.from_bytes(tail[:8], "little")
+        if length > min(MOST_JSON, size - TAIL_BYTES):
+            raise ValueError(f"one of {length:,} bytes, in a file of {size:,}")
+        file.seek(size - TAIL_BYTES - length)
+        try:
+            return file.read(length).decode()
+        except UnicodeDecodeError:
+            raise ValueError("bytes that are no text") from None
+
+
+def _renewed(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of version 1, which told the time in the place of the threads, as of today."""
+    return {name: fields[name] for name in fields if name != "seconds"}
+
+
+def _check_file(path: Path, card: IndexCard, datastore: str, *, everything: bool) -> None:
     if card.datastore != datastore:
         raise IndexFileError(
             f"{path} is an index of another datastore",
             expected=f"datastore {datastore[:12]}...",
             found=f"datastore {card.datastore[:12]}...",
-            do="build it again: python examples/build_index.py --dstore DSTORE",
+            do=BUILD,
         )
-    if altered(path, card.chunks):
+    if altered(path, card.chunks, everything=everything, size=card.bytes):
         raise _damaged(path, "the bytes that were written", "other ones (checksums differ)")
 
 
 def write_file(index: Any, path: Path) -> None:
-    """Writes a FAISS index that is in the CPU's memory."""
-    faiss.write_index(index, str(path))
+    """Writes a FAISS index that is in the CPU's memory.
+
+    By way of Python, since FAISS itself passes over what fails at the end of a file.
+
+    Raises:
+        OSError: where that fails.
+    """
+    with path.open("wb", buffering=0) as file:
+
+        def write(some: Any) -> None:
+            left = memoryview(some)
+            while left:
+                left = left[file.write(left) :]
+
+        # Its type stubs leave this class out.
+        writer: Any = faiss.PyCallbackIOWriter(write, 2**20)  # type: ignore[attr-defined]
+        faiss.write_index(index, writer)
 
 
 def read_file(path: Path, flags: int = 0) -> Any:
@@ -264,7 +395,7 @@ def read_file(path: Path, flags: int = 0) -> Any:
     try:
         return faiss.read_index(str(path), flags)
     except (RuntimeError, MemoryError) as error:
-        raise _damaged(path, "an index that FAISS reads", first_line(error)) from None
+        raise _damaged(path, "an index that FAISS reads", reason(error)) from None
 
 
 def _map_file(path: Path, exact: bool) -> Any:
@@ -272,8 +403,6 @@ def _map_file(path: Path, exact: bool) -> Any:
     if exact:
         return read_file(path, faiss.IO_FLAG_MMAP_IFC)
     index = read_file(path, faiss.IO_FLAG_MMAP)
-    if is_exact(index):  # one without a card; this flag has read it into memory
-        return read_file(path, faiss.IO_FLAG_MMAP_IFC)
     lists: Any = faiss.extract_index_ivf(index).invlists if has_lists(index) else None
     if not isinstance(lists and faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
         raise IndexFileError(
@@ -291,20 +420,86 @@ def _damaged(file: Path, expected: str, found: str) -> IndexFileError:
         f"{file} is damaged",
         expected=expected,
         found=found,
-        do="build the index again: python examples/build_index.py --dstore DSTORE",
+        do=BUILD,
     )
 
 
-def _foreign_card(index: Any) -> IndexCard:
-    metric = next(name for name, kind in METRICS.items() if kind == index.metric_type)
+def _of_another(path: Path, rows: int, width: int, found_rows: int, found: int) -> IndexFileError:
+    return IndexFileError(
+        f"{path} is an index of another datastore",
+        expected=f"{rows:,} keys of width {width}",
+        found=f"{found_rows:,} keys of width {found}",
+        do=BUILD,
+    )
+
+
+def _foreign_card(path: Path, rows: int, width: int) -> IndexCard:
+    """What an index that another program built is, as far as it can be known and checked."""
+    found = looked_at(path)
+    if "error" in found:
+        raise _damaged(path, "an index that FAISS reads and searches", found["error"])
+    if found["behind"]:
+        raise _damaged(
+            path, "the end of the file where FAISS's index ends", f"{found['behind']:,} more bytes"
+        )
+    if (found["rows"], found["width"]) != (rows, width):
+        raise _of_another(path, rows, width, found["rows"], found["width"])
+    ids = {"held": rows, "lowest": 0, "highest": rows - 1}
+    if any(found[name] != number for name, number in ids.items()):
+        raise IndexFileError(
+            f"{path} does not hold the rows of the datastore",
+            expected=f"{rows:,} ids from 0 to {rows - 1:,}",
+            found="{held:,} ids from {lowest:,} to {highest:,}".format(**found),
+            do=BUILD,
+        )
+    metric = next((name for name, kind in METRICS.items() if kind == found["metric"]), None)
+    if metric is None:
+        raise IndexFileError(
+            f"{path} compares keys in another way",
+            expected="squared L2 or inner product",
+            found=f"FAISS's metric {found['metric']}",
+            do=BUILD,
+        )
+    logger.warning(
+        "%s has no card, so it is taken as another program's %s: its ids, metric and width fit, "
+        "but nothing tells whether it is whole, or of these keys. Lists are visited as in the "
+        "paper, %d a query, unless --probe says otherwise.",
+        path,
+        found["kind"],
+        FOREIGN_NPROBE,
+    )
     return IndexCard(
-        factory=type(_innermost(index)).__name__,
+        factory=found["inner"],
         metric=metric,
-        rows=index.ntotal,
-        width=index.d,
-        nprobe=32 if has_lists(index) else 0,  # the paper's
-        exact=is_exact(index),
+        rows=rows,
+        width=width,
+        nprobe=FOREIGN_NPROBE if found["lists"] else 0,
+        exact=found["kind"] in ("IndexFlat", "IndexFlatL2", "IndexFlatIP"),
     )
+
+
+def check_factory(factory: str, width: int, metric: str = "l2") -> None:
+    """Tries a FAISS factory string where a crash does no harm, unless it is one that is known.
+
+    Args:
+        factory: FAISS's factory string.
+        width: dimensions of a key, D.
+        metric: ``"l2"`` or ``"ip"``.
+
+    Raises:
+        IndexFileError: where FAISS cannot make, fill and search such an index.
+    """
+    if KNOWN_RECIPES.fullmatch(factory):
+        return
+    found = obstacle_to_recipe(factory, width, METRICS[metric])
+    if found is not None:
+        shown = factory if len(factory) <= 60 else f"{factory[:60]}..."
+        raise IndexFileError(
+            f"FAISS cannot make the index {shown!r} for keys of width {width}",
+            expected=RECIPES,
+            found=found,
+            do="build with --recipe auto, or see FAISS's index factory",
+        )
 
 
 def _checked_nprobe(index: Any, nprobe: int) -> int:
@@ -440,10 +635,3 @@ def is_exact(index: Any) -> bool:
 def _set_nprobe(index: Any, nprobe: int) -> None:
     if nprobe:
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
-
-
-def first_line(error: Exception) -> str:
-    """FAISS's reason, without its source location; its C++ signatures say nothing to a user."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = lines[0].split("Error: ")[-1]
-    return "what FAISS does not know" if "::" in reason else reason

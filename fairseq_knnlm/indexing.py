@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import faiss
 import numpy as np
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from fairseq_knnlm.background import ahead
@@ -18,14 +18,15 @@ from fairseq_knnlm.errors import IndexFileError
 from fairseq_knnlm.exam import Exam
 from fairseq_knnlm.index import (
     METRICS,
+    RECIPES,
     IndexCard,
     SearchIndex,
-    first_line,
     has_lists,
     is_exact,
 )
 from fairseq_knnlm.recipes import Recipe
 from fairseq_knnlm.snapshots import Snapshots
+from fairseq_knnlm.trial import reason
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,6 @@ class IndexBuilder:
         self.rows = rows
         self.wishes = wishes
         self.exam: Exam | None = None
-        self._started = time.perf_counter()
         with _refusals(f"FAISS cannot make the index {recipe.factory!r} for keys of width {width}"):
             self.index = faiss.index_factory(width, recipe.factory, METRICS[wishes.metric])
         exam = 0 if is_exact(self.index) else wishes.queries
@@ -149,6 +149,7 @@ class IndexBuilder:
             width=self.width,
             nprobe=0,
             exact=is_exact(self.index),
+            threads=faiss.omp_get_max_threads(),
             faiss=faiss.__version__,
         )
         if has_lists(self.index):
@@ -158,7 +159,7 @@ class IndexBuilder:
             card = replace(card, recall=recall, recall_at=self.exam.k)
         elif card.exact:
             card = replace(card, recall=1.0, recall_at=min(self.wishes.k, self.rows))
-        return self.index, replace(card, seconds=time.perf_counter() - self._started)
+        return self.index, card
 
     def _with_nprobe(self, card: IndexCard) -> IndexCard:
         lists = faiss.extract_index_ivf(self.index).nlist
@@ -244,8 +245,7 @@ def _refusals(problem: str) -> Iterator[None]:
     except (RuntimeError, TypeError, AssertionError) as error:
         raise IndexFileError(
             problem,
-            expected="auto, paper, or a factory string such as Flat or IVF1024,PQ32x4fs; code "
-            "sizes divide the width, and there are more keys than centroids",
-            found=first_line(error),
+            expected=RECIPES,
+            found=reason(error),
             do="build with --recipe auto, or see FAISS's index factory",
         ) from None

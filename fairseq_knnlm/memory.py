@@ -162,8 +162,10 @@ def _open_index(args: Any, store: Datastore) -> SearchIndex | ExactSearch:
         "width": store.manifest.width,
         "nprobe": args.probe,
         "k": args.k,
+        "foreign": bool(args.indexfile),
     }
-    gpu, card = gpu_of_torch_alone(args.knn_device), read_card(path)
+    gpu = gpu_of_torch_alone(args.knn_device)
+    card = read_card(path, foreign=bool(args.indexfile))
     if gpu and card is not None and card.exact and store.keys is not None:
         checked = load_index(path, mapped=True, **options)
         return ExactSearch(store.keys, checked.card, gpu)

@@ -20,8 +20,7 @@ from fairseq_knnlm.datastore import (
     check_numbers,
     open_array,
 )
-from fairseq_knnlm.errors import DatastoreError, IndexFileError, KnnlmError, NGramError
-from fairseq_knnlm.files import altered
+from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
 from fairseq_knnlm.ngram import NGramModel
 from fairseq_knnlm.tables import read_table
 
@@ -131,12 +130,14 @@ def _unsound(file: Path, fault: str) -> DatastoreError:
 
 
 def _index(store: Datastore) -> str:
-    path, width = store.index_path, store.manifest.width
-    loaded = indexes.load(path, datastore=store.fingerprint, rows=len(store), width=width)
-    card = loaded.card
-    if card.chunks and altered(path, card.chunks, everything=True):
-        raise IndexFileError(f"{path} is damaged", do="build the index again")
-    return f"{card.describe()}, of this datastore"
+    checked = indexes.load(
+        store.index_path,
+        datastore=store.fingerprint,
+        rows=len(store),
+        width=store.manifest.width,
+        everything=True,
+    )
+    return f"{checked.card.describe()}, of this datastore"
 
 
 def _ngrams(store: Datastore, values: np.ndarray | None) -> str:

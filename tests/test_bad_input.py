@@ -189,7 +189,11 @@ def test_damaged_files(lab: Lab, store: Path, name: str, spoil: Callable[[Path],
 
 @pytest.mark.parametrize("spoil", [_truncate, _alter])
 def test_damaged_card(lab: Lab, store: Path, spoil: Callable[[Path], None]) -> None:
-    spoil(store / "knn.index.json")
+    content = (store / "knn.index").read_bytes()
+    with (store / "card").open("wb") as file:
+        file.write(content[-300:])
+    spoil(store / "card")
+    (store / "knn.index").write_bytes(content[:-300] + (store / "card").read_bytes())
     refused(lab, IndexFileError, *memory(store))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -166,9 +167,7 @@ def test_compress_says_what_it_saved(
 ) -> None:
     """400 entries of 16 bytes and 2; the projection takes 8 x 4 floats, a weight 4 bytes."""
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere.index"
-    for name in ("knn.index", "knn.index.json"):
-        target = elsewhere if name == "knn.index" else tmp_path / "elsewhere.index.json"
-        shutil.move(indexed.path / name, target)
+    shutil.move(indexed.path / "knn.index", elsewhere)
     compress = ["compress", "--dstore", indexed.path, "--out"]
     said = say(capsys, *compress, out, "--pca", 4)
     assert said.startswith(f"{out}: 400 -> 400 entries, 7.0 KiB -> 4.0 KiB\n")
@@ -221,9 +220,7 @@ def test_verify_finds_everything_in_order(
 
 
 @pytest.mark.parametrize("spoil", [truncate, alter])
-@pytest.mark.parametrize(
-    "name", ["keys.npy", "values.npy", "manifest.json", "knn.index", "knn.index.json"]
-)
+@pytest.mark.parametrize("name", ["keys.npy", "values.npy", "manifest.json", "knn.index"])
 def test_verify_finds_damage(
     indexed: Datastore,
     name: str,
@@ -261,8 +258,7 @@ def test_verify_refuses_the_index_of_another_datastore(
 ) -> None:
     keys, values = random_entries(ROWS, WIDTH)
     other = write_store(indexed.path.with_name("other"), keys + 1, values, dtype="float16")
-    for name in ("knn.index", "knn.index.json"):
-        shutil.copy(indexed.path / name, other.path / name)
+    shutil.copy(indexed.path / "knn.index", other.path / "knn.index")
     cli.main(["verify", "--dstore", str(other.path)])
     assert "index of another datastore" in capsys.readouterr().err
 
@@ -608,8 +604,10 @@ def test_an_interruption_is_told_without_a_traceback(
 
 
 def test_what_is_written_is_json(indexed: Datastore) -> None:
-    for name in ("manifest.json", "knn.index.json"):
-        assert json.loads((indexed.path / name).read_text())["format"].startswith("fairseq-knnlm")
+    content = json.loads((indexed.path / "manifest.json").read_text())
+    assert content["format"].startswith("fairseq-knnlm")
+    *_, card = (indexed.path / "knn.index").read_bytes()[:-16].partition(b'{"format"')
+    assert json.loads(b'{"format"' + card)["format"] == "fairseq-knnlm index"
 
 
 def test_info_tells_a_damaged_card_from_a_missing_index(
@@ -618,7 +616,7 @@ def test_info_tells_a_damaged_card_from_a_missing_index(
     write_store(tmp_path / "store", *random_entries(300, 8))
     words = ["--dstore", str(tmp_path / "store")]
     cli.main(["build-index", *words])
-    (tmp_path / "store/knn.index.json").write_text("{}")
+    truncate(tmp_path / "store/knn.index")
     capsys.readouterr()
     cli.main(["info", *words])
     captured = capsys.readouterr()
@@ -757,3 +755,40 @@ def test_import_finds_holes_and_what_is_no_number(
     command = ["import", "--dstore", tmp_path / "old", "--dstore-size", ROWS]
     assert says in refuse(capsys, *command, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--probe", str(value)] for value in (-3, 0, 9)),
+        *(["--recall-queries", str(value)] for value in (-1, 10**9)),
+        *(["--seed", str(value)] for value in (-1, 2**32)),
+        *(["--train-rows", str(value)] for value in (-1, 0)),
+        *(["--recall", value] for value in ("nan", "0", "1.5")),
+        *(["--max-bytes-per-key", str(value)] for value in (-1, 0)),
+    ],
+)
+def test_build_index_refuses_numbers_out_of_bounds(
+    store: Datastore, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refuse(capsys, "build-index", "--dstore", store.path, "--recipe", "IVF8,Flat", *flags)
+    assert flags[0] in said
+    assert not store.index_path.exists()
+
+
+def test_a_second_build_of_an_index_is_refused(
+    store: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = store.path / ".knn.index.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = refuse(capsys, "build-index", "--dstore", store.path)
+    assert "another process is writing" in said
+
+
+def test_compress_into_the_datastore_is_refused(
+    store: Datastore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (store.path, store.path / "smaller"):
+        said = refuse(capsys, "compress", "--dstore", store.path, "--out", out, "--pca", 2)
+        assert "--out lies in the datastore" in said

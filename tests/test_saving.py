@@ -27,7 +27,7 @@ def streamed(lab: Lab) -> Path:
 
 def test_a_streamed_datastore_has_no_keys(streamed: Path, datastore: Path) -> None:
     names = {file.name for file in streamed.iterdir()}
-    assert names == {"manifest.json", "values.npy", "knn.index", "knn.index.json"}
+    assert names == {"manifest.json", "values.npy", "knn.index"}
     found, expected = open_datastore(streamed), open_datastore(datastore)
     assert found.keys is None
     assert found.manifest.key_dtype is None
