@@ -77,6 +77,7 @@ def main() -> int:
             print(f"{case.group:<8} {case.name}")
         return 0
     live_apart()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which cleans up
     folder = Path(tempfile.mkdtemp(prefix="knnlm-faults-"))
     started = time.monotonic()
     try:
@@ -172,8 +173,9 @@ def start(case: Case, stage: Stage) -> int:
     pid = os.fork()
     if pid:
         return pid
-    os.setpgid(0, 0)
     try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         result = stage.folder.with_suffix(".json")
         stage.folder.mkdir()
         result.write_text(json.dumps(played(case, stage)))
