@@ -82,6 +82,8 @@ def main() -> int:
     started = time.monotonic()
     try:
         outcomes = run_all(chosen(args), folder, args.jobs)
+    except RuntimeError as error:  # the world is made by undamaged commands, and they must work
+        sys.exit(f"{parser.prog}: {error}")
     finally:
         if args.keep:
             print(f"the world is left in {folder}", file=sys.stderr)

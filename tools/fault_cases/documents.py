@@ -24,9 +24,11 @@ CARD = (
     *("recall_at", "seconds", "faiss", "bytes", "chunks"),
 )
 CALIBRATION = (
-    *("datastores", "model", "fitted_on", "experts", "base_perplexity", "stacks", "default"),
-    *("versions", "stacks.0.experts", "stacks.0.mixer", "stacks.0.perplexity", "stacks.0.bits"),
-    *("stacks.0.mixer.kind", "stacks.0.mixer.components", "stacks.0.mixer.weights"),
+    *("datastores", "names", "model", "fitted_on", "experts", "base_perplexity", "stacks"),
+    *("default", "skips", "versions", "gates", "fitted_on.split", "fitted_on.tokens"),
+    *("stacks.0.experts", "stacks.0.mixer", "stacks.0.perplexity", "stacks.0.bits"),
+    *("stacks.0.choice_perplexity", "stacks.0.mixer.kind", "stacks.0.mixer.components"),
+    *("stacks.0.mixer.weights", "stacks.0.mixer.features", "stacks.0.mixer.abstain"),
     *("stacks.0.mixer.components.0.expert", "stacks.0.mixer.components.0.setting"),
 )
 MUST = "refused with a message that names the field or what the file is"
@@ -110,6 +112,12 @@ CALIBRATION_VALUES = (
     _set("base_perplexity", 0),
     _set("stacks", [], "stacks|default"),
     _set("stacks.0.perplexity", -1),
+    _set("stacks.0.choice_perplexity", 0),
+    _set("stacks.0.mixer.abstain", "never"),
+    _set("gates", "", "gate"),
+    _set("gates", "AAAA" * 1000, "gate"),
+    _set("gates", "no base64!", "gate"),
+    _set("skips", [{}]),
     _set("stacks.0.experts", ["oracle"], "oracle|experts"),
     _set("stacks.0.mixer.kind", "oracle", "oracle|kind"),
     _set("stacks.0.mixer.weights", [2.0], "weights"),

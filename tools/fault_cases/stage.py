@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import fnmatch
 import hashlib
+import importlib
 import math
 import os
 import re
@@ -441,12 +442,10 @@ def _call(words: Sequence[object] | Callable[[], object]) -> int:
 
 def _main(words: list[str]) -> object:
     """A console command by its name."""
-    from fairseq_cli import eval_lm
-
     from fairseq_knnlm import cli
 
     sys.argv = words
-    if words[0] == "fairseq-eval-lm":
-        return eval_lm.cli_main()
-    assert words[0] == "fairseq-knnlm"
-    return cli.main()
+    if words[0] == "fairseq-knnlm":
+        return cli.main()
+    name = words[0].removeprefix("fairseq-").replace("-", "_")
+    return importlib.import_module(f"fairseq_cli.{name}").cli_main()

@@ -3,13 +3,9 @@ belongs to one, made by the commands that people type."""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,15 +110,21 @@ def knnlm(*words: object) -> list[object]:
 
 
 def make_world(folder: Path) -> World:
-    """Makes all of it; half a minute."""
+    """Makes all of it; half a minute.
+
+    Raises:
+        RuntimeError: where a command fails, though nothing was planted.
+    """
     world = World(folder)
-    files = write_corpus(folder)
-    text = [word for split, file in files.items() for word in (f"--{split}pref", str(file))]
-    _process("fairseq-preprocess", "--only-source", *text, "--destdir", str(world.data))
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        list(pool.map(lambda name: _train(world, name), MODELS))
     (folder / "stage").mkdir()
     stage = Stage(folder / "stage", world)
+    files = write_corpus(folder)
+    text = [word for split, file in files.items() for word in (f"--{split}pref", file)]
+    preprocess = ("fairseq-preprocess", "--only-source", *text, "--destdir", world.data)
+    _made(stage, preprocess)
+    running = [stage.start(_training(world, name)) for name in MODELS]
+    for each in running:
+        _succeeded(each.wait(600))
     _remember(world, stage)
     shutil.rmtree(stage.folder)
     return world
@@ -184,26 +186,21 @@ def write_corpus(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _train(world: World, name: str) -> None:
-    _process(
-        *("fairseq-train", str(world.data), "--task", "language_modeling", *MODELS[name]),
+def _training(world: World, name: str) -> list[object]:
+    return [
+        *("fairseq-train", world.data, "--task", "language_modeling", *MODELS[name]),
         *("--cpu", "--optimizer", "adam", "--lr", "0.01", "--seed", "1"),
         *("--tokens-per-sample", "16", "--sample-break-mode", "none", "--max-tokens", "512"),
-        *("--save-dir", str(world.folder / name), "--no-epoch-checkpoints"),
+        *("--save-dir", world.folder / name, "--no-epoch-checkpoints"),
         *("--disable-validation", "--num-workers", "0"),
-    )
-
-
-def _process(*words: str) -> None:
-    command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{words[0]} failed: {(done.stdout + done.stderr)[-2000:]}")
+    ]
 
 
 def _made(stage: Stage, words: Sequence[object]) -> Ran:
-    ran = stage.start(words).wait()
+    return _succeeded(stage.start(words).wait(600))
+
+
+def _succeeded(ran: Ran) -> Ran:
     if ran.code:
-        raise RuntimeError(f"the undamaged world cannot be made: {words}\n{ran.out[-3000:]}")
+        raise RuntimeError(f"the undamaged world cannot be made: {ran.out[-3000:]}")
     return ran
