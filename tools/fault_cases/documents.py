@@ -10,7 +10,7 @@ from typing import Any
 from fault_cases import sealed
 from fault_cases.sealed import Change
 from fault_cases.stage import BadOutcome, Case, Stage
-from fault_cases.world import K, knnlm
+from fault_cases.world import INDEX, K, knnlm
 
 #: The fields of docs/format.md.
 MANIFEST = (
@@ -38,6 +38,8 @@ def cases() -> Iterator[Case]:
     """Manifest, card, calibration: changes of any document, of its fields, of its values."""
     for change in [*sealed.of_documents(), *sealed.of_fields(MANIFEST), *MANIFEST_VALUES]:
         yield Case("reading", f"manifest: {change.name}", change.done, MUST, _manifest(change))
+    for change in MANIFEST_USED:
+        yield Case("reading", f"manifest: {change.name}", change.done, MUST, _used(change))
     for change in [*sealed.of_documents(), *sealed.of_fields(CARD), *CARD_VALUES]:
         yield Case("reading", f"card: {change.name}", change.done, MUST, _card(change))
     for change in [*sealed.of_documents(), *sealed.of_fields(CALIBRATION), *CALIBRATION_VALUES]:
@@ -81,13 +83,18 @@ MANIFEST_VALUES = (
     _set("value_dtype", "O"),
     _set("origin.vocabulary", 0),
     _set("origin.vocabulary", -1),
-    _set("origin.vocabulary", 3, "vocabulary|values|token"),
-    _set("origin.key_type", "../../etc/passwd"),
     _set("files", {}, "files|keys|values"),
     _set("files", {"../keys.npy": {"bytes": 1, "chunks": []}}, "files|keys"),
     _set("files.keys.npy.chunks", [], "keys|chunks"),
     _set("files.keys.npy.chunks", [7], "chunks"),
     _set("files.keys.npy.chunks", ["0" * 16] * 100000, "keys|chunks"),
+)
+#: What only who uses the datastore can find.
+MANIFEST_USED = (
+    _set("origin.vocabulary", 3, "vocabulary|values|token"),
+    _set("origin.key_type", "../../etc/passwd", "key.type"),
+    _set("origin.model", "f" * 64, "another checkpoint"),
+    _set("origin.dictionary", "f" * 64, "another dictionary"),
 )
 CARD_VALUES = (
     *sealed.of_number("nprobe"),
@@ -157,6 +164,20 @@ def _manifest(change: Change) -> Callable[[Stage], str]:
         store = stage.bare()
         _write(sealed.MANIFEST, store, change)
         return stage.refused(knnlm("info", "--dstore", store), change.says)
+
+    return play
+
+
+def _used(change: Change) -> Callable[[Stage], str]:
+    """An evaluation whose index is of the changed datastore."""
+
+    def play(stage: Stage) -> str:
+        store = stage.bare()
+        _write(sealed.MANIFEST, store, change)
+        index = knnlm("build-index", "--dstore", store, *INDEX)
+        if stage.run(index, changes=["store/*"]).code:
+            return stage.refused(index, change.says, changes=["store/*"])
+        return stage.refused(stage.world.knn(store), change.says)
 
     return play
 

@@ -236,7 +236,6 @@ def _hub(stage: Stage) -> str:
             world.checkpoint().name,
             str(world.data),
             user_dir=str(Path(cli.__file__).parent),
-            task="knn_lm",
             cache_theta=0.5,
             **flags,
         )

@@ -105,7 +105,8 @@ def of_fields(places: Iterable[str]) -> Iterator[Change]:
     """
     for where in places:
         path = place(where)
-        says = [str(key).removesuffix(".npy") for key in path if isinstance(key, str)][-1]
+        names = [key for key in path if isinstance(key, str)]
+        says = "files" if names[-1].endswith(".npy") else names[-1]
         yield Change(f"{where} dropped", f"{where} left out, sealed anew", says, _dropped(path))
         done = f"{where} of another type, sealed anew"
         yield Change(f"{where} of another type", done, says, _retyped(path))

@@ -36,6 +36,9 @@ MODELS = {
         *("--decoder-kernel-size-list", "[3,3]", "--criterion", "cross_entropy"),
     ),
 }
+STOCK_TASK = ("--task", "language_modeling")
+#: The hub interface takes the task from the checkpoint.
+TASKS = {"model": ("--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm")}
 #: Lines of each split.
 LINES = {"train": 300, "valid": 40, "test": 12}
 
@@ -188,7 +191,7 @@ def write_corpus(folder: Path) -> dict[str, Path]:
 
 def _training(world: World, name: str) -> list[object]:
     return [
-        *("fairseq-train", world.data, "--task", "language_modeling", *MODELS[name]),
+        *("fairseq-train", world.data, *TASKS.get(name, STOCK_TASK), *MODELS[name]),
         *("--cpu", "--optimizer", "adam", "--lr", "0.01", "--seed", "1"),
         *("--tokens-per-sample", "16", "--sample-break-mode", "none", "--max-tokens", "512"),
         *("--save-dir", world.folder / name, "--no-epoch-checkpoints"),
