@@ -80,16 +80,16 @@ COMMANDS: dict[str, tuple[Command, bool, tuple[int, ...]]] = {
     "--score-table": (_score_table, False, (0, 4, 32, 64, 2048)),
     "--results-json": (_results, False, (0, 1024)),
 }
+#: In KiB; what a command prints has less.
 LIMITS: dict[str, tuple[int, ...]] = {
-    "save": (1, 2, 40, 80),
-    "save --no-save-keys": (1, 2, 40),
-    "build-index Flat": (1, 64, 160),
-    "build-index IVF8": (1, 64, 160),
-    "tune": (1, 16),
-    "compress --pca": (1, 2, 40),
-    "import": (1, 2, 40),
-    "--score-table": (1, 16),
-    "--results-json": (1,),
+    "save": (24, 40, 80),
+    "save --no-save-keys": (24, 40),
+    "build-index Flat": (24, 64, 160),
+    "build-index IVF8": (24, 64, 160),
+    "tune": (24, 64),
+    "compress --pca": (24, 40),
+    "import": (24, 40, 80),
+    "--score-table": (24, 64),
 }
 
 
@@ -171,13 +171,9 @@ def _limited(stage: Stage, *, command: Command, inside: bool, limit: int) -> str
     if inside:
         shutil.copytree(stage.world.store, folder / "store")
 
-    def before() -> None:
-        # Else what the command prints could not be read.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max(limit, 2048), resource.RLIM_INFINITY))
-
     words = command(stage, folder)
     changes = ["disk/new/*", "disk/*.npz", "disk/*.json"]
-    ran = stage.run(words, changes=changes, before=before)
+    ran = stage.run(words, changes=changes, limits={resource.RLIMIT_FSIZE: limit})
     if ran.code == 0:
         return "it fitted"
     if (folder / "new").exists():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fault_cases.stage import BadOutcome, Case, Stage, check_close
+from fault_cases.stage import BadOutcome, Case, Stage, check_close, check_message
 from fault_cases.world import BLOCKS, INDEX, K, knnlm
 
 #: Bytes that a search may take beyond keys and results.
@@ -332,6 +332,16 @@ def _huge_window(stage: Stage) -> str:
     return stage.refused(stage.world.evaluate(*flags), "--cache-window|memory")
 
 
+def _large_window(stage: Stage) -> str:
+    """What a window needs is said, and not taken for a text of a hundred tokens."""
+    flags = ("--experts", "cache", "--cache-lmbda", "0.2", "--cache-window", "3000000")
+    ran = stage.run(stage.world.evaluate(*flags), patience=20)
+    if ran.code:
+        return check_message(ran, "--cache-window|memory")
+    check_close(ran.loss, stage.world.losses["cache"])
+    return _warns(ran.out, r"(cache|window).*(MiB|GiB|memory)")
+
+
 def _unchanged(stage: Stage) -> str:
     """Everything in order gives the figures of before, twice."""
     store = stage.store()
@@ -391,6 +401,12 @@ WARNINGS: tuple[tuple[str, str, str, Callable[[Stage], str]], ...] = (
         "--cache-window 3000000000",
         "refused, or memory named",
         _huge_window,
+    ),
+    (
+        "cache window of 3 million",
+        "--cache-window 3000000",
+        "the memory that it may take is said, or refused",
+        _large_window,
     ),
     ("threads of a build", "build-index with 1 and 2 threads", "the same loss", _threads),
 )
