@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 10000
 SHARED ?= ../shared
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench bench-scale clean
+.PHONY: help setup demo test check format faults bench bench-scale clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -36,6 +36,9 @@ check: setup ## what CI runs: lint, format, types and tests
 format: setup ## put the code in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+faults: setup ## plant a thousand faults and check what happens (minutes)
+	@$(BIN)/python tools/faults.py
 
 bench: setup ## measure against the stock scorer and the published search (40 minutes)
 	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/bench.py --shared "$(SHARED)"

@@ -1,0 +1,26 @@
+"""Planted faults, by class, for ``tools/faults.py``: what is done and what must then happen."""
+
+from __future__ import annotations
+
+from fault_cases.stage import Case
+
+
+def cases() -> list[Case]:
+    """All of them, by class."""
+    from fault_cases import (
+        archives,
+        damage,
+        disks,
+        documents,
+        flags,
+        kills,
+        models,
+        outputs,
+        results,
+    )
+
+    rooms = (results, documents, damage, archives, outputs, disks, kills, flags, models)
+    found = [case for room in rooms for case in room.cases()]
+    names = [case.name for case in found]
+    assert len(set(names)) == len(names), {name for name in names if names.count(name) > 1}
+    return found

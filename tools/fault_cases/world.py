@@ -1,0 +1,209 @@
+"""The tiny world that faults are planted in: text, language models, a datastore and all that
+belongs to one, made by the commands that people type."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fault_cases.stage import Ran, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Blocks of 8 tokens after 8 of context, the same everywhere.
+BLOCKS = (
+    *("--tokens-per-sample", "16", "--context-window", "8", "--max-tokens", "512"),
+    *("--sample-break-mode", "none", "--cpu", "--num-workers", "0"),
+)
+K = ("--k", "64")
+#: A mixture that flags say in full.
+MIX = (*K, "--lmbda", "0.3", "--knn-temp", "2")
+#: Lists, of which a search visits few: an index that is opened unchecked gives another loss.
+INDEX = ("--recipe", "IVF8,Flat", "--probe", "2")
+TINY = (
+    *("--decoder-embed-dim", "16", "--decoder-input-dim", "16", "--decoder-output-dim", "16"),
+    *("--decoder-ffn-embed-dim", "32", "--decoder-layers", "2", "--decoder-attention-heads", "2"),
+)
+MODELS = {
+    "model": ("--arch", "transformer_lm", *TINY, "--max-update", "60"),
+    "other": ("--arch", "transformer_lm", *TINY, "--max-update", "3"),
+    "light": (
+        *("--arch", "lightconv_lm", *TINY, "--max-update", "3"),
+        *("--decoder-kernel-size-list", "[3,3]", "--criterion", "cross_entropy"),
+    ),
+}
+STOCK_TASK = ("--task", "language_modeling")
+#: The hub interface takes the task from the checkpoint.
+TASKS = {"model": ("--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm")}
+#: Lines of each split.
+LINES = {"train": 300, "valid": 40, "test": 12}
+
+
+@dataclass
+class World:
+    """Where things lie, and what undamaged runs give.
+
+    Attributes:
+        folder: all of it.
+        losses: in bits a token on the test split: ``base``, ``knn`` (with ``MIX``), ``cache``,
+            ``calibrated``.
+        seconds: what undamaged commands take.
+    """
+
+    folder: Path
+    losses: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "bin"
+
+    @property
+    def store(self) -> Path:
+        """The datastore of train, with index, n-grams and calibration."""
+        return self.folder / "store"
+
+    @property
+    def tables(self) -> Path:
+        """Score tables: ``valid.npz``, ``test.npz`` and ``knn.npz``, of valid with knn alone."""
+        return self.folder / "tables"
+
+    @property
+    def old(self) -> Path:
+        """The prefix of the same entries in the files of urvashik/knnlm, float16."""
+        return self.folder / "old" / "old"
+
+    @property
+    def rows(self) -> int:
+        return len(np.load(self.store / "values.npy", mmap_mode="r"))
+
+    def checkpoint(self, model: str = "model") -> Path:
+        return self.folder / model / "checkpoint_last.pt"
+
+    def evaluate(
+        self, *flags: object, split: str = "test", model: str | Path = "model"
+    ) -> list[object]:
+        """``fairseq-eval-lm`` with the plugin; what ``flags`` say wins."""
+        path = model if isinstance(model, Path) else self.checkpoint(model)
+        return [
+            *("fairseq-eval-lm", self.data, "--user-dir", ROOT / "fairseq_knnlm"),
+            *("--task", "knn_lm", "--path", path, "--gen-subset", split, *BLOCKS, *flags),
+        ]
+
+    def knn(self, store: Path | str, *flags: object, split: str = "test") -> list[object]:
+        """The same with the neighbours of a datastore, in the mixture ``MIX``."""
+        return self.evaluate("--knnlm", "--dstore-filename", store, *MIX, *flags, split=split)
+
+    def calibrated(self, store: Path | str, *flags: object, split: str = "test") -> list[object]:
+        """The same in the mixture that was fitted."""
+        return self.evaluate("--knnlm", "--dstore-filename", store, *K, *flags, split=split)
+
+    def save(self, folder: Path | str, *flags: object, split: str = "train") -> list[object]:
+        """Saves a datastore."""
+        return self.evaluate("--save-knnlm-dstore", "--dstore-mmap", folder, *flags, split=split)
+
+
+def knnlm(*words: object) -> list[object]:
+    """The command ``fairseq-knnlm``."""
+    return ["fairseq-knnlm", *words]
+
+
+def make_world(folder: Path) -> World:
+    """Makes all of it; half a minute.
+
+    Raises:
+        RuntimeError: where a command fails, though nothing was planted.
+    """
+    world = World(folder)
+    (folder / "stage").mkdir()
+    stage = Stage(folder / "stage", world)
+    files = write_corpus(folder)
+    text = [word for split, file in files.items() for word in (f"--{split}pref", file)]
+    preprocess = ("fairseq-preprocess", "--only-source", *text, "--destdir", world.data)
+    _made(stage, preprocess)
+    running = [stage.start(_training(world, name)) for name in MODELS]
+    for each in running:
+        _succeeded(each.wait(600))
+    _remember(world, stage)
+    shutil.rmtree(stage.folder)
+    return world
+
+
+def _remember(world: World, stage: Stage) -> None:
+    """Datastore, index, tables, calibration; and the losses of undamaged runs."""
+    store = world.store
+    world.tables.mkdir()
+    world.seconds["save"] = _made(stage, world.save(store)).seconds
+    world.seconds["build-index"] = _made(
+        stage, knnlm("build-index", "--dstore", store, *INDEX)
+    ).seconds
+    small = world.tables / "knn.npz"
+    none = ("--mixer", "none")
+    _made(stage, world.calibrated(store, *none, "--score-table", small, split="valid"))
+    tables = {split: world.tables / f"{split}.npz" for split in ("valid", "test")}
+    experts = ("--experts", "knn,cache,ngram", *none)
+    for split, table in tables.items():
+        flags = (*experts, "--score-table", table)
+        _made(stage, world.calibrated(store, *flags, split=split))
+    world.seconds["tune"] = _made(
+        stage, knnlm("tune", "--dstore", store, "--score-table", tables["valid"])
+    ).seconds
+    for name, words in {
+        "base": world.evaluate(),
+        "knn": world.knn(store),
+        "cache": world.evaluate("--experts", "cache", "--cache-lmbda", "0.2"),
+        "calibrated": world.calibrated(store),
+    }.items():
+        loss = _made(stage, words).loss
+        assert loss is not None
+        world.losses[name] = loss
+    world.old.parent.mkdir()
+    write_old(world.old, np.load(store / "keys.npy"), np.load(store / "values.npy"))
+
+
+def write_old(prefix: Path, keys: np.ndarray, values: np.ndarray) -> None:
+    """Entries in the files of urvashik/knnlm, float16 and int16."""
+    keys.astype(np.float16).tofile(f"{prefix}_keys.npy")
+    values.astype(np.int16).tofile(f"{prefix}_vals.npy")
+
+
+def write_corpus(folder: Path) -> dict[str, Path]:
+    """Text in which the next word often follows from the last two: something to remember."""
+    rng = random.Random(7)
+    words = [f"w{number}" for number in range(120)]
+    follow = {(a, b): rng.choice(words) for a in words for b in words}
+    files = {}
+    for split, lines in LINES.items():
+        files[split] = folder / f"{split}.txt"
+        with files[split].open("w") as file:
+            for _ in range(lines):
+                line = rng.choices(words, weights=range(120, 0, -1), k=2)
+                while len(line) < rng.randint(5, 15):
+                    likely = follow[line[-2], line[-1]]
+                    line.append(likely if rng.random() < 0.7 else rng.choice(words[:40]))
+                file.write(" ".join(line) + "\n")
+    return files
+
+
+def _training(world: World, name: str) -> list[object]:
+    return [
+        *("fairseq-train", world.data, *TASKS.get(name, STOCK_TASK), *MODELS[name]),
+        *("--cpu", "--optimizer", "adam", "--lr", "0.01", "--seed", "1"),
+        *("--tokens-per-sample", "16", "--sample-break-mode", "none", "--max-tokens", "512"),
+        *("--save-dir", world.folder / name, "--no-epoch-checkpoints"),
+        *("--disable-validation", "--num-workers", "0"),
+    ]
+
+
+def _made(stage: Stage, words: Sequence[object]) -> Ran:
+    return _succeeded(stage.start(words).wait(600))
+
+
+def _succeeded(ran: Ran) -> Ran:
+    if ran.code:
+        raise RuntimeError(f"the undamaged world cannot be made: {ran.out[-3000:]}")
+    return ran
