@@ -25,7 +25,7 @@ import numpy as np
 
 #: Memory and time that a recipe may take for a few keys.
 RECIPE_BYTES = 4 * 2**30
-RECIPE_SECONDS = 120.0
+RECIPE_SECONDS = 30.0
 #: Keys that a recipe is tried on: enough for codes of 8 bits.
 KEYS = 300
 #: Longer factory strings than anybody needs send FAISS's parser astray.
@@ -40,8 +40,8 @@ SLOWEST = 20e6
 def obstacle_to_recipe(factory: str, width: int, metric: int) -> str | None:
     """Why FAISS cannot make, fill and search an index; None where it can.
 
-    Tried on a few random keys, with 4 inverted lists at most. What only a lack of keys keeps from
-    being tried is let pass.
+    Tried on a few random keys, with 4 inverted lists at most. What only a lack of keys or of time
+    keeps from being tried to the end is let pass.
 
     Args:
         factory: FAISS's factory string.
@@ -53,7 +53,10 @@ def obstacle_to_recipe(factory: str, width: int, metric: int) -> str | None:
     if len(factory) > LONGEST_RECIPE:
         return f"{len(factory):,} characters"
     task = {"factory": factory, "width": width, "metric": metric}
-    return _answer(task, RECIPE_BYTES, RECIPE_SECONDS).get("error")
+    try:
+        return _answer(task, RECIPE_BYTES, RECIPE_SECONDS).get("error")
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def looked_at(path: Path) -> dict[str, Any]:
@@ -65,21 +68,22 @@ def looked_at(path: Path) -> dict[str, Any]:
         that it holds), ``lowest`` and ``highest`` of them, and ``behind``, bytes behind its end.
     """
     size = path.stat().st_size
-    return _answer({"file": str(path)}, FILE_BYTES + 3 * size, FILE_SECONDS + size / SLOWEST)
+    seconds = FILE_SECONDS + size / SLOWEST
+    try:
+        return _answer({"file": str(path)}, FILE_BYTES + 3 * size, seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no end within {seconds:,.0f} seconds"}
 
 
 def _answer(task: dict[str, Any], memory: int, seconds: float) -> dict[str, Any]:
-    try:
-        ended = subprocess.run(
-            [sys.executable, __file__],
-            input=json.dumps({**task, "memory": memory}).encode(),
-            capture_output=True,
-            timeout=seconds,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no end within {seconds:,.0f} seconds"}
+    ended = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps({**task, "memory": memory}).encode(),
+        capture_output=True,
+        timeout=seconds,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     if ended.returncode < 0:
         return {"error": f"a crash of FAISS ({signal.Signals(-ended.returncode).name})"}
     if ended.returncode:
@@ -137,6 +141,8 @@ def _try_on_keys(faiss: Any, factory: str, width: int, metric: int) -> dict[str,
     if isinstance(index, faiss.IndexPreTransform):
         for number in range(index.chain.size()):
             _hurry(faiss, faiss.downcast_VectorTransform(index.chain.at(number)))
+    if hasattr(ivf := faiss.try_extract_index_ivf(index), "pq"):
+        ivf.pq.cp.niter = 1
     keys = np.random.default_rng(0).normal(size=(KEYS, width)).astype(np.float32)
     index.train(keys)
     index.add(keys)
