@@ -34,6 +34,8 @@ CHUNK_BYTES = 64 * 2**20
 CHUNKS_ON_OPEN = 32
 #: Bytes of JSON that are read at most; a manifest of a trillion entries has less.
 MOST_JSON = 256 * 2**20
+#: Bytes of a file's name, so that those of what is temporary beside it have room.
+LONGEST_NAME = 200
 
 
 class Claim:
@@ -212,6 +214,8 @@ def _obstacle(path: Path) -> str | None:
     """What there is that is no file; None where there is nothing or a file."""
     if not path.name or path.name in (".", ".."):
         return f"{str(path)!r}, which names no file"
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        return f"{path}, whose name is too long"
     try:
         if path.is_dir():
             return f"{path}, a folder"
