@@ -401,7 +401,7 @@ def _shrinks(stage: Stage, *, words: Callable[[Path], list[object]]) -> str:
                     os.truncate(store / "keys.npy", 4096)
                 return mapped
 
-        mmap.mmap = Shrinking  # type: ignore[misc]
+        mmap.mmap = Shrinking  # type: ignore[misc, assignment]
 
     says = "keys|short|shrank|shrunk|changed|truncated|mapped|went away"
     ran = stage.start(words(store), before=before).wait()

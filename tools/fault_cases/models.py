@@ -273,7 +273,7 @@ def _evaluated_text(stage: Stage) -> str:
     words = stage.world.calibrated(stage.store(), split="train")
     stage.works(words, says=r"warn.*|(same|holds|saved of|contains).*(text|split)", patience=90)
     ran = stage.works(stage.world.knn(stage.world.store, split="train"))
-    return _warns(ran.out, r"(datastore|neighbour).*(holds|same|contains|saved|evaluated)")
+    return _warns(ran.out, r"(datastore|neighbour).*(holds?|same|contains|saved|evaluated)")
 
 
 def _evaluated_copy(stage: Stage) -> str:
@@ -287,7 +287,7 @@ def _evaluated_copy(stage: Stage) -> str:
     words = stage.world.knn(store, split="valid")
     words[1] = data
     ran = stage.works(words)
-    return _warns(ran.out, r"(datastore|neighbour|distance).*(holds|same|contains|0\b)")
+    return _warns(ran.out, r"(datastore|neighbour|distance).*(holds?|same|contains|0\b)")
 
 
 def _warns(out: str, pattern: str) -> str:
