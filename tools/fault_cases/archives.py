@@ -206,7 +206,7 @@ TABLES: tuple[tuple[str, str, Callable[[Arrays], Arrays | bytes]], ...] = (
     ("model a number", "model", _card(model=7)),
     ("split a number", "split", _card(split=7)),
     *(
-        (f"card without {field}", field, _card_without(field))
+        (f"card without {field}", field.rstrip("s"), _card_without(field))
         for field in ("datastores", "model", "experts", "features", "split", "described")
     ),
     ("experts a list", "experts", _card(experts=["knn"])),
@@ -246,7 +246,7 @@ NGRAMS: tuple[tuple[str, str, Callable[[Arrays], Arrays | bytes]], ...] = (
     ("vocabulary -1", "vocabulary", _card(vocabulary=-1)),
     ("vocabulary 10^18", "vocabulary", _card(vocabulary=10**18)),
     ("another vocabulary", "vocabulary", _card(vocabulary=129)),
-    ("tokens 0", "tokens", _card(tokens=0)),
+    ("tokens 0", "tokens|counts", _card(tokens=0)),
     ("tokens -5", "tokens", _card(tokens=-5)),
     ("of another datastore", "datastore", _card(datastore="f" * 64)),
     ("datastore a number", "datastore", _card(datastore=7)),

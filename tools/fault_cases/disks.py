@@ -23,10 +23,6 @@ def _save(stage: Stage, disk: Path) -> list[object]:
     return stage.world.save(disk / "new")
 
 
-def _save_table(stage: Stage, disk: Path) -> list[object]:
-    return stage.world.save(disk / "new", "--score-table", disk / "t.npz")
-
-
 def _no_keys(stage: Stage, disk: Path) -> list[object]:
     return stage.world.save(disk / "new", "--no-save-keys", "--recipe", "IVF8,SQ8")
 
@@ -69,7 +65,6 @@ def _results(stage: Stage, disk: Path) -> list[object]:
 #: but for the last.
 COMMANDS: dict[str, tuple[Command, bool, tuple[int, ...]]] = {
     "save": (_save, False, (0, 8, 48, 84, 88, 96, 1024)),
-    "save with a table": (_save_table, False, (96, 110, 140, 160, 4096)),
     "save --no-save-keys": (_no_keys, False, (0, 8, 20, 40, 56, 64, 1024)),
     "build-index Flat": (_flat, True, (0, 8, 64, 160, 1024)),
     "build-index IVF8": (_lists, True, (0, 8, 32, 100, 180, 2048)),

@@ -21,7 +21,7 @@ MANIFEST = (
 )
 CARD = (
     *("factory", "metric", "rows", "width", "nprobe", "exact", "datastore", "coverage", "recall"),
-    *("recall_at", "seconds", "faiss", "bytes", "chunks"),
+    *("recall_at", "threads", "faiss", "bytes", "chunks"),
 )
 CALIBRATION = (
     *("datastores", "names", "model", "fitted_on", "experts", "base_perplexity", "stacks"),

@@ -176,22 +176,20 @@ def _stopped(stage: Stage, words: list[object], target: str) -> Running:
     """A command that has stopped while it holds the claim to what it writes."""
     running = stage.start(words)
     deadline = time.monotonic() + 20
-    while not list(stage.folder.rglob(f".{target}.lock")):
+    while True:
+        # Outputs are tried at the start, which takes the lock for a moment; it may be gone again.
+        running.send(signal.SIGSTOP)
+        if any(stage.folder.rglob(f".{target}.lock")):
+            return running
+        running.send(signal.SIGCONT)
         if running.ended() or time.monotonic() > deadline:
             raise BadOutcome(f"no lock .{target}.lock was seen: {running.wait().last}")
-        time.sleep(0.0005)
-    running.send(signal.SIGSTOP)
-    return running
+        time.sleep(0.002)
 
 
 def _two(stage: Stage, *, command: Command, target: str) -> str:
     words = command(stage)
     first = _stopped(stage, words, target)
-    if not list(stage.folder.rglob(f".{target}.lock")):
-        # Only tried at the start; it is held for long later.
-        first.send(signal.SIGCONT)
-        time.sleep(0.05)
-        first.send(signal.SIGSTOP)
     try:
         second = stage.start(words).wait(30)
     finally:

@@ -222,4 +222,4 @@ TWICE: dict[str, Callable[[Stage], list[object]]] = {
 
 
 def _twice(stage: Stage, *, command: Callable[[Stage], list[object]]) -> str:
-    return stage.refused(command(stage), r"same|exists|written|inside|read|belongs")
+    return stage.refused(command(stage), r"same|exists|written|inside|read|belongs|replace")

@@ -270,7 +270,9 @@ def _passage(stage: Stage) -> Path:
     (data / "dict.txt").write_bytes(source.read_bytes())
     line = " ".join(f"w{n}" for n in (1, 2, 3, 1, 2, 3, 4, 1, 2, 3, 9, 1))
     (stage.folder / "passage.txt").write_text(line + "\n")
-    ids = Dictionary.load(str(source)).encode_line(line, add_if_not_exist=False)
+    # The hub interface tells of words alone, without the end of the sentence.
+    dictionary = Dictionary.load(str(source))
+    ids = dictionary.encode_line(line, add_if_not_exist=False, append_eos=False)
     builder = MMapIndexedDatasetBuilder(str(data / "test.bin"), dtype=np.uint16)
     builder.add_item(torch.as_tensor(ids).long())
     builder.finalize(str(data / "test.idx"))
