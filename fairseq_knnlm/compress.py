@@ -24,7 +24,7 @@ from fairseq_knnlm.datastore import (
     check_room,
 )
 from fairseq_knnlm.errors import ConfigError, IndexFileError
-from fairseq_knnlm.files import Claim, partial_prefix, reserve
+from fairseq_knnlm.files import Claim, check_mapped, partial_prefix, reserve
 from fairseq_knnlm.index import SearchIndex
 
 #: Keys that are read, searched or projected at a time: 64 MiB of float32 at a width of 1,024.
@@ -91,6 +91,7 @@ def _compress(
         weights=None if weights is None else weights[rows],
     )
     for at in _chunks(len(rows), "writing"):
+        check_mapped(keys, "keys")
         chunk = keys[rows[at]]
         if projection is not None:
             chunk = chunk.astype(np.float32, copy=False) @ projection
@@ -117,6 +118,7 @@ def fit_pca(keys: np.ndarray, components: int, seed: int) -> np.ndarray:
     width = keys.shape[1]
     total, products = np.zeros(width), np.zeros((width, width))
     for at in _chunks(len(drawn), "principal components"):
+        check_mapped(keys, "keys")
         some = keys[drawn[at]].astype(np.float64)
         total += some.sum(axis=0)
         products += some.T @ some
@@ -172,6 +174,7 @@ def alike_neighbours(store: Datastore, index: SearchIndex, k: int, at: slice) ->
     Returns:
         (n, k + 1) int64, -1 in the other places.
     """
+    check_mapped(store.full_keys(), "keys")
     keys = np.ascontiguousarray(store.full_keys()[at], dtype=np.float32)
     ids = index.search(torch.from_numpy(keys), k + 1)[1].numpy()
     own = ids == np.arange(at.start, at.stop)[:, None]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,12 @@ from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import (
     Claim,
     altered,
+    check_mapped,
     checksums,
     chunks_of,
     flush_to_disk,
     human_bytes,
-    partial_prefix,
+    partial_folder,
     read_sealed,
     reserve,
     write_sealed,
@@ -329,9 +329,7 @@ class DatastoreWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_room(path.parent, needed)
         self._claim = Claim(path)
-        self._folder = tempfile.TemporaryDirectory(
-            prefix=partial_prefix(path), dir=path.parent, ignore_cleanup_errors=True
-        )
+        self._folder = partial_folder(path)
         self._arrays: dict[str, np.memmap] = {}
         self._keys = self._array(KEYS, np.dtype(key_dtype), (rows, width)) if key_dtype else None
         self._values = self._array(VALUES, value_dtype(origin.vocabulary), (rows,))
@@ -532,7 +530,9 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
             do="save one: fairseq-eval-lm ... --save-knnlm-dstore --dstore-mmap PATH",
         )
     try:
-        manifest, seal = read_sealed(file, FORMAT, VERSION, Manifest)
+        manifest, seal = read_sealed(
+            file, FORMAT, VERSION, Manifest, lambda fields: {"compressions": [], **fields}
+        )
         _check_manifest(manifest)
         return manifest, seal
     except ValueError as error:
@@ -643,6 +643,7 @@ def check_numbers(
     faults: dict[str, list[int]] = {}  # by kind, the first row and how many
     starts = range(0, len(array), CHECKED_ROWS)
     for start in tqdm(starts, desc=f"reading {name}", unit=" chunks", delay=2):
+        check_mapped(array, name)
         part = np.asarray(array[start : start + CHECKED_ROWS])
         for fault, rows in _unsound(name, part, vocabulary, empty_keys=empty_keys).items():
             if rows.any():

@@ -89,11 +89,12 @@ def _mended(error: BaseException) -> KnnlmError:
     for each, words in DISK_WORDS.items():
         if words in text:
             number = each
+    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
             "the disk is full, or allows no larger file",
             expected="room for what is written",
-            found=text.splitlines()[-1],
+            found=f"{place}{os.strerror(number)}",
             do="make room, or write to another disk; what was there before is as it was",
         )
     if isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS):
@@ -104,11 +105,10 @@ def _mended(error: BaseException) -> KnnlmError:
             do="lower --max-tokens, --k or --cache-window, or build a smaller index",
         )
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
         return KnnlmError(
             "a file or folder cannot be used",
             expected="one that is there, and that this user may read or write",
-            found=f"{where}{error.strerror}",
+            found=f"{place}{error.strerror}",
             do="check the path",
         )
     return KnnlmError(

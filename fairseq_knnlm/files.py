@@ -12,12 +12,13 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
@@ -59,10 +60,11 @@ class Claim:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.parent.resolve() / f".{path.name}.lock"
-        times, file = self._held.get(lock) or (0, _locked(lock, path))
-        self._held[lock] = times + 1, file
-        # Also where an exception leaves it behind, and at the end of the process.
-        self.release = weakref.finalize(self, _let_go, self._held, lock)
+        with undisturbed():
+            times, file = self._held.get(lock) or (0, _locked(lock, path))
+            self._held[lock] = times + 1, file
+            # Also where an exception leaves it behind, and at the end of the process.
+            self.release = weakref.finalize(self, _let_go, self._held, lock)
         if not times:
             remove_partial(path)
 
@@ -103,9 +105,28 @@ def _let_go(held: dict[Path, tuple[int, IO[bytes]]], lock: Path) -> None:
         file.close()
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Puts off SIGINT and SIGTERM: between making a thing and knowing how to remove it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def partial_prefix(path: Path) -> str:
     """What the names of temporary files and folders of ``path`` begin with."""
     return f".{path.name}.partial-"
+
+
+def partial_folder(path: Path) -> tempfile.TemporaryDirectory:
+    """A temporary folder beside ``path``, removed when it is forgotten or the process ends."""
+    prefix = partial_prefix(path)
+    with undisturbed():
+        return tempfile.TemporaryDirectory(
+            prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+        )
 
 
 def remove_partial(path: Path) -> None:
@@ -129,18 +150,17 @@ def publish(path: Path) -> Iterator[Path]:
         BusyError: where another process is writing ``path``.
     """
     path = path.resolve() if path.is_symlink() else path
-    with Claim(path):
-        handle, name = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
+    with Claim(path), ExitStack() as cleaning:
+        with undisturbed():
+            handle, name = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
+            temporary = Path(name)
+            cleaning.callback(temporary.unlink, missing_ok=True)
         os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            flush_to_disk(temporary)
-            temporary.chmod(0o644)  # mkstemp makes files private; results are to be shared
-            temporary.replace(path)
-            flush_to_disk(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.chmod(0o644)  # mkstemp makes files private; results are to be shared
+        temporary.replace(path)
+        flush_to_disk(path.parent)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -298,7 +318,7 @@ def unseal(
         raise ValueError("JSON of another kind")
     versions = range(1, versions + 1) if isinstance(versions, int) else versions
     version = content.get("version")
-    if not isinstance(version, int) or version >= versions.stop:
+    if type(version) is not int or version >= versions.stop:  # True is an int, too
         raise ValueError(f"version {version!r}, written by a newer fairseq-knnlm")
     if version < versions.start:
         raise ValueError(f"version {version}, written by an older fairseq-knnlm")
@@ -306,7 +326,22 @@ def unseal(
     if found != fingerprint(content):
         raise ValueError("an altered file (its fingerprint differs)")
     fields = {key: content[key] for key in content if key not in ("format", "version")}
-    return typed(renewed(fields), shape), found
+    fields = renewed(fields)
+    made = typed(fields, shape)
+    _check_complete(fields, msgspec.to_builtins(made))
+    return made, found
+
+
+def _check_complete(given: Any, whole: Any, place: str = "$") -> None:
+    """Refuses what was left to a default: a writer of ours leaves no field out."""
+    if isinstance(given, list) and isinstance(whole, list):
+        for number, pair in enumerate(zip(given, whole, strict=True)):
+            _check_complete(*pair, f"{place}[{number}]")
+    elif isinstance(given, dict) and isinstance(whole, dict):
+        for name, field in whole.items():
+            if name not in given:
+                raise ValueError(f"Object missing required field `{name}` - at `{place}`")
+            _check_complete(given[name], field, f"{place}.{name}")
 
 
 def _bounded(path: Path) -> str:

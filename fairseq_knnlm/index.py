@@ -256,6 +256,8 @@ def load(
         index = _map_file(path, card.exact) if mapped else read_file(path)
         if index.ntotal != rows or index.d != width:
             raise _of_another(path, rows, width, index.ntotal, index.d)
+        if card.datastore:  # one of ours
+            _check_card(path, card, index)
         return index, card
 
     index, card = _settled(path, read)
@@ -351,7 +353,22 @@ def _card_within(path: Path) -> str | None:
 
 def _renewed(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of version 1, which told the time in the place of the threads, as of today."""
-    return {name: fields[name] for name in fields if name != "seconds"}
+    return {"threads": 0} | {name: fields[name] for name in fields if name != "seconds"}
+
+
+def _check_card(path: Path, card: IndexCard, index: Any) -> None:
+    """Refuses a card that says of its index what is not so."""
+    lists = faiss.extract_index_ivf(index).nlist if has_lists(index) else 0
+    metric = METRICS[card.metric]
+    for name, said, ok in (
+        ("rows", card.rows, card.rows == index.ntotal),
+        ("width", card.width, card.width == index.d),
+        ("metric", card.metric, index.metric_type == metric),
+        ("exact", card.exact, card.exact == is_exact(index)),
+        ("nprobe", card.nprobe, min(1, lists) <= card.nprobe <= lists),
+    ):
+        if not ok:
+            raise _damaged(path, "a card that fits the index", f"{name} {said}")
 
 
 def _check_file(path: Path, card: IndexCard, datastore: str, *, everything: bool) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fairseq_knnlm.background import ahead
 from fairseq_knnlm.errors import IndexFileError
 from fairseq_knnlm.exam import Exam
+from fairseq_knnlm.files import check_mapped
 from fairseq_knnlm.index import (
     METRICS,
     RECIPES,
@@ -205,6 +206,7 @@ def build(
         logger.info("going on from key %d of %d", done, rows)
     rng = np.random.default_rng(wishes.seed)
     drawn = np.sort(rng.choice(rows, builder.sample_rows, replace=False))
+    check_mapped(keys, "keys")
     builder.train(np.ascontiguousarray(keys[drawn], dtype=np.float32), drawn)
     for chunk, at in ahead(_chunks(keys, progress)):
         builder.see(chunk, at)
@@ -232,6 +234,7 @@ def _chunks(keys: np.ndarray, progress: bool) -> Iterator[tuple[np.ndarray, np.n
     bar = tqdm(total=len(keys), unit=" keys", unit_scale=True, desc="adding", disable=not progress)
     with bar:
         for start in range(0, len(keys), step):
+            check_mapped(keys, "keys")
             chunk = np.ascontiguousarray(keys[start : start + step], dtype=np.float32)
             yield chunk, np.arange(start, start + len(chunk))
             bar.update(len(chunk))

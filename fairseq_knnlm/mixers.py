@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fairseq_knnlm.errors import TableError
+
 #: Features are cut off at this many standard deviations.
 FAR = 6.0
 #: The language model's weight in what is fitted is no less. Without it one new token, which no
@@ -249,5 +251,12 @@ class Skip:
 
 def gathered(features: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """The named features side by side, (N, F) float32."""
+    if missing := [name for name in names if name not in features]:
+        raise TableError(
+            "a mixture goes by features that none of its experts has",
+            expected=", ".join(sorted(features)),
+            found=", ".join(missing),
+            do="fit it again with `fairseq-knnlm tune`",
+        )
     columns = [features[name].float() for name in names]
     return torch.cat([column.reshape(len(column), -1) for column in columns], dim=1)

@@ -14,7 +14,6 @@ An ``.npz`` that ``numpy.load`` opens without pickle, rows in the order of the t
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from fairseq_knnlm.arrays import Archive, opened, write_card
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.files import Claim, parse_json, partial_prefix, publish, typed
+from fairseq_knnlm.files import Claim, parse_json, partial_folder, publish, typed
 from fairseq_knnlm.mixers import LM, Component, searches
 
 FORMAT = "fairseq-knnlm score table"
@@ -184,9 +183,7 @@ class ScoreTableWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._claim = Claim(path)
-        self._folder = tempfile.TemporaryDirectory(
-            prefix=partial_prefix(path), dir=path.parent, ignore_cleanup_errors=True
-        )
+        self._folder = partial_folder(path)
         self._kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
 
     def write(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -281,11 +278,11 @@ def _read_card(path: Path, archive: Archive) -> dict[str, Any]:
 def _columns(archive: Archive, card: dict[str, Any]) -> dict[str, np.ndarray]:
     """All columns, checked."""
     experts, features = card["experts"], card["features"]
-    optional = {"token": "int32", "context": "int32"}
-    known = ["row", "lm", *experts, *features]
-    if doubled := [name for name in known if known.count(name) > 1 or name in optional]:
+    ids = ("token", "context")
+    known = ["row", *ids, "lm", *experts, *features]
+    if doubled := [name for name in known if known.count(name) > 1]:
         raise ValueError(f"a column named {doubled[0]} twice - at `$.experts` and `$.features`")
-    if unknown := set(archive.names) - {"card", *known, *optional}:
+    if unknown := set(archive.names) - {"card", *known}:
         raise ValueError(f"a column that the card does not know, {min(unknown)}")
     row = archive.vector("row", "int64")
     rows = len(row)
@@ -295,8 +292,8 @@ def _columns(archive: Archive, card: dict[str, Any]) -> dict[str, np.ndarray]:
             continue
         if name == "row":
             columns[name] = row
-        elif name in optional:
-            columns[name] = archive.column(name, [optional[name]], rows)
+        elif name in ids:
+            columns[name] = archive.column(name, ["int32"], rows)
         elif name in features:
             columns[name] = archive.column(name, ["float32", "float16"], rows, MOST_COLUMNS)
         else:
@@ -316,7 +313,7 @@ def _check_values(columns: Mapping[str, np.ndarray], experts: Sequence[str]) -> 
     if len(row) and (row[0] < 0 or not (np.diff(row) > 0).all()):
         raise ValueError("row: places of the text that do not ascend from 0")
     for name, least in (("token", 0), ("context", -1)):
-        if name in columns and (columns[name] < least).any():
+        if (columns[name] < least).any():
             raise ValueError(f"{name}: an id below {least}")
     if not (lm <= ROUNDING).all():  # NaN is not, either
         raise ValueError("lm: NaN, or a log-probability above 0")

@@ -138,6 +138,8 @@ def _try_recipe(faiss: Any, factory: str, width: int, metric: int) -> dict[str, 
 
 def _try_on_keys(faiss: Any, factory: str, width: int, metric: int) -> dict[str, Any]:
     index = faiss.index_factory(width, factory, metric)
+    if hasattr(index, "code_size") and not index.code_size:
+        return {"error": "codes of no bytes"}
     if isinstance(index, faiss.IndexPreTransform):
         for number in range(index.chain.size()):
             _hurry(faiss, faiss.downcast_VectorTransform(index.chain.at(number)))

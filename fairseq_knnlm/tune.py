@@ -331,7 +331,7 @@ def _check_columns(table: ScoreTable, least: int) -> None:
 
 def itself(table: ScoreTable) -> float:
     """Share of the tokens whose nearest neighbour is where they stand, but for rounding."""
-    if BINNED not in table.columns:
+    if BINNED not in table.columns or not len(table):
         return 0.0
     distances = table[BINNED].reshape(len(table), -1)
     return float(np.mean(np.abs(distances[:, 0]) <= ITSELF * distances[:, -1]))

@@ -115,7 +115,9 @@ def write_table(
     if own:
         distances[::2, 0] = 0
     experts = {} if card.get("experts") == {} else {"knn": columns}
-    writer.write({"row": rows, "lm": lm, **experts, "knn_distances": distances})
+    ids = np.zeros((2, 960), np.int32)
+    named = {"row": rows, "token": ids[0], "context": ids[1], "lm": lm}
+    writer.write({**named, **experts, "knn_distances": distances})
     settings = [{"suffix": 0, "k": 0, "temperature": t} for t in (1.0, 2.0)]
     writer.publish(
         {
@@ -401,6 +403,15 @@ def test_curves_that_fail_cost_nothing_else(
     assert read_calibration(store.calibration_path, [store.fingerprint]) is not None
 
 
+def reads(folder: Path) -> list[object]:
+    """``--data`` and ``--path``, of files that are there, for who does not read them."""
+    data, model = folder / "data-bin", folder / "model.pt"
+    data.mkdir()
+    for file in (data / "dict.txt", data / "valid.idx", data / "valid.bin", model):
+        file.write_text("text")
+    return ["--data", data, "--path", model]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -413,6 +424,7 @@ def test_curves_that_fail_cost_nothing_else(
 )
 def test_what_tune_writes_is_tried_before_the_table_is_made(
     store: Datastore,
+    tmp_path: Path,
     flags: list[str],
     says: str,
     capsys: pytest.CaptureFixture[str],
@@ -421,8 +433,8 @@ def test_what_tune_writes_is_tried_before_the_table_is_made(
     monkeypatch.setattr(cli, "_evaluate", lambda *_: pytest.fail("hours of work"))
     typed = [flag.replace("FOLDER", str(store.path)) for flag in flags]
     typed = [str(store.path / flag) if flag == "T.npz" else flag for flag in typed]
-    data = ["--data", "data-bin", "--path", "model.pt", *typed]
-    assert says in refuse(capsys, "tune", "--dstore", store.path, *data)
+    flags = [*reads(tmp_path), *typed]
+    assert says in refuse(capsys, "tune", "--dstore", store.path, *flags)
 
 
 def test_a_plot_does_not_replace_the_table(
@@ -486,7 +498,7 @@ def test_a_merged_datastore_is_tuned_without_ngrams(
         write_table(store.path / "valid.npz", store.fingerprint)
 
     monkeypatch.setattr(cli, "_evaluate", evaluate)
-    tune = ["tune", "--dstore", store.path, "--data", "data-bin", "--path", "model.pt"]
+    tune = ["tune", "--dstore", store.path, *reads(tmp_path)]
     assert "n-grams are left out" in say(capsys, *tune)
     assert "n-grams" not in say(capsys, *tune, "--experts", "knn,ngram")
     assert asked == ["knn,cache", "knn,ngram"]
@@ -690,7 +702,7 @@ def test_info_says_of_each_part_what_is_wrong(
 ) -> None:
     sound = say(capsys, "info", "--dstore", whole.path)
     assert "n-grams      up to 3 tokens" in sound
-    for name in (*SPOILT, "knn.index.json"):
+    for name in SPOILT:
         truncate(whole.path / name)
     said = say(capsys, "info", "--dstore", whole.path)
     assert "400 entries of width 8" in said
@@ -789,6 +801,7 @@ def test_a_second_build_of_an_index_is_refused(
 def test_compress_into_the_datastore_is_refused(
     store: Datastore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for out in (store.path, store.path / "smaller"):
-        said = refuse(capsys, "compress", "--dstore", store.path, "--out", out, "--pca", 2)
-        assert "--out lies in the datastore" in said
+    for out, says in {".": "exists already", "smaller": "lies in the datastore"}.items():
+        place = store.path / out
+        said = refuse(capsys, "compress", "--dstore", store.path, "--out", place, "--pca", 2)
+        assert says in said

@@ -63,6 +63,7 @@ def write_table(path: Path, datastore: str, seed: int) -> None:
         {
             "row": np.arange(ROWS),
             "token": rng.integers(0, 50, ROWS).astype(np.int32),
+            "context": np.zeros(ROWS, np.int32),
             "lm": lm,
             "knn": knn,
             "knn_distances": np.sort(rng.random((ROWS, 2)), axis=1).astype(np.float32),

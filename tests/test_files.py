@@ -206,18 +206,23 @@ def test_human_bytes(count: int, text: str) -> None:
 class Card(msgspec.Struct, forbid_unknown_fields=True):
     rows: Annotated[int, msgspec.Meta(ge=1)]
     name: str = ""
+    parts: tuple[str, ...] = ()
+
+
+CARD = {"rows": 3, "name": "", "parts": ["a"]}
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"rows": 3, "more": 4}, "more"),
-        ({"name": "a"}, "rows"),
-        ({"rows": "3"}, "rows"),
-        ({"rows": 3.0}, "rows"),
-        ({"rows": 0}, "rows"),
-        ({"rows": None}, "rows"),
-        ({"rows": 3, "name": 1}, "name"),
+        ({**CARD, "more": 4}, "more"),
+        ({"name": "a", "parts": []}, "rows"),
+        ({"rows": 3, "parts": []}, "name"),
+        ({**CARD, "rows": "3"}, "rows"),
+        ({**CARD, "rows": 3.0}, "rows"),
+        ({**CARD, "rows": 0}, "rows"),
+        ({**CARD, "rows": None}, "rows"),
+        ({**CARD, "name": 1}, "name"),
     ],
 )
 def test_a_sealed_file_with_other_fields(tmp_path: Path, fields: dict, says: str) -> None:
@@ -230,13 +235,19 @@ def test_a_sealed_file_with_other_fields(tmp_path: Path, fields: dict, says: str
 
 def test_a_sealed_file_with_the_right_fields(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
-    write_sealed(path, "kind", 1, {"rows": 3})
-    assert read_sealed(path, "kind", 1, Card)[0] == Card(3)
+    write_sealed(path, "kind", 1, CARD)
+    assert read_sealed(path, "kind", 1, Card)[0] == Card(3, "", ("a",))
     # an older version can be renewed, or refused
     renewed = read_sealed(path, "kind", 2, Card, lambda fields: {**fields, "name": "old"})
-    assert renewed[0] == Card(3, "old")
+    assert renewed[0] == Card(3, "old", ("a",))
     with pytest.raises(ValueError, match="older"):
         read_sealed(path, "kind", range(2, 4), Card)
+
+
+def test_a_version_is_a_number(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "a.json", "kind", True, CARD)
+    with pytest.raises(ValueError, match="version True"):
+        read_sealed(tmp_path / "a.json", "kind", 1, Card)
 
 
 @pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": -Infinity}', "[" * 200_000, '{"a": 1}}'])

@@ -32,6 +32,7 @@ def columns() -> dict[str, np.ndarray]:
     return {
         "row": np.arange(ROWS),
         "token": rng.integers(0, 300, ROWS).astype(np.int32),
+        "context": rng.integers(-1, 300, ROWS).astype(np.int32),
         "lm": -rng.random(ROWS, np.float32),
         "knn": np.stack([knn, knn - 1], axis=1),
         "cache": -rng.random((ROWS, 5), np.float32),
