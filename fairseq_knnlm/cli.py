@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tqdm import tqdm
@@ -87,10 +88,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _check_arguments(args: argparse.Namespace, rest: Sequence[str], typed: Sequence[str]) -> None:
     """Refuses what can be refused before anything is opened; the rest is for who opens it."""
-    if empty := [word for word in typed if not word or re.fullmatch(r"--[\w-]+=", word)]:
-        raise ConfigError(
-            "an argument is empty", expected="a name or number", found=empty[0] or "''"
-        )
+    for flag, word in pairwise(["the first argument", *typed]):
+        if not word or re.fullmatch(r"--[\w-]+=", word):
+            name = word.rstrip("=") or flag
+            raise ConfigError(f"{name} is empty", expected="a name or number", found="''")
     given = vars(args)
     check_range("--dstore-size", given.get("dstore_size"), 1, MOST_ENTRIES, "counts entries")
     check_range("--vocabulary", given.get("vocabulary"), 1, MOST, "counts types of the dictionary")

@@ -31,6 +31,7 @@ from fairseq_knnlm.mixers import (
     CONVENTIONS,
     LM,
     Abstain,
+    Bins,
     Component,
     Fixed,
     Mixer,
@@ -79,6 +80,11 @@ class Parts:
     def fixed(self) -> np.ndarray:
         """What weights are fitted on that need no stopping."""
         return np.concatenate([self.fit, self.stop])
+
+    @property
+    def unreported(self) -> np.ndarray:
+        """What they are fitted on once more when nothing is left to choose."""
+        return np.concatenate([self.fit, self.stop, self.choose])
 
     @classmethod
     def of(cls, rows: int) -> Parts:
@@ -149,7 +155,7 @@ class Fitter:
     def bins(self, experts: Sequence[str]) -> Mixer:
         """One setting an expert, with weights by the distance of the nearest neighbour."""
         components, rows = self._singles(experts), self.parts.fixed
-        nearest = self.table[BINNED].reshape(len(self.table), -1)[rows, 0]
+        nearest = self._nearest(rows)
         columns = log_probs(self.table, components, rows)
         return self._better(
             experts, lambda abstain: fit_bins(components, columns, BINNED, nearest, abstain)
@@ -249,10 +255,28 @@ class Fitter:
 
     def judge(self, experts: Sequence[str], mixer: Mixer) -> Stack:
         """A stack, with its figures on the tokens to choose on and on those held out."""
-        choice, loss = (
-            mean_loss(self.table, mixer, rows) for rows in (self.parts.choose, self.parts.report)
-        )
-        return Stack(tuple(experts), mixer, math.exp(loss), loss / math.log(2), math.exp(choice))
+        choice = mean_loss(self.table, mixer, self.parts.choose)
+        final = self._refitted(mixer)
+        loss = mean_loss(self.table, final, self.parts.report)
+        return Stack(tuple(experts), final, math.exp(loss), loss / math.log(2), math.exp(choice))
+
+    def _refitted(self, mixer: Mixer) -> Mixer:
+        """The same mixture, its weights fitted on the tokens to choose on, too.
+
+        A gate stays as it is, since it takes long to train.
+        """
+        components, rows = mixer.components, self.parts.unreported
+        if isinstance(mixer, Fixed) and mixer != ALONE:
+            columns = log_probs(self.table, components, rows)
+            return fit_fixed(components, columns, mixer.kind, mixer.abstain)
+        if isinstance(mixer, Bins):
+            columns, (feature,) = log_probs(self.table, components, rows), mixer.features
+            return fit_bins(components, columns, feature, self._nearest(rows), mixer.abstain)
+        return mixer
+
+    def _nearest(self, rows: np.ndarray) -> np.ndarray:
+        """(M,) distances of the nearest neighbours."""
+        return self.table[BINNED].reshape(len(self.table), -1)[rows, 0]
 
 
 def _is_whole(setting: dict[str, object]) -> bool:

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -38,8 +39,9 @@ def queries(rows: int = 15) -> torch.Tensor:
 
 def of_many_types(store: Datastore, values: np.ndarray) -> Datastore:
     """The same keys with other values, of a dictionary that has them all."""
-    origin = replace(store.manifest.origin, vocabulary=2**63 - 1)
-    return replace(store, values=values, manifest=replace(store.manifest, origin=origin))
+    origin = msgspec.structs.replace(store.manifest.origin, vocabulary=2**63 - 1)
+    manifest = msgspec.structs.replace(store.manifest, origin=origin)
+    return replace(store, values=values, manifest=manifest)
 
 
 def distance_to_all(store: Datastore, asked: torch.Tensor, kind: str) -> np.ndarray:

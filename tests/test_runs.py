@@ -98,7 +98,7 @@ def test_a_datastore_of_the_evaluated_text(
     assert found["tokens_recalled"] == found["tokens"]
     caplog.clear()
     lab.evaluate("test", *flags, "--results-json", file)
-    assert "split" not in caplog.text
+    assert "is of a split" not in caplog.text
     assert "seems to hold" not in caplog.text
 
 
@@ -153,7 +153,7 @@ def test_nothing_that_is_no_number_reaches_json() -> None:
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_work(lab: Lab) -> None:
-    for window in (10**12, 10**9):
+    for window in (2 * 10**9, 10**9):
         flags = ["--experts", "cache", "--cache-lmbda", 0.3, "--cache-window", window]
         with pytest.raises(ConfigError, match="the cache does not fit into memory") as caught:
             lab.evaluate("test", *flags, "--cache-theta", 0.5)
@@ -162,7 +162,8 @@ def test_a_cache_that_does_not_fit_is_refused_before_work(lab: Lab) -> None:
 
 #: Prints by how much the peak of a process grows while a cache reads 600 tokens.
 PEAK = """
-import resource, torch
+import re, torch
+from pathlib import Path
 from fairseq_knnlm.cache import CacheExpert, CacheSetting
 from fairseq_knnlm.experts import Passage
 from fairseq_knnlm.lm import CONTEXT, Scored
@@ -173,7 +174,8 @@ def peak(window, width=64):
         context = torch.randint(50, (300, CONTEXT))
         scored = Scored(targets, keys, keys, torch.ones(1, 300, dtype=torch.bool), context)
         expert.opinion(Passage(scored, torch.arange(start, start + 300)))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # getrusage counts the parent's peak, too
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
 small = peak(10)
 print(peak(60_000) - small)
 """

@@ -156,9 +156,14 @@ def test_a_save_that_is_told_to_end(
     else:
         words = ["save", *words[:1], *words[5:], "--dstore", str(tmp_path / "new")]
     program = Path(sys.executable).with_name(command)
-    process = subprocess.Popen(
-        [program, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    # A shell lets what it starts in the background ignore SIGINT, tests too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [program, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 120
     while not list(tmp_path.glob(".new.partial-*")) and process.poll() is None:
         assert time.monotonic() < until
