@@ -198,7 +198,7 @@ def test_figures_are_of_the_tokens_held_out() -> None:
         losses = plain_losses(told(1000), each.mixer)
         loss, choice = losses[parts.report].mean(), losses[parts.choose].mean()
         # Weights but a gate's were fitted once more, after the choice.
-        near = 1e-3 if each.mixer.kind == "gate" else 1e-2
+        near = 1e-3 if each.mixer.kind == "gate" else 3e-2
         assert each.choice_perplexity == pytest.approx(math.exp(choice), rel=near)
         assert each.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
         assert each.bits == pytest.approx(loss / math.log(2), rel=1e-3)
