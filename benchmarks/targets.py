@@ -10,6 +10,7 @@ from typing import Any
 from commands import BenchError
 from material import Material
 from measure import Rates, Ratio, Target, interleaved, summary
+from memory import peaks
 from perplexity import Perplexities
 from rivals import UNEXAMINED, Searches
 from speeds import Speeds
@@ -37,6 +38,7 @@ TARGETS = {
     "bytes_per_entry": Target(
         "size", "streamed", "", "bytes", at_most=80, within=("streamed", "exact", 0.01)
     ),
+    "l2_memory": Target("memory", "l2", "", "GiB", at_most=0.25),
 }
 #: Bytes read at a time to bring a file into memory.
 READ_BYTES = 2**24
@@ -71,6 +73,7 @@ class Bench:
         self.searches = Searches(material, material.choice.k)
         self.perplexities = Perplexities(material, self.searches)
         self.speeds = Speeds(material)
+        self.peaks: dict[str, float] = {}
 
     def measure(self, wanted: Sequence[str], done: Callable[[dict[str, Any]], None]) -> bool:
         """Measures targets by name; ``done`` is given the entries of each kind as they are known.
@@ -99,6 +102,7 @@ class Bench:
             "command": self._commands,
             "build": self._builds,
             "size": self._sizes,
+            "memory": self._memory,
         }
         rates = measure[kind](list(names))
         entries = {name: target.entry(rates) for name, target in chosen.items()}
@@ -107,6 +111,8 @@ class Bench:
                 "met": entries[name]["met"] and comparison["within"],
                 "perplexity": comparison,
             }
+        if kind == "memory":
+            entries["l2_memory"]["by_k_and_width"] = self.peaks
         if kind == "command":
             for name, target in chosen.items():
                 entries[name] |= self._beside(target, rates)
@@ -173,3 +179,8 @@ class Bench:
         """Bytes an entry of everything in the folder."""
         size = sum(file.stat().st_size for file in self.material.streamed().iterdir())
         return {name: [size / len(self.material.store)] for name in names}
+
+    def _memory(self, names: Sequence[str]) -> Rates:
+        """GiB that distances recomputed on the keys take at most, whatever k and width."""
+        self.peaks = peaks()
+        return {name: [max(self.peaks.values())] for name in names}

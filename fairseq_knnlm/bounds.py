@@ -28,7 +28,8 @@ def check_range(
     """
     if value is None:
         return
-    if math.isnan(value) or value < low or math.isinf(value) or (high is not None and value > high):
+    endless = isinstance(value, float) and not math.isfinite(value)  # an int may be of any length
+    if endless or value < low or (high is not None and value > high):
         expected = f"{low:,} or more" if high is None else f"{low:,} to {high:,}"
         raise ConfigError(f"{flag} {what}", expected=expected, found=f"{value:,}", do=do)
 

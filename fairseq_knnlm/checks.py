@@ -62,8 +62,9 @@ OF_EXPERTS = (
 #: Of these, flags of the index that keys are streamed into.
 OF_STREAMING = ("probe", "knn_device")
 #: What files in a datastore's folder are called that are its own.
+OF_INDEX = "knn."
 PARTS: tuple[str, ...] = (
-    *("manifest.", "keys.", "values.", "projection.", "weights.", "knn.", "ngram."),
+    *("manifest.", "keys.", "values.", "projection.", "weights.", OF_INDEX, "ngram."),
     *("calibration.json", "calibration.npz"),
 )
 
@@ -179,6 +180,7 @@ def _exists(path: Path) -> bool:
 def _check_numbers(cfg: Any) -> None:
     for name, things in COUNTS.items():
         _check_count(_typed(name), getattr(cfg, name), f"counts {things}")
+    check_range("--tokens-per-sample", cfg.tokens_per_sample, 1, MOST, "counts tokens")
     _check_count("--dstore-size", cfg.dstore_size, "counts entries", MOST_ENTRIES)
     theta, temperature = cfg.cache_theta, cfg.knn_temp
     _check_count("--cache-theta", theta, "is a sharpness", MOST_THETA, least=0)
@@ -364,24 +366,29 @@ def _parents(name: Path | str) -> Iterable[Path]:
 
 
 def check_apart(
-    outputs: Mapping[str, Path | str | None], inputs: Mapping[str, Iterable[Path]]
+    outputs: Mapping[str, Path | str | None],
+    inputs: Mapping[str, Iterable[Path]],
+    *,
+    allowed: str = "",
 ) -> None:
     """Refuses to write over what is read, or over a part of any datastore.
 
     Args:
         outputs: by the flag that names it; None where the flag is not given.
         inputs: files that are read, by what names them.
+        allowed: what the name of a part begins with that may be written; empty for none.
 
     Raises:
         OutputError: naming both.
     """
+    parts = tuple(part for part in PARTS if part != allowed)
     read = {os.path.realpath(file): name for name, files in inputs.items() for file in files}
     for flag, name in outputs.items():
         if name is None:
             continue
         place = Path(os.path.realpath(name))
         other = read.get(str(place))
-        if _exists(place.parent / MANIFEST) and place.name.startswith(PARTS):
+        if _exists(place.parent / MANIFEST) and place.name.startswith(parts):
             other = f"a part of the datastore {place.parent}"
         if other is not None:
             raise OutputError(

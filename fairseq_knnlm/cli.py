@@ -23,7 +23,16 @@ from fairseq_knnlm.calibration import (
     read_calibration,
     write_calibration,
 )
-from fairseq_knnlm.checks import MOST, MOST_ENTRIES, check_device, check_new_datastore, name_foreign
+from fairseq_knnlm.checks import (
+    MOST,
+    MOST_ENTRIES,
+    OF_INDEX,
+    check_apart,
+    check_device,
+    check_new_datastore,
+    check_size,
+    name_foreign,
+)
 from fairseq_knnlm.compress import compress
 from fairseq_knnlm.datastore import Datastore, open_datastore, outline
 from fairseq_knnlm.errors import (
@@ -297,7 +306,9 @@ def _open(args: argparse.Namespace) -> Datastore:
             args.dstore, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary
         )
     name_foreign(args)
-    return open_datastore(args.dstore)
+    store = open_datastore(args.dstore)
+    check_size(args.dstore_size, len(store))
+    return store
 
 
 def _save(args: argparse.Namespace, rest: list[str]) -> None:
@@ -324,6 +335,7 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
     store = _open(args)
     path = args.indexfile or store.index_path
     check_outputs({"--indexfile": path})
+    check_apart({"--indexfile": path}, {}, allowed=OF_INDEX)
     path = path.resolve() if path.is_symlink() else path  # what it leads to is replaced
     with Claim(path):
         _build_index(args, store, path)
@@ -334,9 +346,9 @@ def _check_build(args: argparse.Namespace) -> None:
     check_range("--probe", args.probe, 1, 2**31 - 1, "counts lists")
     if not 0 < args.recall <= 1:
         raise ConfigError("--recall is a share", expected="above 0, to 1", found=args.recall)
-    check_range("--train-rows", args.train_rows, 1, None, "counts keys to train on")
+    check_range("--train-rows", args.train_rows, 1, MOST, "counts keys to train on")
     check_range("--recall-queries", args.recall_queries, 0, MOST_QUERIES, "counts sampled keys")
-    check_range("--max-bytes-per-key", args.max_bytes_per_key, 1, None, "counts bytes")
+    check_range("--max-bytes-per-key", args.max_bytes_per_key, 1, MOST, "counts bytes")
     check_seed(args.seed)
 
 

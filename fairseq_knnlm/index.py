@@ -353,6 +353,8 @@ def _card_within(path: Path) -> str | None:
 
 def _renewed(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of version 1, which told the time in the place of the threads, as of today."""
+    if "seconds" not in fields:
+        return fields
     return {"threads": 0} | {name: fields[name] for name in fields if name != "seconds"}
 
 

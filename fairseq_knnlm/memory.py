@@ -177,9 +177,11 @@ def _ngram(store: Datastore) -> NGramModel:
     remedy = "leave ngram out of --experts, or put the original datastore first"
     _check_unmerged(store, "n-grams", remedy)
     path = store.ngram_path
+    vocabulary = store.manifest.origin.vocabulary
     if path.is_file():
-        return NGramModel.load(path, store.fingerprint)
-    model = NGramModel.count(store.values, store.manifest.origin.vocabulary, CONTEXT + 1)
+        tokens = len(store)
+        return NGramModel.load(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
+    model = NGramModel.count(store.values, vocabulary, CONTEXT + 1)
     try:
         model.save(path, store.fingerprint)
     except (OSError, OutputError) as error:  # the datastore may be somebody else's

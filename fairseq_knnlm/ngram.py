@@ -269,17 +269,32 @@ class NGramModel:
             np.savez(file, allow_pickle=False, **arrays)
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str) -> NGramModel:
+    def load(
+        cls,
+        path: Path,
+        fingerprint: str,
+        *,
+        vocabulary: int | None = None,
+        tokens: int | None = None,
+    ) -> NGramModel:
         """Reads what ``save`` wrote.
 
         Args:
             path: the file.
             fingerprint: of the datastore that is in use.
+            vocabulary: types of its dictionary, where known.
+            tokens: its entries, where known.
 
         Raises:
             NGramError: where it is missing, damaged, or was counted from another datastore.
         """
         with _counts(path, fingerprint) as (archive, card):
+            for name, ours, theirs in (
+                ("vocabulary", vocabulary, card.vocabulary),
+                ("tokens", tokens, card.tokens),
+            ):
+                if ours is not None and ours != theirs:
+                    raise ValueError(f"{name} {theirs:,} in the place of {ours:,}")
             return cls._of(_read_grams(archive, card), card.vocabulary, card.tokens)
 
 

@@ -282,6 +282,8 @@ def _columns(archive: Archive, card: dict[str, Any]) -> dict[str, np.ndarray]:
     known = ["row", *ids, "lm", *experts, *features]
     if doubled := [name for name in known if known.count(name) > 1]:
         raise ValueError(f"a column named {doubled[0]} twice - at `$.experts` and `$.features`")
+    if missing := [name for name in known if name not in archive.names]:
+        raise ValueError(f"no column {missing[0]}")
     if unknown := set(archive.names) - {"card", *known}:
         raise ValueError(f"a column that the card does not know, {min(unknown)}")
     row = archive.vector("row", "int64")
@@ -299,8 +301,6 @@ def _columns(archive: Archive, card: dict[str, Any]) -> dict[str, np.ndarray]:
         else:
             wide = MOST_COLUMNS if name in experts else 0
             columns[name] = archive.column(name, ["float32"], rows, wide)
-    if missing := [name for name in known if name not in columns]:
-        raise ValueError(f"no column {missing[0]}")
     for name, settings in experts.items():
         if columns[name].shape != (rows, len(settings)):
             raise ValueError(f"{name}: shape {columns[name].shape}, of {len(settings)} settings")

@@ -422,7 +422,7 @@ def tested(calibration: Calibration, table: ScoreTable) -> Calibration:
             the mixture that is used. Other mixtures that it lacks an expert of are left out.
     """
     calibration.check_model(table.card["model"])
-    _check_columns(table, 1)
+    _check_columns(table, LEAST_ROWS)
     _check_experts(calibration, table)
     stacks = []
     for stack in calibration.stacks:

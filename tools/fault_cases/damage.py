@@ -255,7 +255,7 @@ def _card_gone(stage: Stage, *, how: str) -> str:
     elif how == "an empty file":
         beside.touch()
     stage.refused(knnlm("verify", "--dstore", store), "index")
-    stage.refused(stage.world.calibrated(store), "index")
+    stage.refused(stage.world.calibrated(store, "--experts", "knn"), "index")
     return stage.refused(stage.world.knn(store), "index")
 
 

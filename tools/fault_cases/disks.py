@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from fault_cases.stage import BadOutcome, Case, Stage, check_manners, check_message
+from fault_cases.stage import BadOutcome, Case, Stage, check_manners, check_message, snapshot
 from fault_cases.world import INDEX, knnlm
 
 MUST = "one message that names the disk, what was there intact, space given back; or it fits"
@@ -140,10 +140,11 @@ def _prepared(stage: Stage, inside: bool, size: int) -> Path:
 def _full(stage: Stage, *, command: Command, inside: bool, size: int, enough: bool) -> str:
     disk = _prepared(stage, inside, size)
     before = os.statvfs(disk).f_bavail
-    changes = ["disk/new/*", "disk/*.npz", "disk/*.json"]
-    if enough:
-        changes += ["disk/store/knn.*", "disk/store/calibration*"]
-    ran = stage.run(command(stage, disk), changes=changes)
+    changes = ["disk/new/*", "disk/*.npz", "disk/*.json", "disk/store/knn.*"]
+    words, there = command(stage, disk), snapshot(disk)
+    ran = stage.run(words, changes=[*changes, "disk/store/calibration*"])
+    if ran.code and any(snapshot(disk).get(name) != state for name, state in there.items()):
+        raise BadOutcome("what was there has changed")
     return _judged(disk, ran.code == 0, enough, before) or check_message(ran, FULL)
 
 

@@ -49,7 +49,6 @@ KNN: dict[str, tuple[str, str]] = {
     "size 0": ("--dstore-size 0", "--dstore-size"),
     "size -5": ("--dstore-size=-5", "--dstore-size"),
     "another size": ("--dstore-size 3", "--dstore-size"),
-    "float16 for our datastore": ("--dstore-fp16", "--dstore-fp16"),
     "float32 while evaluating": ("--dstore-fp32", "--dstore-fp32"),
     "a folder to save while evaluating": ("--dstore-mmap x", "--dstore-mmap"),
     "saving and evaluating": ("--save-knnlm-dstore --dstore-mmap x", "save first|--save"),
@@ -61,7 +60,6 @@ KNN: dict[str, tuple[str, str]] = {
     "expert without a name": ("--experts knn,", "--experts"),
     "experts a comma": ("--experts ,", "--experts"),
     "lm2 without a model": ("--experts knn,lm2", "--expert-lm"),
-    "a model without lm2": ("--expert-lm model.pt", "--expert-lm"),
     "weight of lm2 without lm2": ("--expert-lm-lmbda 0.1", "lm2"),
     "lm2 that is not there": ("--experts knn,lm2 --expert-lm x.pt", "x.pt"),
     "weights above 1 in all": (
@@ -73,7 +71,6 @@ KNN: dict[str, tuple[str, str]] = {
     "weight of an absent expert": ("--ngram-lmbda 0.1", "ngram"),
     "theta of an absent cache": ("--cache-theta 0.1", "cache"),
     "window of an absent cache": ("--cache-window 100", "cache"),
-    "reset of an absent cache": ("--cache-reset", "--cache-reset"),
     "window 0": ("--experts knn,cache --cache-window 0", "--cache-window"),
     "window -5": ("--experts knn,cache --cache-window=-5", "--cache-window"),
     "window 10^12": ("--experts knn,cache --cache-window 1000000000000", "--cache-window"),
@@ -92,8 +89,6 @@ KNN: dict[str, tuple[str, str]] = {
     "index that is not there": ("--indexfile nowhere.index", "nowhere.index"),
     "index a folder": ("--indexfile .", "index"),
     "index empty": ("--indexfile=", "--indexfile|index"),
-    "bf16 on a CPU": ("--bf16", "--bf16"),
-    "fp16 on a CPU": ("--fp16", "--fp16"),
     "no block left": ("--tokens-per-sample 8", "--tokens-per-sample"),
     "blocks below 0": ("--tokens-per-sample 4", "--tokens-per-sample"),
     "blocks of 30 digits": (f"--tokens-per-sample {HUGE}", "--tokens-per-sample"),
@@ -139,7 +134,6 @@ BASE: dict[str, tuple[str, str]] = {
         "shard",
     ),
     "save with k": ("--save-knnlm-dstore --dstore-mmap x --k 8", "--k"),
-    "save with a size": ("--save-knnlm-dstore --dstore-mmap x --dstore-size 8", "--dstore-size"),
     "no-save-keys with Flat": (
         "--save-knnlm-dstore --dstore-mmap x --no-save-keys --recipe Flat",
         "recipe|streamed",
@@ -160,6 +154,17 @@ BASE: dict[str, tuple[str, str]] = {
         f"--save-knnlm-dstore --dstore-mmap x --no-save-keys --recipe IVF8,SQ8 --probe {HUGE}",
         "--probe",
     ),
+}
+#: Flags that do nothing in a run, and what the line that says so must hold.
+IDLE: dict[str, tuple[str, str, str]] = {
+    "float16 for our datastore": ("knnlm", "--dstore-fp16", "--dstore-fp16 does nothing"),
+    "size of our datastore": ("knnlm", "--dstore-size ROWS", "--dstore-size does nothing"),
+    "a model without lm2": ("knnlm", "--expert-lm CKPT", "--expert-lm does nothing"),
+    "bf16 on a CPU": ("knnlm", "--bf16", "--bf16 does nothing"),
+    "fp16 on a CPU": ("knnlm", "--fp16", "--fp16 gains nothing on a CPU"),
+    "reset of an absent cache": ("knnlm", "--cache-reset", "--cache-reset does nothing"),
+    "save with a size": ("save", "--dstore-size 8", "--dstore-size does nothing"),
+    "build-index, float16": ("build-index", "--dstore-fp16", "--dstore-fp16 does nothing"),
 }
 #: Recipes that FAISS does not know, or that crash it, or eat the memory.
 RECIPES = {
@@ -219,7 +224,6 @@ BUILD: dict[str, tuple[str, str]] = {
     "metric cosine": ("--metric cosine", "--metric"),
     "size 0": ("--dstore-size 0", "--dstore-size"),
     "size 3": ("--dstore-size 3", "--dstore-size"),
-    "float16": ("--dstore-fp16", "--dstore-fp16"),
     "flag nobody knows": ("--colour red", "--colour"),
 }
 COMPRESS: dict[str, tuple[str, str]] = {
@@ -267,6 +271,10 @@ def cases() -> Iterator[Case]:
             play = partial(_refused, words=words, flags=flags, says=says)
             done = f"{command} with {flags}"[:90].replace(HUGE[:30], "99...9")
             yield Case("flags", f"{command}: {name}", done, MUST, play)
+    for name, (command, flags, says) in IDLE.items():
+        play = partial(_idle, command=command, flags=flags, says=says)
+        must = "works, and one line says that the flag does nothing"
+        yield Case("flags", f"idle: {name}", f"{command} with {flags}", must, play)
     for name, recipe in RECIPES.items():
         play = partial(_recipe, recipe=recipe)
         done = f"build-index --recipe {recipe[:20]!r}"
@@ -289,17 +297,33 @@ def cases() -> Iterator[Case]:
     yield Case("flags", "help", "--help of each command", "an example each", _help)
 
 
-def _refused(stage: Stage, *, words: Callable[[Stage], list[object]], flags: str, says: str) -> str:
-    typed: list[object] = []
+def _typed(stage: Stage, flags: str) -> list[object]:
+    """Flags as they are typed, with the names of this world in the place of words in capitals."""
     known: dict[str, list[object]] = {
         "KNN": [stage.world.tables / "knn.npz"],
         "DATA": [stage.world.data],
         "CKPT": [stage.world.checkpoint()],
+        "ROWS": [stage.world.rows],
         "BLOCKS": [*BLOCKS, *K],
     }
-    for word in flags.split():
-        typed += known.get(word, [word])
-    return stage.refused([*words(stage), *typed], says)
+    return [each for word in flags.split() for each in known.get(word, [word])]
+
+
+def _refused(stage: Stage, *, words: Callable[[Stage], list[object]], flags: str, says: str) -> str:
+    return stage.refused([*words(stage), *_typed(stage, flags)], says)
+
+
+def _idle(stage: Stage, *, command: str, flags: str, says: str) -> str:
+    store = stage.store()
+    words = {
+        "knnlm": lambda: stage.world.knn(store),
+        "save": lambda: stage.world.save("new"),
+        "build-index": lambda: knnlm("build-index", "--dstore", store, *INDEX),
+    }[command]()
+    loss = stage.world.losses["knn"] if command == "knnlm" and "fp16 " not in f"{flags} " else None
+    changes = ["new/*", "store/knn.index"]
+    stage.works([*words, *_typed(stage, flags)], loss=loss, says=says, changes=changes)
+    return f"works, and says: {says}"
 
 
 def _recipe(stage: Stage, *, recipe: str) -> str:

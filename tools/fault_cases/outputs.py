@@ -143,6 +143,10 @@ def cases() -> Iterator[Case]:
         yield Case("writing", f"one name: {name}", done, MUST, partial(_twice, command=both))
 
 
+#: Flags that name a path by another flag.
+SAME = {"--no-save-keys": ("--dstore-mmap",)}
+
+
 def _refused(
     stage: Stage,
     *,
@@ -152,7 +156,13 @@ def _refused(
 ) -> str:
     path = plant(stage)
     words = command(stage, path)
-    about = [flag.split()[-1], "cannot be (written|used)", "exists", "file name too long"]
+    about = [
+        flag.split()[-1],
+        *SAME.get(flag, ()),
+        "cannot be (written|used)",
+        "exists",
+        "file name too long",
+    ]
     return stage.refused(words, "|".join(about), patience=30)
 
 
