@@ -182,8 +182,12 @@ def reserve(path: Path, size: int) -> None:
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if size:
-            os.posix_fallocate(handle, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, max(size, 1))
+        else:  # macOS
+            for start in range(0, size, CHUNK_BYTES):
+                os.pwrite(handle, bytes(min(CHUNK_BYTES, size - start)), start)
+        os.ftruncate(handle, size)
     finally:
         os.close(handle)
 
