@@ -283,7 +283,7 @@ FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "datastore is no fingerprint": ({"datastores": ["x"]}, "$.datastores"),
     "datastores is a text": ({"datastores": "a" * 64}, "$.datastores"),
     "feature twice": ({"features": ["knn_entropy", "knn_entropy"]}, "$.features"),
-    "feature not there": ({"features": ["knn_entropy", "lm_top"]}, "card does not know"),
+    "feature not there": ({"features": ["knn_entropy", "lm_top"]}, "no column lm_top"),
     "feature is an expert": ({"features": ["knn", "knn_distances", "knn_entropy"]}, "knn"),
     "loss NaN": ({"loss": math.nan}, "NaN"),
     "loss infinite": ({"loss": -math.inf}, "Infinity"),
@@ -321,7 +321,7 @@ def replace(name: str, array: np.ndarray) -> Callable[[dict[str, np.ndarray]], o
 
 COLUMNS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
     "no lm": (lambda arrays: arrays.pop("lm"), "no column lm"),
-    "no row": (lambda arrays: arrays.pop("row"), "no row"),
+    "no row": (lambda arrays: arrays.pop("row"), "no column row"),
     "no knn": (lambda arrays: arrays.pop("knn"), "no column knn"),
     "no feature": (lambda arrays: arrays.pop("knn_entropy"), "no column knn_entropy"),
     "one more": (lambda arrays: arrays.update(more=np.ones(ROWS, "f4")), "more"),
