@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shlex
 import signal
@@ -180,12 +181,25 @@ def _stopped(stage: Stage, words: list[object], target: str) -> Running:
     while True:
         # Outputs are tried at the start, which takes the lock for a moment; it may be gone again.
         running.send(signal.SIGSTOP)
-        if any(stage.folder.rglob(f".{target}.lock")):
+        running.wait_stopped()
+        if any(map(_held, stage.folder.rglob(f".{target}.lock"))):
             return running
         running.send(signal.SIGCONT)
         if running.ended() or time.monotonic() > deadline:
             raise BadOutcome(f"no lock .{target}.lock was seen: {running.wait().last}")
         time.sleep(0.002)
+
+
+def _held(lock: Path) -> bool:
+    """Whether somebody holds a lock, whose file alone says little."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def _two(stage: Stage, *, command: Command, target: str) -> str:

@@ -136,6 +136,10 @@ class Running:
         self.sent = number
         os.kill(self.pid, number)
 
+    def wait_stopped(self) -> None:
+        """Waits until a signal to stop has stopped it, or it has ended."""
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
     def ended(self) -> bool:
         """Whether it has ended; it can still be waited for."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
