@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # processes fork, which threads do not surv
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -263,14 +264,19 @@ def write_markdown(path: Path, outcomes: Sequence[Outcome]) -> None:
         for one in rows:
             mark = "" if one.state == "good" else f"**{MARKS[one.state]}** "
             case = one.case
-            cells = (case.name, case.done, case.must, mark + one.happened[:160])
+            cells = (case.name, case.done, case.must, mark + _lasting(one.happened)[:160])
             lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
         lines.append("")
     path.write_text(head + "\n".join(lines) + END + tail)
 
 
+def _lasting(text: str) -> str:
+    """Without the folders that were there for one run."""
+    return re.sub(r"\S*/knnlm-faults-\w+/(case-\d+/)?", "", text)
+
+
 def _cell(text: str) -> str:
-    """Without what Markdown reads, and without folders that are there once."""
+    """Without what Markdown reads."""
     for old, new in (("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("_", "\\_")):
         text = text.replace(old, new) if not text.startswith("**") or old != "*" else text
     return text
