@@ -539,13 +539,9 @@ def check_loader(context_window: int, num_workers: int, num_shards: int, writing
                 found=f"{flag} {number} and --context-window {context_window}",
                 do=ONE_PROCESS if flag == "--num-shards" else None,
             )
-    if writing and num_shards > 1:
-        raise ConfigError(
-            "a datastore, score table or results file is written by one process",
-            expected="one process over the whole split",
-            found=f"{num_shards} shards",
-            do=ONE_PROCESS,
-        )
+    if writing:
+        what = "a datastore, score table or results file is written by one process"
+        _check_one_process(num_shards, what)
 
 
 def check_order(num_shards: int) -> None:
@@ -554,9 +550,13 @@ def check_order(num_shards: int) -> None:
     Raises:
         ConfigError: where there are several shards.
     """
+    _check_one_process(num_shards, "the cache and pointers need the text in one piece")
+
+
+def _check_one_process(num_shards: int, problem: str) -> None:
     if num_shards > 1:
         raise ConfigError(
-            "the cache and pointers need the text in one piece",
+            problem,
             expected="one process over the whole split",
             found=f"{num_shards} shards",
             do=ONE_PROCESS,

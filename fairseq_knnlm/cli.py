@@ -343,13 +343,12 @@ def build_index(args: argparse.Namespace, _: list[str] | None = None) -> None:
 
 def _check_build(args: argparse.Namespace) -> None:
     """Refuses numbers that nothing can be built with, before anything is opened."""
-    check_range("--probe", args.probe, 1, 2**31 - 1, "counts lists")
+    check_range("--probe", args.probe, 1, MOST, "counts lists")
     if not 0 < args.recall <= 1:
         raise ConfigError("--recall is a share", expected="above 0, to 1", found=args.recall)
     check_range("--train-rows", args.train_rows, 1, MOST, "counts keys to train on")
     check_range("--recall-queries", args.recall_queries, 0, MOST_QUERIES, "counts sampled keys")
     check_range("--max-bytes-per-key", args.max_bytes_per_key, 1, MOST, "counts bytes")
-    check_seed(args.seed)
 
 
 def _build_index(args: argparse.Namespace, store: Datastore, path: Path) -> None:
