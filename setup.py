@@ -1,6 +1,6 @@
 """Packaging of fairseq_knnlm; `make setup` builds a ready environment around it."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # It is imported as `fairseq`; the distribution of that name works up to Python 3.10 only.
 FAIRSEQ = "fairseq-fixed==0.12.3.1"
@@ -10,7 +10,7 @@ setup(
     version="0.1.0",
     description="Nearest-neighbour language models for fairseq",
     license="MIT",
-    packages=["fairseq_knnlm"],
+    packages=find_packages(include=["fairseq_knnlm", "fairseq_knnlm.*"]),
     python_requires=">=3.11",
     install_requires=[FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "tqdm"],
     extras_require={

@@ -14,7 +14,7 @@ from fairseq_cli import eval_lm
 # Also from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq_knnlm.lm import TargetLM
+from fairseq_knnlm.lm.transformer import TargetLM
 
 
 class FeaturesOnly:

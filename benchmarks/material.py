@@ -19,13 +19,13 @@ from commands import Shell
 from demo import Demo, make_room
 from torch import Tensor
 
-from fairseq_knnlm import index as indexes
+from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.index import SearchIndex
-from fairseq_knnlm.indexing import RECALL, Wishes, build, plan
-from fairseq_knnlm.recipes import choose
-from fairseq_knnlm.tables import read_table
+from fairseq_knnlm.index import stored as indexes
+from fairseq_knnlm.index.build import RECALL, Wishes, build, plan
+from fairseq_knnlm.index.recipes import choose
+from fairseq_knnlm.index.stored import SearchIndex
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN: list[object] = ["--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm"]

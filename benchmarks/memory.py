@@ -35,7 +35,7 @@ def _held() -> int:
 def _main(k: int, width: int) -> None:
     import torch
 
-    from fairseq_knnlm.distances import distances_to_rows
+    from fairseq_knnlm.index.distances import distances_to_rows
 
     torch.manual_seed(0)
     keys, queries = torch.randn(ROWS, width).half(), torch.randn(QUERIES, width)

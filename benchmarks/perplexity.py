@@ -11,9 +11,9 @@ from material import Asked, Material
 from rivals import Searching
 from tqdm import tqdm
 
+from fairseq_knnlm.calibration.fitting import best_lambda, mixture_loss
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.fitting import best_lambda, mixture_loss
-from fairseq_knnlm.mixing import knn_log_probs
+from fairseq_knnlm.mixture.mix import knn_log_probs
 
 #: 0.25 to 512, four to an octave.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 37))

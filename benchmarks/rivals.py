@@ -12,9 +12,9 @@ from material import Material, load
 from torch import Tensor
 
 from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.index import SearchIndex
-from fairseq_knnlm.indexing import Wishes
-from fairseq_knnlm.neighbours import Neighbours, Retriever
+from fairseq_knnlm.index.build import Wishes
+from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.retrieval.local import Neighbours, Retriever
 
 Search = Callable[[Tensor, int], Neighbours]
 #: Keys that an index is examined with, where the build does not say otherwise.

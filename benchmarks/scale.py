@@ -33,9 +33,9 @@ from synthetic import Mixture
 from tqdm import tqdm
 
 from fairseq_knnlm.files import write_json
-from fairseq_knnlm.index import IndexCard, SearchIndex, write_file
-from fairseq_knnlm.indexing import IndexBuilder, Wishes
-from fairseq_knnlm.recipes import choose
+from fairseq_knnlm.index.build import IndexBuilder, Wishes
+from fairseq_knnlm.index.recipes import choose
+from fairseq_knnlm.index.stored import IndexCard, SearchIndex, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What is wanted: growth of a query's time from the smallest size to the largest, and memory.

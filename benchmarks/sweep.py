@@ -27,8 +27,8 @@ from msgspec.structs import replace
 from perplexity import Perplexities
 from rivals import EXAM, FROM_INDEX, UNEXAMINED, Search
 
-from fairseq_knnlm.index import SearchIndex
-from fairseq_knnlm.neighbours import Retriever
+from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.retrieval.local import Retriever
 
 PAPER = "paper@32"
 #: Queries of a timed batch, and batches.

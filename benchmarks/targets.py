@@ -16,7 +16,7 @@ from rivals import UNEXAMINED, Searches
 from speeds import Speeds
 
 from fairseq_knnlm.errors import KnnlmError
-from fairseq_knnlm.experts import QUERIES_AT_A_TIME
+from fairseq_knnlm.experts.knn import QUERIES_AT_A_TIME
 
 #: Those of a kind are measured together, in this order.
 TARGETS = {

@@ -1,12 +1,13 @@
 """Nearest-neighbour language models for fairseq.
 
-Importing the package registers the task ``knn_lm``, which is how ``--user-dir`` uses it.
+Importing the package loads nothing heavy: a datastore or a score table can be read anywhere, at
+once. The task ``knn_lm`` is registered by ``fairseq_knnlm.tasks``, which fairseq imports by itself where
+the package is its ``--user-dir``, and which is imported here where fairseq is there already.
 """
 
-from fairseq_knnlm.host import settle_in
+import sys
 
-settle_in()  # before the task, whose imports may already have something to say to the user
+__version__ = "0.2.0.dev0"
 
-from fairseq_knnlm import task  # noqa: E402, F401
-
-__version__ = "0.1.0"
+if "fairseq.tasks" in sys.modules:
+    from fairseq_knnlm import tasks  # noqa: F401

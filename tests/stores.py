@@ -18,11 +18,11 @@ from fairseq_knnlm.datastore import (
     open_datastore,
 )
 from fairseq_knnlm.errors import KnnlmError
-from fairseq_knnlm.experts import Passage
-from fairseq_knnlm.index import IndexCard
-from fairseq_knnlm.indexing import Wishes, build
-from fairseq_knnlm.lm import CONTEXT, Scored
-from fairseq_knnlm.recipes import choose
+from fairseq_knnlm.experts.knn import Passage
+from fairseq_knnlm.index.build import Wishes, build
+from fairseq_knnlm.index.recipes import choose
+from fairseq_knnlm.index.stored import IndexCard
+from fairseq_knnlm.lm.transformer import CONTEXT, Scored
 
 
 def origin(vocabulary: int = 50) -> Origin:

@@ -10,8 +10,8 @@ import numpy as np
 from scores import Axes, Scores, add_table_arguments, command, draw, log_axis, show, weighed
 from steps import ended
 
-from fairseq_knnlm.fitting import best_lambda, best_setting, mixture_loss
-from fairseq_knnlm.mixers import Component
+from fairseq_knnlm.calibration.fitting import best_lambda, best_setting, mixture_loss
+from fairseq_knnlm.mixture.mixers import Component
 
 EXAMPLE = """\
 example: python examples/experiments/knn_settings.py --valid valid.npz --test test.npz

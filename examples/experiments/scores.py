@@ -15,11 +15,11 @@ from typing import Any
 # Also from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from fairseq_knnlm.calibration.search import Fitter, mixture_losses
+from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.mixers import ALONE, LM, Component, Fixed, Mixer
-from fairseq_knnlm.tables import ScoreTable, read_table
-from fairseq_knnlm.tune import Fitter, mixture_losses
+from fairseq_knnlm.mixture.mixers import ALONE, LM, Component, Fixed, Mixer
 
 #: matplotlib's, which may not be installed.
 Axes = Sequence[Any]

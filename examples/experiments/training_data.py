@@ -10,8 +10,8 @@ import numpy as np
 from scores import Axes, Scores, add_table_arguments, command, draw, only, show, weighed
 from steps import ended
 
-from fairseq_knnlm.experts import KnnSetting
-from fairseq_knnlm.mixers import Component
+from fairseq_knnlm.experts.knn import KnnSetting
+from fairseq_knnlm.mixture.mixers import Component
 
 EXAMPLE = """\
 example: python examples/experiments/training_data.py --valid valid.npz --test test.npz

@@ -12,10 +12,10 @@ import numpy as np
 from scores import Axes, Scores, add_table_arguments, command, draw, show
 from steps import ended
 
+from fairseq_knnlm.calibration.search import mixture_losses
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.mixers import ALONE
-from fairseq_knnlm.tune import mixture_losses
+from fairseq_knnlm.mixture.mixers import ALONE
 
 EXAMPLE = """\
 example: python examples/experiments/who_gains.py --valid valid.npz --test test.npz --dstore DSTORE

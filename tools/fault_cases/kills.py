@@ -245,7 +245,7 @@ def _flipped(stage: Stage) -> str:
     stage.works([*words, "--indexfile", right])
 
     def before() -> None:
-        from fairseq_knnlm import snapshots
+        from fairseq_knnlm.index import snapshots
 
         snapshots.INTERVAL = 0.0  # one after every chunk of keys
 

@@ -429,10 +429,10 @@ def _l2(stage: Stage, *, rows: int, width: int, k: int, queries: int) -> str:
         import torch
 
         from fairseq_knnlm.datastore import DatastoreWriter, Origin, open_datastore
-        from fairseq_knnlm.index import SearchIndex
-        from fairseq_knnlm.indexing import Wishes, build
-        from fairseq_knnlm.neighbours import Retriever
-        from fairseq_knnlm.recipes import choose
+        from fairseq_knnlm.index.build import Wishes, build
+        from fairseq_knnlm.index.recipes import choose
+        from fairseq_knnlm.index.stored import SearchIndex
+        from fairseq_knnlm.retrieval.local import Retriever
 
         rng = np.random.default_rng(1)
         keys = rng.standard_normal((rows, width), np.float32).astype(np.float16)

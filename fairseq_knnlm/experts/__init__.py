@@ -1,0 +1,1 @@
+"""One file an expert, and a registry of them."""

@@ -1,0 +1,139 @@
+"""Pointers: the neighbours of a token lead to those of the next (Alon et al., 2022, RetoMaton).
+
+Row i + 1 of a datastore follows row i in its text. Where a candidate's value turned out to be the
+token that was read, the row after it is a pointer: a candidate for the next token, at no search.
+So a passage that the text once took is followed for as long as it goes the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq_knnlm.experts.knn import KnnExpert, KnnSetting
+from fairseq_knnlm.retrieval.local import Neighbours, Retriever
+
+#: Rows after which pointers are forgotten. Runs of so many rows are independent of each other, so
+#: those of a batch are gone through side by side, a step of each at a time.
+RUN = 64
+#: At most k / 4 pointers are kept. Few tokens have as many; a cap of k gains next to nothing.
+PART_OF_K = 4
+
+
+class PointerExpert(KnnExpert):
+    """p_kNN over the neighbours and the pointers, or over the pointers alone where they suffice.
+
+    A token's pointers depend on earlier tokens of its run alone. Where the row before it was not
+    scored just before, it has none. Of more than k / 4 those come first that were pointers
+    already, then the successors of the nearest neighbours.
+
+    Args:
+        retriever: with distances recomputed as squared L2, so that all of them compare; its
+            datastore holds the text in its order, unmerged.
+        k: neighbours a search.
+        settings: temperatures and the like, a column each.
+        least: search only where there are fewer pointers than this; None to search every token.
+        features: name features too.
+        name: ``knn``, with a number from the second datastore on.
+
+    Attributes:
+        queries: tokens so far.
+        searches: those of them that were searched.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        k: int,
+        settings: Sequence[KnnSetting],
+        *,
+        least: int | None = None,
+        features: bool = False,
+        name: str = "knn",
+    ) -> None:
+        assert retriever.similarity == "l2" and not retriever.store.manifest.merged
+        super().__init__(retriever, k, settings, features=features, name=name)
+        self.least = least
+        self.most = max(1, k // PART_OF_K)
+        self.queries = self.searches = 0
+        self._last_row = -1
+        self._next: Tensor | None = None
+
+    def near(self, keys: Tensor, targets: Tensor, rows: Tensor) -> Neighbours:
+        """The neighbours found, and beside them the pointers; (N, k + P) with P at most k / 4."""
+        ids = targets.new_full((len(keys), self.k), -1)
+        distances = torch.full(ids.shape, torch.inf, device=ids.device)
+        pointers = targets.new_full((len(keys), self.most), -1)
+        if self.least is None:
+            ids, distances = self._search(keys)
+        begins = _begins(rows, self._last_row)
+        if self._next is not None and not begins[0]:
+            pointers[0] = self._next
+        for places, before in _steps(begins):
+            if before is not None:
+                candidates = torch.cat([pointers[before], ids[before]], dim=1)
+                pointers[places] = self._successors(candidates, targets[before])
+            if self.least is not None:
+                asking = places[(pointers[places] >= 0).sum(dim=1) < self.least]
+                ids[asking], distances[asking] = self._search(keys[asking])
+            pointers[places] = _without(pointers[places], ids[places])
+        self._last_row = int(rows[-1])
+        last = torch.cat([pointers[-1:], ids[-1:]], dim=1)
+        self._next = self._successors(last, targets[-1:])[0]
+        self.queries += len(keys)
+        pointers = _trimmed(pointers)
+        their_distances = self.retriever.distances_to(keys, pointers)
+        return self.retriever.entries(
+            torch.cat([ids, pointers], dim=1), torch.cat([distances, their_distances], dim=1)
+        )
+
+    def _search(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and distances of the k nearest, each (N, k)."""
+        self.searches += len(keys)
+        found = self.retriever.search(keys, self.k)
+        return found.ids, found.distances
+
+    def _successors(self, candidates: Tensor, tokens: Tensor) -> Tensor:
+        """(S, most) int64: rows after those candidates (S, C) whose values are the tokens (S,)."""
+        values = self.retriever.tokens_before(candidates, 0)
+        followed = (values == tokens[:, None]) & (candidates + 1 < len(self.retriever.store))
+        queries, columns = followed.nonzero(as_tuple=True)
+        places = followed.cumsum(dim=1)[queries, columns] - 1
+        kept = places < self.most
+        found = candidates.new_full((len(candidates), self.most), -1)
+        found[queries[kept], places[kept]] = candidates[queries, columns][kept] + 1
+        return found
+
+
+def _begins(rows: Tensor, last: int) -> Tensor:
+    """(N,) bool: rows that begin a run, or do not follow the row before; ``last`` before all."""
+    before = torch.cat([rows.new_tensor([last]), rows[:-1]])
+    return (rows % RUN == 0) | (rows != before + 1)
+
+
+def _steps(begins: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The first tokens of all runs, then the second ones, and so on.
+
+    Yields:
+        Places of tokens, and the places before them; None with those that have none here.
+    """
+    places = torch.arange(len(begins), device=begins.device)
+    offsets = places - places.where(begins, 0).cummax(dim=0).values
+    for step in range(int(offsets.max()) + 1):
+        here = places[offsets == step]
+        yield here, here - 1 if step else None
+
+
+def _without(pointers: Tensor, ids: Tensor) -> Tensor:
+    """Pointers (S, P), -1 in the place of those that are among the ids (S, K)."""
+    ordered = ids.sort(dim=1).values
+    places = torch.searchsorted(ordered, pointers).clamp_max(ids.shape[1] - 1)
+    return pointers.masked_fill(ordered.gather(1, places) == pointers, -1)
+
+
+def _trimmed(pointers: Tensor) -> Tensor:
+    """The same without columns that hold none."""
+    width = int((pointers >= 0).sum(dim=1).max())
+    return pointers.sort(dim=1, descending=True).values[:, :width]

@@ -1,0 +1,1 @@
+"""FAISS: which index, train, add, search, device, recall."""

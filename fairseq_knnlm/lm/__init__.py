@@ -1,0 +1,1 @@
+"""A fairseq language model as an encoder of contexts."""

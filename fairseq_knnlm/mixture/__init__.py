@@ -1,0 +1,1 @@
+"""Weights for experts, and the language model that they make together."""

@@ -1,0 +1,270 @@
+"""From queries to neighbours, whatever index answers them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_knnlm.datastore import KEYS, Datastore
+from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
+from fairseq_knnlm.files import Checking, check_mapped
+from fairseq_knnlm.index.distances import GATHER_BYTES, distances_to_rows
+from fairseq_knnlm.index.stored import IndexCard
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest entries of each query.
+
+    Attributes:
+        ids: (N, K) int64, rows of the datastore; -1 where missing.
+        distances: (N, K) float32, squared L2, or the negative inner product: in both cases a
+            neighbour's weight is exp(-distance / T); infinite where missing.
+        values: (N, K) int32 or int64 token ids; undefined where missing.
+        valid: (N, K) bool, False where the index found fewer than K.
+        log_weights: (N, K) float32, natural log of the entries that each neighbour stands for;
+            undefined where missing; None where each is one.
+
+    All on the queries' device.
+    """
+
+    ids: Tensor
+    distances: Tensor
+    values: Tensor
+    valid: Tensor
+    log_weights: Tensor | None = None
+
+    def nearest_first(self) -> Neighbours:
+        """The same, in ascending order of their distances; the missing ones at the end."""
+        order, weights = self.distances.argsort(dim=1), self.log_weights
+        return Neighbours(
+            self.ids.gather(1, order),
+            self.distances.gather(1, order),
+            self.values.gather(1, order),
+            self.valid.gather(1, order),
+            None if weights is None else weights.gather(1, order),
+        )
+
+
+class Searches(Protocol):
+    """Finds the nearest entries: a FAISS index, or exact search."""
+
+    card: IndexCard
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Distances (N, k) and ids (N, k) of queries (N, D)."""
+
+
+class Retriever:
+    """Answers queries from an index, with the index's own distances or exact ones.
+
+    Args:
+        index: where the nearest ids come from.
+        store: the values, and the keys where distances are recomputed.
+        similarity: ``"l2"`` or ``"dot"`` recompute on the stored keys; ``"do_not_recomp_l2"``
+            takes what the index says.
+    """
+
+    def __init__(self, index: Searches, store: Datastore, similarity: str) -> None:
+        self.index = index
+        self.store = store
+        self.similarity = similarity
+        self._values = _as_tensor(store.values)
+        self._weights = None if store.weights is None else _as_tensor(store.weights)
+        self._projection = None if store.projection is None else _as_tensor(store.projection)
+        recomputes = similarity != "do_not_recomp_l2"
+        self._keys = _as_tensor(store.full_keys()) if recomputes else None
+        sums = store.manifest.files.get(KEYS) if recomputes else None
+        self._checking = Checking(store.path / KEYS, sums.chunks if sums is not None else ())
+
+    def check_files(self) -> int:
+        """Waits until every key of the file that is read was compared with its checksum.
+
+        Returns:
+            How many chunks of the file were left for this when it was opened.
+
+        Raises:
+            DatastoreError: where keys are damaged.
+        """
+        self._checking.wait()
+        return self._checking.checked
+
+    @property
+    def measures_l2(self) -> bool:
+        """Whether the distances are squared L2, or the index's approximation of it."""
+        if self.similarity == "do_not_recomp_l2":
+            return self.index.card.metric == "l2"
+        return self.similarity == "l2"
+
+    @property
+    def distances(self) -> str:
+        """What the distances are, in words for a report."""
+        if self.similarity != "do_not_recomp_l2":
+            what = "squared L2" if self.similarity == "l2" else "inner product"
+            return f"exact {what}, recomputed on {self.store.manifest.key_dtype} keys"
+        kind = "exact" if self.index.card.exact else "approximate"
+        what = "squared L2" if self.index.card.metric == "l2" else "inner product"
+        return f"{kind} {what}, from the index"
+
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """The k nearest entries.
+
+        Args:
+            queries: (N, D), any float type, any device; D is the language model's width.
+            k: neighbours a query.
+
+        Raises:
+            DatastoreError: where keys or values that were found are none, or a file shrank.
+            IndexFileError: where the index names entries that the datastore does not have.
+            ModelError: where a query is not finite.
+        """
+        queries = self._projected(queries)
+        found, ids = self.index.search(queries, k)
+        self._check_ids(ids)
+        if self.similarity == "do_not_recomp_l2":
+            return self.entries(ids, found if self.index.card.metric == "l2" else found.neg_())
+        return self.entries(ids, self._recompute(queries, ids.clamp_min(0)))
+
+    def entries(self, ids: Tensor, distances: Tensor) -> Neighbours:
+        """Entries as neighbours.
+
+        Args:
+            ids: (N, K) int64, rows of the datastore; -1 where missing.
+            distances: (N, K) float32, anything where missing; written to.
+        """
+        valid = ids >= 0
+        rows = ids
+        if not bool(valid.all()):
+            rows = ids.clamp_min(0)
+            distances.masked_fill_(~valid, torch.inf)
+        if not torch.equal(distances.isfinite(), valid):
+            raise DatastoreError(
+                f"the index of {self.store.path} gives distances that are no numbers",
+                expected="finite distances",
+                found="NaN or infinity",
+                do="check the datastore with `fairseq-knnlm verify`, and build the index again",
+            )
+        return Neighbours(ids, distances, self._values_of(rows), valid, self._log_weights_of(rows))
+
+    def distances_to(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """Recomputed distances to a few entries, (N, K) float32, infinite where missing.
+
+        Args:
+            queries: (N, D), as for ``search``.
+            ids: (N, K) int64, rows of the datastore; -1 where missing, which costs nothing.
+        """
+        queries = self._projected(queries)
+        distances = torch.full(ids.shape, torch.inf, device=ids.device)
+        for pairs in (ids >= 0).nonzero().split(GATHER_BYTES // (queries.shape[1] * 4)):
+            asking, columns = pairs.unbind(dim=1)
+            wanted = ids[asking, columns][:, None]
+            distances[asking, columns] = self._recompute(queries[asking], wanted)[:, 0]
+        return distances
+
+    def _projected(self, queries: Tensor) -> Tensor:
+        """Queries as the datastore's keys are."""
+        queries = queries.detach().float()
+        if not _all_finite(queries):
+            raise ModelError(
+                "the language model gives keys that are NaN or infinite",
+                expected="finite keys to search with",
+                found="others, as where float16 overflows or a checkpoint is damaged",
+                do="leave --fp16 out, or check the checkpoint",
+            )
+        if self._projection is None:
+            return queries
+        self._projection = self._projection.to(queries.device)
+        return queries @ self._projection
+
+    def tokens_before(self, ids: Tensor, steps: int) -> Tensor:
+        """The values ``steps`` rows before entries: the tokens that stand there in the text.
+
+        Args:
+            ids: rows of the datastore, any shape; below 0 where missing.
+            steps: 1 for the token just before an entry's value; 0 for that value itself.
+
+        Returns:
+            Token ids of the same shape; -1 where there are none, or where what stood before an
+            entry was merged away.
+        """
+        if self.store.manifest.merged:
+            return torch.full_like(ids, -1)
+        rows = ids - steps
+        return self._values_of(rows.clamp_min(0)).masked_fill(rows < 0, -1)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)
+        if low < -1 or high >= len(self.store):
+            raise IndexFileError(
+                "the index names entries that the datastore does not have",
+                expected=f"entries from 0 to {len(self.store) - 1:,}, or -1 for none",
+                found=f"from {low:,} to {high:,}",
+                do="build the index of this datastore again",
+            )
+
+    def _values_of(self, rows: Tensor) -> Tensor:
+        """The tokens at these rows, from a copy of the values on the rows' device."""
+        check_mapped(self.store.values, f"values of {self.store.path}")
+        if self._values.device != rows.device:
+            self._values = self._values.to(rows.device)
+        values = self._values.index_select(0, rows.reshape(-1)).view(rows.shape)
+        # uint16 travels as int16, with which torch can do more.
+        if values.dtype == torch.int16:
+            values = values.int().bitwise_and_(0xFFFF)
+        self._check_values(values)
+        return values
+
+    def _check_values(self, values: Tensor) -> None:
+        low, high = map(int, values.aminmax()) if values.numel() else (0, 0)
+        if low < 0 or high >= self.store.manifest.origin.vocabulary:
+            raise DatastoreError(
+                f"values of {self.store.path} are no tokens of the dictionary",
+                expected=f"from 0 to {self.store.manifest.origin.vocabulary - 1:,}",
+                found=f"from {low:,} to {high:,}",
+                do="check it with `fairseq-knnlm verify`, and save the datastore again",
+            )
+
+    def _log_weights_of(self, rows: Tensor) -> Tensor | None:
+        if self._weights is None or self.store.weights is None:
+            return None
+        check_mapped(self.store.weights, f"weights of {self.store.path}")
+        self._weights = self._weights.to(rows.device)
+        return self._weights.index_select(0, rows.reshape(-1)).view(rows.shape).log()
+
+    def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
+        """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
+        assert self._keys is not None
+        self._checking.check()
+        check_mapped(self.store.full_keys(), f"keys of {self.store.path}")
+        found = distances_to_rows(self._keys, queries, rows, self.similarity)
+        if not _all_finite(found):
+            raise DatastoreError(
+                f"keys of {self.store.path} are NaN or infinite, or too large",
+                expected="finite keys, and distances that float32 can hold",
+                found="a neighbour whose recomputed distance is none",
+                do="check it with `fairseq-knnlm verify`, and save the datastore again",
+            )
+        return found
+
+
+def _all_finite(numbers: Tensor) -> bool:
+    """Whether there is no NaN and no infinity among them, in one pass and no memory."""
+    if not numbers.numel():
+        return True
+    low, high = numbers.aminmax()
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor over an array's memory, mapped or not; uint16 as int16."""
+    if array.dtype == np.uint16:
+        array = array.view(np.int16)
+    with warnings.catch_warnings():  # torch would rather have memory that can be written to
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

@@ -1,0 +1,97 @@
+"""Saving: the keys and values of a forward pass go into a datastore, or into an index at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fairseq_knnlm.background import Behind
+from fairseq_knnlm.datastore import INDEX, DatastoreWriter
+from fairseq_knnlm.index.build import IndexBuilder
+from fairseq_knnlm.index.stored import save as save_index
+from fairseq_knnlm.lm.transformer import Scored, TargetLM
+from fairseq_knnlm.runs.scorer import Batch, Blocks
+
+#: Keys that are gathered before they are added to an index, which is faster for many.
+KEYS_AT_A_TIME = 65_536
+
+
+class Saving:
+    """Takes every scored batch and writes it, while the next one is computed.
+
+    Args:
+        writer: of the datastore.
+        builder: of the index that the keys are streamed into; None where they are only written.
+    """
+
+    def __init__(self, writer: DatastoreWriter, builder: IndexBuilder | None = None) -> None:
+        self.builder = builder
+        self._writer = writer
+        self._write = Behind(writer.write)
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def learn(
+        self,
+        lm: TargetLM,
+        blocks: Blocks,
+        batches: Iterable[Any],
+        to_device: Callable[[Any], Any],
+    ) -> None:
+        """Trains the index.
+
+        Args:
+            lm: reads the batches.
+            blocks: where the blocks lie.
+            batches: fairseq's, drawn evenly from the split.
+            to_device: moves a batch to the model.
+        """
+        assert self.builder is not None
+        sampled = []
+        for sample in tqdm(batches, desc="sampling keys", unit=" batches"):
+            scored = lm.score(to_device(sample))
+            sampled.append(_entries(blocks.rows(sample["id"], scored), scored))
+        rows, keys = _joined(sampled)
+        self.builder.train(keys, rows)
+
+    def take(self, batch: Batch) -> None:
+        rows, keys = _entries(batch.rows, batch.scored)
+        self._write(rows, keys, batch.scored.targets.cpu().numpy()[batch.rows >= 0])
+        if self.builder is not None:
+            self._waiting.append((rows, keys))
+            if sum(len(rows) for rows, _ in self._waiting) >= KEYS_AT_A_TIME:
+                self._add(self.builder)
+
+    def publish(self) -> Path:
+        """Gives the datastore its name, once everything is in it."""
+        self._write.wait()
+        if self.builder is None:
+            return self._writer.publish()
+        if self._waiting:
+            self._add(self.builder)
+        index, card = self.builder.finish()
+        return self._writer.publish(
+            lambda folder, fingerprint: save_index(index, card, folder / INDEX, fingerprint)
+        )
+
+    def _add(self, builder: IndexBuilder) -> None:
+        rows, keys = _joined(self._waiting)
+        self._waiting.clear()
+        builder.see(keys, rows)
+        builder.add(keys, rows)
+
+
+def _entries(rows: np.ndarray, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+    """The rows (n,) that count, of (N,) with -1 for those that do not, and their keys (n, D)."""
+    assert scored.keys is not None
+    counted = rows >= 0
+    return rows[counted], scored.keys.cpu().numpy()[counted]
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n,) and keys (n, D) float32 of several parts."""
+    rows, keys = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return rows, np.ascontiguousarray(keys, dtype=np.float32)

@@ -1,0 +1,203 @@
+"""The task ``knn_lm``: fairseq's language modelling, with a memory.
+
+Training is the stock task's. In evaluation the task opens what the flags name, checks that it
+fits the model, and hands fairseq a ``KnnScorer`` (``host`` tells how).
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fairseq import utils
+from fairseq.checkpoint_utils import load_model_ensemble
+from fairseq.data import BaseWrapperDataset
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.lm.transformer import check_model, is_supported
+from fairseq_knnlm.runs.evaluate import EvaluationRun, Setting, make_scorer, several_models
+from fairseq_knnlm.runs.opening import Memory, open_memory
+from fairseq_knnlm.tasks import checks, host, stock
+from fairseq_knnlm.tasks import flags as config
+from fairseq_knnlm.tasks.host import WithEnd, hand_over
+
+logger = logging.getLogger(__name__)
+
+
+class InTextOrder(BaseWrapperDataset):
+    """Blocks as they stand in the text; the stock loader may go by their length."""
+
+    def ordered_indices(self) -> np.ndarray:
+        return np.arange(len(self))
+
+
+@register_task("knn_lm", dataclass=config.KnnlmConfig)
+class KnnLanguageModelingTask(LanguageModelingTask):
+    """Language modelling that can save a datastore and score with nearest neighbours."""
+
+    def __init__(
+        self, args: Any, dictionary: Any, output_dictionary: Any = None, targets: Any = None
+    ):
+        super().__init__(args, dictionary, output_dictionary, targets)
+        self.models: list[Any] = []
+        self.split = ""
+        self.memory: Memory | None = None
+        self._known: Setting | None = None
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> KnnLanguageModelingTask:
+        """Checks the flags and opens datastore and index, before any model is loaded."""
+        checks.check(args)
+        _check_run(args)
+        task = super().setup_task(args, **kwargs)
+        memory = None
+        if config.evaluates(args):
+            memory = task.memory = open_memory(args, task.target_dictionary.symbols)
+        indexes = [one.index.card for one in memory.retrievers.values()] if memory else []
+        checks.name_ignored(
+            args,
+            memory.experts if memory else None,
+            lists=not indexes or any(card.nprobe for card in indexes),
+        )
+        return task
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
+        """Builds the model and checks that its keys are those of the datastore."""
+        model = super().build_model(args, from_checkpoint)
+        if self.memory is not None or self.args.save_knnlm_dstore:
+            width = check_model(model, str(self.args.knn_keytype))
+            for store in self.memory.stores if self.memory is not None else ():
+                store.check_origin(width=width)
+            if self.models:
+                raise several_models(len(self.models) + 1)
+        self.models.append(model)
+        return model
+
+    def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> Any:
+        self.split = split
+        return super().load_dataset(split, *args, **kwargs)
+
+    def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        """For ``fairseq-generate --score-reference`` and the hub interface's ``score``."""
+        scoring = getattr(args, "score_reference", False)
+        if scoring and all(map(is_supported, models)):
+            return make_scorer(self._setting(models))
+        checks.check_stock_is_enough(self.args, "generation" if not scoring else "this decoder")
+        return super().build_generator(models, args, *rest, **kwargs)
+
+    def eval_lm_dataloader(
+        self,
+        dataset: Any,
+        max_tokens: int | None = 36000,
+        batch_size: int | None = None,
+        max_positions: Any = None,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        num_workers: int = 1,
+        data_buffer_size: int = 10,
+        context_window: int = 0,
+    ) -> Any:
+        """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
+        saving = self.args.save_knnlm_dstore
+        checks.check_loader(context_window, num_workers, num_shards, checks.writes(self.args))
+        sizes = np.asarray(dataset.sizes, dtype=np.int64)
+        read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
+        left_out = int(sizes.sum() - read.sum())
+        checks.check_left_out(left_out, max_positions, saving)
+        omitted = stock.omitted(dataset)
+        checks.name_omitted(omitted, str(self.args.sample_break_mode))
+        stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
+        remembers = str(self.args.pointers) != "none"
+        if self.memory is not None and (remembers or "cache" in self.memory.experts):
+            checks.check_order(num_shards)
+            dataset = InTextOrder(dataset)
+        load = partial(
+            super().eval_lm_dataloader,
+            dataset,
+            max_tokens,
+            batch_size,
+            max_positions,
+            num_workers=num_workers,
+            data_buffer_size=data_buffer_size,
+            context_window=context_window,
+        )
+        if not all(map(is_supported, self.models)):
+            checks.check_stock_is_enough(self.args, "this decoder")
+            logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
+            return load(num_shards=num_shards, shard_id=shard_id)
+        on_gpu = next(self.models[0].parameters()).is_cuda
+        if (whole := config.whole_run(self.args)) is not None:
+            checks.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
+        context = {
+            "tokens_per_sample": self.args.tokens_per_sample,
+            "context_window": context_window,
+            "sample_break_mode": str(self.args.sample_break_mode),
+        }
+        run = EvaluationRun(self._setting(self.models, context), sizes, left_out + omitted)
+        if run.sample_every:
+            run.learn(
+                # A shard is every n-th batch. Its first blocks see context that is not theirs,
+                # which the sample that an index is trained on can bear.
+                load(num_shards=run.sample_every),
+                utils.move_to_cuda if on_gpu else lambda batch: batch,
+            )
+            self.dataset_to_epoch_iter.clear()  # fairseq would hand out the shard again
+        hand_over(run.scorer)
+        return WithEnd(load(num_shards=num_shards, shard_id=shard_id), run.finish)
+
+    def _setting(self, models: Any, context: dict[str, Any] | None = None) -> Setting:
+        """The same one as long as the models are: their weights are read once."""
+        known, models = self._known, list(models)
+        if known is None or not known.holds(models, self.split, context):
+            second = None
+            if self.memory is not None and "lm2" in self.memory.experts:
+                second = self._second(models[0])
+            known = self._known = Setting(
+                *(self.args, models, self.target_dictionary, self.split, self.memory),
+                *(second, context),
+            )
+        return known
+
+    def _second(self, first: Any) -> Any:
+        """The model of ``--expert-lm``, where the first one is."""
+        path = str(self.args.expert_lm)
+        if not Path(path).is_file():
+            raise ConfigError(f"no checkpoint {path}", expected="--expert-lm FILE", found="nothing")
+        stock = LanguageModelingTask(
+            self.args, self.dictionary, self.output_dictionary, self.targets
+        )
+        loaded, _ = load_model_ensemble([path], task=stock)
+        parameter = next(first.parameters())
+        return loaded[0].to(parameter.device, parameter.dtype).eval()
+
+
+def _check_run(args: Any) -> None:
+    """What fairseq is given besides the task's flags, and what will be written.
+
+    The hub interface has the configuration that the model was trained with in its place.
+    """
+    run, command = config.whole_run(args), host.command()
+    if command is not None:
+        host.end_on_request()
+    stock.check_data(args.data)
+    inputs: dict[str, list[str]] = {}
+    if run is not None:
+        stock.check_numbers(run)
+        checks.check_loader(
+            run.eval_lm.context_window,
+            run.dataset.num_workers,
+            stock.shards(run),
+            checks.writes(args),
+        )
+        path, split = run.common_eval.path, run.dataset.gen_subset
+        if command is not None and path is not None:
+            one = command == "eval_lm" or args.save_knnlm_dstore or config.evaluates(args)
+            stock.check_checkpoint(path, one=one)
+            stock.check_split(args.data, split)
+            inputs = {"--path": path.split(":"), "the data": stock.data_files(args.data, split)}
+    checks.check_writes(args, inputs)

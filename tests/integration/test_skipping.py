@@ -1,0 +1,313 @@
+"""Skipping searches: planted answers, plain rules, and a panel whose queries are counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BLOCKS, Lab, must, run
+from stores import assert_helps
+from torch import Tensor
+
+from fairseq_knnlm.calibration.search import SHARES, fit, skipped, skipping_lines, stacks_of
+from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
+from fairseq_knnlm.calibration.table import ScoreTable
+from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.experts.knn import KeyExpert, KnnSetting, Opinion, Passage
+from fairseq_knnlm.lm.transformer import CONTEXT, Scored
+from fairseq_knnlm.mixture.mixers import LM, Component, Fixed, Gate, Skip
+from fairseq_knnlm.mixture.model import Panel, SkippingPanel
+from fairseq_knnlm.runs.opening import _skipping
+from fairseq_knnlm.tasks import flags as config
+from fairseq_knnlm.tasks.checks import check
+
+ROWS, WIDTH, TYPES = 16000, 6, 7
+KNN = Component("knn", vars(KnnSetting()))
+CACHE = Component("cache", {"window": 9})
+SHAPES = {"knn": KNN, "cache": CACHE}
+
+
+def planted(seed: int, rows: int = ROWS) -> ScoreTable:
+    """Neighbours that know half of the tokens, by the sign of the key's first number, and
+    nothing of the others.
+    """
+    rng = np.random.default_rng(seed)
+    keys = rng.normal(size=(rows, WIDTH)).astype(np.float16)
+    known = keys[:, 0] > 0
+    knn = np.where(known, -0.2, -8.0) + 0.1 * rng.normal(size=rows)
+    columns = {
+        "lm": (-2 + 0.3 * rng.normal(size=rows)).astype(np.float32),
+        "knn": knn.astype(np.float32)[:, None],
+        "knn_top": (known + 0.01 * rng.normal(size=rows)).astype(np.float32),
+        "lm_key": keys,
+    }
+    card = {
+        "experts": {"knn": [KNN.setting]},
+        "features": ["knn_top", "lm_key"],
+        "described": {"knn": {}},
+        "datastores": ["d" * 64],
+        "model": "m" * 64,
+        "split": "valid",
+    }
+    return ScoreTable(columns, card)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return fit(planted(1))
+
+
+def test_half_the_searches_go_at_no_loss(calibration: Calibration) -> None:
+    """On new text, where the other half is all that matters."""
+    table = planted(2)
+    skip = calibration.skip(["knn"])
+    assert skip is not None
+    shares, perplexities = zip(*skipped(calibration, skip, table), strict=True)
+    np.testing.assert_allclose(shares, SHARES, atol=0.03)
+    none, quarter, half, most, every = perplexities
+    assert quarter == pytest.approx(none, rel=0.005)
+    assert half == pytest.approx(none, rel=0.03)
+    assert half < 0.5 * every
+    assert half < most < every
+    assert every == pytest.approx(math.exp(-table["lm"].mean()), rel=1e-5)
+
+
+def test_every_share_is_reached(calibration: Calibration) -> None:
+    table, (skip,) = planted(3), calibration.skips
+    scores = skip.scores(table.features(skip.gate.features)).numpy()
+    for share in np.linspace(0, 1, 21):
+        assert np.mean(scores < skip.threshold(share)) == pytest.approx(share, abs=0.03)
+
+
+def test_the_gate_that_skips_sees_nothing_of_the_neighbours(calibration: Calibration) -> None:
+    (skip,) = calibration.skips
+    assert list(skip.gate.features) == ["lm_key"]
+    assert skip.experts == ["knn"]
+    stack = calibration.find(["knn"], "gate")
+    assert stack is not None
+    assert list(stack.mixer.features) == ["knn_top"]
+
+
+def test_a_table_without_keys_gives_no_gate() -> None:
+    table = planted(1, rows=400)
+    bare = replace(table, card=table.card | {"features": ["knn_top"]})
+    assert fit(bare).skips == ()
+
+
+def test_the_rest_is_fitted_too() -> None:
+    assert stacks_of(["knn", "cache", "ngram"]) == [
+        *(("knn",), ("cache",), ("ngram",)),
+        *(("knn", "cache"), ("knn", "cache", "ngram"), ("cache", "ngram")),
+    ]
+    assert stacks_of(["knn", "knn2"]) == [("knn",), ("knn2",), ("knn", "knn2")]
+
+
+def test_lines_leave_out_what_a_table_cannot_tell(calibration: Calibration) -> None:
+    table = planted(2, rows=500)
+    head, line = skipping_lines(calibration, table)
+    assert head.split() == ["experts", "0%", "25%", "50%", "75%", "100%"]
+    assert line.split()[0] == "knn"
+    del table.columns["lm_key"]
+    assert skipping_lines(calibration, table) == []
+
+
+def test_quantiles_are_interpolated() -> None:
+    skip = Skip(gate_on_the_first_number(), np.linspace(-5, 5, 101).tolist())
+    assert skip.threshold(0.25) == pytest.approx(-2.5)
+    assert skip.threshold(0.333) == pytest.approx(-5 + 3.33)
+    assert skip.threshold(0) == -math.inf
+    assert skip.threshold(1) == math.inf
+
+
+def test_what_is_written_is_read(calibration: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    write_calibration(path, calibration)
+    found = read_calibration(path, calibration.datastores)
+    assert found is not None
+    (ours,), (theirs,) = calibration.skips, found.skips
+    assert theirs.quantiles == ours.quantiles
+    assert theirs.experts == ours.experts
+    features = planted(2, rows=50).features(["lm_key"])
+    assert torch.equal(theirs.scores(features), ours.scores(features))
+    assert found.skip(["knn"]) is theirs
+    assert found.skip(["knn", "cache"]) is None
+
+
+def gate_on_the_first_number(experts: Sequence[str] = ("knn", "cache")) -> Gate:
+    """Neighbours weigh the more, the greater the key's first number is."""
+    gate = Gate([LM, *(SHAPES[name] for name in experts)], ["lm_key"], WIDTH, hidden=())
+    last = gate.layers[-1]
+    with torch.no_grad():
+        last.weight[1 + list(experts).index("knn"), 0] = 1.0
+    return gate.eval()
+
+
+class Speaker:
+    """An expert whose distribution is a softmax of the key; remembers what it was asked."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.name = name
+        self.settings = [SHAPES[name].setting]
+        self.asked: list[Tensor] = []
+        self.weights = torch.randn(WIDTH, TYPES, generator=torch.manual_seed(seed))
+
+    def opinion(self, passage: Passage) -> Opinion:
+        scored = passage.scored
+        assert scored.keys is not None
+        assert int(scored.mask.sum()) == len(scored.targets) == len(scored.context)
+        self.asked.append(passage.rows)
+        found = self.of(scored.keys, scored.targets)
+        return Opinion(found[:, None], {f"{self.name}_first": scored.keys[:, 0]})
+
+    def of(self, keys: Tensor, targets: Tensor) -> Tensor:
+        return (keys @ self.weights).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+
+
+def passage(targets: Tensor | None = None) -> Passage:
+    """80 tokens in a batch of 4 sentences with holes."""
+    rng = torch.manual_seed(3)
+    mask = torch.zeros(4, 30, dtype=torch.bool)
+    mask[:, 10:] = True
+    keys = torch.randn(80, WIDTH, generator=rng).half().float()
+    if targets is None:
+        targets = torch.randint(TYPES, (80,), generator=rng)
+    context = torch.zeros(80, CONTEXT, dtype=torch.int64)
+    return Passage(Scored(targets, keys, keys, mask, context), torch.arange(80) + 1000)
+
+
+def panels(share: float) -> tuple[Panel, Panel, SkippingPanel, Speaker]:
+    """All experts, all but the neighbours, and a panel that skips; and the neighbours."""
+    knn, cache = Speaker("knn", 1), Speaker("cache", 2)
+    experts = [knn, cache, KeyExpert()]
+    gate = Gate([LM, KNN, CACHE], ["cache_first", "knn_first"], 2, hidden=(3,))
+    torch.nn.init.normal_(gate.layers[-1].weight, generator=torch.manual_seed(5))
+    rest = Fixed((LM, CACHE), (0.4, 0.6))
+    skip = Skip(gate_on_the_first_number(), ())
+    features = {"lm_key": passage().scored.keys}
+    quantiles = np.quantile(skip.scores(features).numpy(), np.linspace(0, 1, 101)).tolist()
+    skip = replace(skip, quantiles=quantiles)
+    skipping = SkippingPanel(experts, gate.eval(), rest, skip, share)
+    return Panel(experts, gate), Panel([cache], rest), skipping, knn
+
+
+BASE = torch.full((80,), -math.log(TYPES))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_only_what_promises_to_help_is_searched(share: float) -> None:
+    everything, rest, skipping, knn = panels(share)
+    text = passage()
+    assert text.scored.keys is not None
+    verdict = skipping.judge(BASE, text)
+    # What promises most is what has the greatest first number, whatever the others.
+    chosen = text.scored.keys[:, 0].argsort()[round(share * 80) :].sort().values
+    assert [rows.tolist() for rows in knn.asked] == (
+        [(chosen + 1000).tolist()] if share < 1 else []
+    )
+    assert (skipping.tokens, skipping.searched) == (80, len(chosen))
+    expected = rest.judge(BASE, text).log_probs.clone()
+    expected[chosen] = everything.judge(BASE, text).log_probs[chosen]
+    torch.testing.assert_close(verdict.log_probs, expected)
+
+
+def test_it_stays_a_distribution() -> None:
+    """Whatever token comes, the same searches are made, and probabilities sum to 1."""
+    skipping = panels(0.5)[2]
+    total = torch.zeros(80)
+    for token in range(TYPES):
+        total += skipping.judge(BASE, passage(torch.full((80,), token))).log_probs.exp()
+    torch.testing.assert_close(total, torch.ones(80))
+    assert skipping.searched == 40 * TYPES
+
+
+def test_neighbours_alone_leave_the_language_model() -> None:
+    knn = Speaker("knn", 1)
+    skip = Skip(gate_on_the_first_number(["knn"]), [0.0] * 101)
+    panel = SkippingPanel(
+        [knn, KeyExpert()], Fixed((LM, KNN), (0.5, 0.5)), Fixed((LM,), (1.0,)), skip, 1.0
+    )
+    assert panel.judge(BASE, passage()).log_probs is BASE
+    assert not knn.asked
+
+
+def flags(**given: Any) -> SimpleNamespace:
+    """Flags that pass, but for those given."""
+    defaults = config.KnnlmConfig()
+    return SimpleNamespace(
+        **{**vars(defaults), "tokens_per_sample": 8, "knnlm": True, "dstore_filename": "x", **given}
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"skip_searches": -0.1}, ["share", "0 to 1"]),
+        ({"skip_searches": 1.5}, ["share", "1.5"]),
+        ({"skip_searches": 0.5, "score_table": "t.npz"}, ["score table", "--skip-searches"]),
+        ({"skip_searches": 0.5, "knnlm": False, "dstore_filename": None}, ["--experts with knn"]),
+    ],
+)
+def test_flags_that_contradict_are_refused(given: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(flags(**given))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_flags_that_agree_pass() -> None:
+    for share in (None, 0.0, 0.5, 1.0):
+        check(flags(skip_searches=share))
+
+
+def test_nothing_fitted_is_refused(calibration: Calibration) -> None:
+    args = SimpleNamespace(mixer="auto")
+    skip, rest = vars(_skipping(args, calibration, ["knn"])).values()
+    assert skip is calibration.skips[0]
+    assert list(rest.components) == [LM]
+    for bad in (None, replace(calibration, skips=())):
+        with pytest.raises(ConfigError) as caught:
+            _skipping(args, bad, ["knn"])
+        assert_helps(caught, "with knn", "fairseq-knnlm tune")
+    with pytest.raises(ConfigError) as caught:
+        _skipping(args, calibration, ["knn", "cache"])
+    assert_helps(caught, "with knn+cache")
+    with pytest.raises(ConfigError) as caught:
+        _skipping(args, calibration, ["cache"])
+    assert_helps(caught, "no searches to skip")
+
+
+def test_the_commands_people_type(lab: Lab, datastore: Path, tmp_path: Path) -> None:
+    """Tune; then none, some and all searches skipped."""
+    store, results = tmp_path / "store", tmp_path / "results.json"
+    shutil.copytree(datastore, store)
+    memory = ["--dstore-filename", store, "--k", 32, "--experts", "knn,cache,ngram"]
+    refused = run("fairseq-eval-lm", *lab.command("test", *memory, "--skip-searches", 0.5))
+    assert refused.code != 0
+    assert "fit it with `fairseq-knnlm tune`" in refused.out
+
+    said = must(
+        *("fairseq-knnlm", "tune", "--dstore", store, "--data", lab.data),
+        *("--path", lab.checkpoint(), *BLOCKS, "--sample-break-mode", "none", "--cpu"),
+        *("--k", 32),
+    )
+    assert "where --skip-searches leaves out a share" in said
+
+    def perplexity(*more: object) -> float:
+        lab.evaluate("test", *memory, *more, "--results-json", results)
+        return json.loads(results.read_text())["perplexity"]
+
+    everything, rest = perplexity(), perplexity("--experts", "cache,ngram")
+    assert "searches_skipped" not in json.loads(results.read_text())
+    assert perplexity("--skip-searches", 0) == pytest.approx(everything, rel=1e-5)
+    assert perplexity("--skip-searches", 1) == pytest.approx(rest, rel=1e-5)
+    assert json.loads(results.read_text())["searches_skipped"] == 1
+    perplexity("--skip-searches", 0.5)
+    assert 0.2 < json.loads(results.read_text())["searches_skipped"] < 0.8
