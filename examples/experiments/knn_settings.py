@@ -11,7 +11,7 @@ from scores import Axes, Scores, add_table_arguments, command, draw, log_axis, s
 from steps import ended
 
 from fairseq_knnlm.calibration.fitting import best_lambda, best_setting, mixture_loss
-from fairseq_knnlm.mixture.mixers import Component
+from fairseq_knnlm.mixture.components import Component
 
 EXAMPLE = """\
 example: python examples/experiments/knn_settings.py --valid valid.npz --test test.npz

@@ -19,7 +19,8 @@ from fairseq_knnlm.calibration.search import Fitter, mixture_losses
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.mixture.mixers import ALONE, LM, Component, Fixed, Mixer
+from fairseq_knnlm.mixture.components import LM, Component
+from fairseq_knnlm.mixture.mixers import ALONE, Fixed, Mixer
 
 #: matplotlib's, which may not be installed.
 Axes = Sequence[Any]

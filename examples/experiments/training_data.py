@@ -11,7 +11,7 @@ from scores import Axes, Scores, add_table_arguments, command, draw, only, show,
 from steps import ended
 
 from fairseq_knnlm.experts.knn import KnnSetting
-from fairseq_knnlm.mixture.mixers import Component
+from fairseq_knnlm.mixture.components import Component
 
 EXAMPLE = """\
 example: python examples/experiments/training_data.py --valid valid.npz --test test.npz

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.mixture.components import Abstain, Component
 from fairseq_knnlm.mixture.mix import mix, safe_log
-from fairseq_knnlm.mixture.mixers import LEAST_LM, Abstain, Bins, Component, Fixed, Gate
+from fairseq_knnlm.mixture.mixers import LEAST_LM, Bins, Fixed, Gate
 
 #: Rounds of expectation and maximisation at most.
 ROUNDS = 100

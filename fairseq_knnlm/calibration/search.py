@@ -27,20 +27,9 @@ from fairseq_knnlm.calibration.fitting import (
 from fairseq_knnlm.calibration.stored import Calibration, Stack
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.mixture.components import CONVENTIONS, LM, Abstain, Component, searches
 from fairseq_knnlm.mixture.mix import mix
-from fairseq_knnlm.mixture.mixers import (
-    ALONE,
-    CONVENTIONS,
-    LM,
-    Abstain,
-    Bins,
-    Component,
-    Fixed,
-    Mixer,
-    Skip,
-    gathered,
-    searches,
-)
+from fairseq_knnlm.mixture.mixers import ALONE, Bins, Fixed, Mixer, Skip, gathered
 from fairseq_knnlm.versions import versions
 
 #: Tokens of a stretch. Neighbouring tokens are alike, so the parts must not alternate quickly.

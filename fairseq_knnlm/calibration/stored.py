@@ -24,7 +24,8 @@ from torch import Tensor
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import MOST_JSON, human_bytes, read_sealed, typed, write_sealed
 from fairseq_knnlm.lm.transformer import CONTEXT
-from fairseq_knnlm.mixture.mixers import LM, Abstain, Bins, Component, Fixed, Gate, Mixer, Skip
+from fairseq_knnlm.mixture.components import LM, Abstain, Component
+from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Mixer, Skip
 
 FORMAT = "fairseq-knnlm calibration"
 #: Version 1 was a lambda and a temperature; 2 had the gates in a file of their own.

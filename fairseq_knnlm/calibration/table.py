@@ -28,7 +28,7 @@ from torch import Tensor
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import Claim, parse_json, partial_folder, publish, typed
 from fairseq_knnlm.files.arrays import Archive, opened, write_card
-from fairseq_knnlm.mixture.mixers import LM, Component, searches
+from fairseq_knnlm.mixture.components import LM, Component, searches
 
 FORMAT = "fairseq-knnlm score table"
 VERSION = 2

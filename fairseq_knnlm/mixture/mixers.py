@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.mixture.components import LM, Abstain, Component, searches
 
 #: Features are cut off at this many standard deviations.
 FAR = 6.0
@@ -23,27 +24,6 @@ FAR = 6.0
 #: memory knows of, would make the loss infinite, however well they all did on valid; with it that
 #: token costs 13.3 bits more than it costs the model, and every other one 0.00014 more at most.
 LEAST_LM = 1e-4
-
-#: Where the weight of an expert that abstains (NaN) goes: to all others in proportion to theirs, or
-#: to the language model.
-Abstain = Literal["share", "lm"]
-CONVENTIONS: tuple[Abstain, ...] = ("share", "lm")
-
-
-@dataclass(frozen=True)
-class Component:
-    """One column of an expert's opinion, as a mixer weighs it.
-
-    Attributes:
-        expert: its name; ``lm`` for the language model.
-        setting: which of its columns.
-    """
-
-    expert: str
-    setting: dict[str, Any]
-
-
-LM = Component("lm", {})
 
 
 class Mixer(Protocol):
@@ -207,11 +187,6 @@ def floored(log_weights: Tensor) -> Tensor:
     scale = math.log1p(-LEAST_LM) - torch.log1p(-lm.exp())
     raised = torch.cat([lm * 0 + math.log(LEAST_LM), log_weights[:, 1:] + scale], dim=1)
     return raised.where(low, log_weights)
-
-
-def searches(expert: str) -> bool:
-    """Whether the expert of that name searches a datastore: knn, knn2, ..."""
-    return expert.startswith("knn")
 
 
 @dataclass(frozen=True)

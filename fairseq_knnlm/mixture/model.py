@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.knn import Expert, Opinion, Passage
+from fairseq_knnlm.mixture.components import LM, Component, searches
 from fairseq_knnlm.mixture.mix import mix
-from fairseq_knnlm.mixture.mixers import ALONE, LM, Component, Mixer, Skip, searches
+from fairseq_knnlm.mixture.mixers import ALONE, Mixer, Skip
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ from fairseq_knnlm.lm.transformer import (
     dictionary_fingerprint,
     model_fingerprint,
 )
-from fairseq_knnlm.mixture.mixers import Component, Fixed
+from fairseq_knnlm.mixture.components import Component
+from fairseq_knnlm.mixture.mixers import Fixed
 from fairseq_knnlm.mixture.model import Panel, SkippingPanel
 from fairseq_knnlm.runs.mixing import describe, mixed_experts, mixture
 from fairseq_knnlm.runs.opening import Memory

@@ -17,7 +17,8 @@ from fairseq_knnlm.index.exact import ExactSearch
 from fairseq_knnlm.index.stored import SearchIndex, gpu_of_torch_alone, read_card
 from fairseq_knnlm.index.stored import load as load_index
 from fairseq_knnlm.lm.transformer import CONTEXT, dictionary_fingerprint
-from fairseq_knnlm.mixture.mixers import Mixer, Skip, searches
+from fairseq_knnlm.mixture.components import searches
+from fairseq_knnlm.mixture.mixers import Mixer, Skip
 from fairseq_knnlm.retrieval.local import Retriever
 from fairseq_knnlm.runs.mixing import all_given, check_given, chosen_experts
 from fairseq_knnlm.tasks import checks

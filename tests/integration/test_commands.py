@@ -17,7 +17,7 @@ from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, ModelError
 from fairseq_knnlm.experts.knn import KnnSetting
-from fairseq_knnlm.mixture.mixers import Component
+from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.runs.scorer import KnnScorer
 
 KNN = ["--k", 64, "--lmbda", 0.3, "--knn-temp", 2.0]

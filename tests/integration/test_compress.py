@@ -16,8 +16,8 @@ from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, Kn
 from fairseq_knnlm.experts.knn import KnnSetting
 from fairseq_knnlm.index import stored as indexes
 from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.mixture.mix import knn_log_probs
-from fairseq_knnlm.mixture.mixers import Component
 from fairseq_knnlm.retrieval.local import Retriever
 from fairseq_knnlm.runs import compress as module
 from fairseq_knnlm.runs.compress import alike_neighbours, compress, fit_pca, greedy_merge

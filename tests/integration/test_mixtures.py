@@ -22,7 +22,7 @@ from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, TableError
 from fairseq_knnlm.experts.knn import KnnSetting
-from fairseq_knnlm.mixture.mixers import Component
+from fairseq_knnlm.mixture.components import Component
 
 K = ["--k", 64]
 EXPERTS = "knn,cache,ngram"

@@ -14,7 +14,8 @@ from stores import passage
 from torch import Tensor
 
 from fairseq_knnlm.experts.knn import Opinion, Passage
-from fairseq_knnlm.mixture.mixers import LM, Bins, Component, Fixed
+from fairseq_knnlm.mixture.components import LM, Component
+from fairseq_knnlm.mixture.mixers import Bins, Fixed
 from fairseq_knnlm.mixture.model import ALONE, Panel
 
 TOKENS = 5

@@ -18,7 +18,8 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.cache import CacheSetting
 from fairseq_knnlm.experts.knn import KnnSetting
-from fairseq_knnlm.mixture.mixers import LM, Component, Gate
+from fairseq_knnlm.mixture.components import LM, Component
+from fairseq_knnlm.mixture.mixers import Gate
 from fairseq_knnlm.runs import evaluate as evaluation
 from fairseq_knnlm.runs.mixing import Mixture
 from fairseq_knnlm.runs.scorer import KnnScorer

@@ -24,7 +24,8 @@ from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.knn import KeyExpert, KnnSetting, Opinion, Passage
 from fairseq_knnlm.lm.transformer import CONTEXT, Scored
-from fairseq_knnlm.mixture.mixers import LM, Component, Fixed, Gate, Skip
+from fairseq_knnlm.mixture.components import LM, Component
+from fairseq_knnlm.mixture.mixers import Fixed, Gate, Skip
 from fairseq_knnlm.mixture.model import Panel, SkippingPanel
 from fairseq_knnlm.runs.opening import _skipping
 from fairseq_knnlm.tasks import flags as config

@@ -27,7 +27,8 @@ from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibratio
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import fingerprint, write_sealed
 from fairseq_knnlm.lm.transformer import CONTEXT
-from fairseq_knnlm.mixture.mixers import LM, Bins, Component, Fixed, Gate, Skip
+from fairseq_knnlm.mixture.components import LM, Component
+from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Skip
 
 DATASTORE, MODEL = "d" * 64, "e" * 64
 KNN = Component("knn", {"suffix": 0, "k": 0, "temperature": 2.0**0.5})

@@ -30,7 +30,8 @@ from fairseq_knnlm.calibration.stored import (
 from fairseq_knnlm.calibration.table import ScoreTableWriter
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.experts.kneser_ney import NGramModel
-from fairseq_knnlm.mixture.mixers import LM, Component, Fixed
+from fairseq_knnlm.mixture.components import LM, Component
+from fairseq_knnlm.mixture.mixers import Fixed
 
 ROWS, WIDTH = 400, 8
 

@@ -22,17 +22,9 @@ from fairseq_knnlm.calibration.fitting import (
     mixture_loss,
     worth_mixing,
 )
+from fairseq_knnlm.mixture.components import CONVENTIONS, LM, Abstain, Component
 from fairseq_knnlm.mixture.mix import mix
-from fairseq_knnlm.mixture.mixers import (
-    CONVENTIONS,
-    LEAST_LM,
-    LM,
-    Abstain,
-    Component,
-    Gate,
-    Mixer,
-    floored,
-)
+from fairseq_knnlm.mixture.mixers import LEAST_LM, Gate, Mixer, floored
 
 ROWS = 3000
 WAYS = CONVENTIONS

@@ -16,17 +16,8 @@ from fairseq_knnlm.experts.cache import CacheExpert, CacheSetting
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.experts.knn import Expert, KnnExpert, KnnSetting, NGramExpert
 from fairseq_knnlm.index.stored import SearchIndex
-from fairseq_knnlm.mixture.mixers import (
-    FAR,
-    LM,
-    Bins,
-    Component,
-    Fixed,
-    Gate,
-    Mixer,
-    first_column,
-    gathered,
-)
+from fairseq_knnlm.mixture.components import LM, Component
+from fairseq_knnlm.mixture.mixers import FAR, Bins, Fixed, Gate, Mixer, first_column, gathered
 from fairseq_knnlm.mixture.model import Panel
 from fairseq_knnlm.retrieval.local import Retriever
 

@@ -16,7 +16,7 @@ from stores import assert_helps, truncate
 from fairseq_knnlm.calibration import table as module
 from fairseq_knnlm.calibration.table import ScoreTableWriter, read_table
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.mixture.mixers import LM, Component
+from fairseq_knnlm.mixture.components import LM, Component
 
 ROWS = 50
 EXPERTS = {

@@ -18,7 +18,8 @@ from fairseq_knnlm.calibration.search import Fitter, Parts, fit, lines, mixture_
 from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.mixture.mixers import CONVENTIONS, LM, Component, Fixed, Gate, Mixer
+from fairseq_knnlm.mixture.components import CONVENTIONS, LM, Component
+from fairseq_knnlm.mixture.mixers import Fixed, Gate, Mixer
 
 ROWS = 4000
 #: Of the planted neighbours.
