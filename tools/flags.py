@@ -3,7 +3,8 @@
 
     python tools/flags.py > docs/flags.md
 
-A flag of the task that no group below names goes to the experts, so a new expert needs no line here.
+A flag of the task that no group below names goes to the experts, so a new expert needs no line
+here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ What the flags are for is in the [guide](guide.md).
 ## Flags of the task `knn_lm`
 
 These stand beside those of fairseq's `language_modeling`, in `fairseq-eval-lm`, `fairseq-generate
---score-reference` and the hub interface. Those known from urvashik/knnlm keep their names and meaning.
+--score-reference` and the hub interface. Those known from urvashik/knnlm keep their names and
+meaning.
 """
 
 COMMAND = """\

@@ -3,7 +3,8 @@
 
     python docs/figures/results.py
 
-It needs matplotlib. Bars carry their names and figures, and colours stand out on light and on dark pages.
+It needs matplotlib. Bars carry their names and figures, and colours stand out on light and on dark
+pages.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What README and the guide tell a reader to type, typed in order on a tiny text with a tiny model."""
+"""What README and the guide tell a reader to type, typed in order on a tiny text and model."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from fairseq_knnlm.cli import main
 
 sys.path.insert(0, str(ROOT / "tools"))
-import flags  # noqa: E402
+import flags
 
 PAGE = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
 TASK, COMMAND = PAGE.split("## The command `fairseq-knnlm`\n")
@@ -63,7 +63,7 @@ def test_every_flag_of_a_subcommand_is_there(name: str, capsys: pytest.CaptureFi
     assert there == set(re.findall(r"^  (--[a-z0-9-]+)", said, flags=re.MULTILINE))
 
 
-def test_a_flag_of_which_no_group_knows_goes_to_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_that_no_group_knows_goes_to_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     known = flags.task_flags()
     new = flags.Flag("--oracle-lmbda", "`X`", "0.1", "weight of the oracle")
     monkeypatch.setattr(flags, "task_flags", lambda: {**known, "oracle_lmbda": new})
