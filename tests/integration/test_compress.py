@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lab, must
-from stores import assert_helps, brute_force, build_index, clustered, write_store
+from stores import assert_helps, brute_force, build_index, clustered, knn_log_probs, write_store
 
 from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.datastore import Datastore, open_datastore
@@ -17,8 +17,7 @@ from fairseq_knnlm.experts.knn import KnnSetting
 from fairseq_knnlm.index import stored as indexes
 from fairseq_knnlm.index.stored import SearchIndex
 from fairseq_knnlm.mixture.components import Component
-from fairseq_knnlm.mixture.mix import knn_log_probs
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs import compress as module
 from fairseq_knnlm.runs.compress import alike_neighbours, compress, fit_pca, greedy_merge
 
@@ -228,7 +227,7 @@ def test_merged_entries_are_as_good_as_repeated_ones(tmp_path: Path) -> None:
     assert smaller.weights.tolist() == [4] * 40
     asked = torch.from_numpy(rng.normal(size=(20, WIDTH)).astype(np.float32))
     everyone, few = (
-        Retriever(search_index(s), s, "l2").search(asked, len(s)) for s in (store, smaller)
+        LocalRetriever(search_index(s), s, "l2").search(asked, len(s)) for s in (store, smaller)
     )
     assert everyone.log_weights is None
     assert few.log_weights is not None
