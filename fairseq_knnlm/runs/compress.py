@@ -24,8 +24,8 @@ from fairseq_knnlm.datastore import (
 )
 from fairseq_knnlm.errors import ConfigError, IndexFileError
 from fairseq_knnlm.files import Claim, check_mapped, partial_prefix, reserve
-from fairseq_knnlm.index import stored as indexes
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
 
 #: Keys that are read, searched or projected at a time: 64 MiB of float32 at a width of 1,024.
 ROWS_AT_A_TIME = 16_384
@@ -247,7 +247,7 @@ def _open_index(store: Datastore, index: Path | None, k: int) -> SearchIndex:
             found="nothing",
             do=f"build it: fairseq-knnlm build-index --dstore {store.path}",
         )
-    found = indexes.load(
+    found = load_index(
         path,
         datastore=store.fingerprint,
         rows=len(store),

@@ -22,7 +22,7 @@ from fairseq_knnlm.datastore import (
 from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.files.arrays import kind_of
-from fairseq_knnlm.index import stored as indexes
+from fairseq_knnlm.index.storage import load as load_index
 
 WRONG = "not as it should be"
 #: What names of temporary files hold, and what is said of them.
@@ -130,7 +130,7 @@ def _unsound(file: Path, fault: str) -> DatastoreError:
 
 
 def _index(store: Datastore) -> str:
-    checked = indexes.load(
+    checked = load_index(
         store.index_path,
         datastore=store.fingerprint,
         rows=len(store),

@@ -14,8 +14,9 @@ from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError
 from fairseq_knnlm.experts.knn import KnnSetting
-from fairseq_knnlm.index import stored as indexes
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
+from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.mixture.mix import knn_log_probs
 from fairseq_knnlm.retrieval.local import Retriever
@@ -25,10 +26,10 @@ from fairseq_knnlm.runs.compress import alike_neighbours, compress, fit_pca, gre
 ROWS, WIDTH, K, SEED = 600, 8, 5, 3
 
 
-def build(store: Datastore, recipe: str = "Flat", **wishes: object) -> None:
+def build(store: Datastore, recipe: str = "Flat", **options: object) -> None:
     """The index of a datastore, in its place."""
-    index, card = build_index(store.full_keys(), recipe, **wishes)  # type: ignore[arg-type]
-    indexes.save(index, card, store.index_path, store.fingerprint)
+    index, card = build_index(store.full_keys(), recipe, **options)  # type: ignore[arg-type]
+    save_index(index, card, store.index_path, store.fingerprint)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def store(tmp_path: Path) -> Datastore:
 
 def search_index(store: Datastore) -> SearchIndex:
     shape = {"rows": len(store), "width": store.manifest.width}
-    return indexes.load(store.index_path, datastore=store.fingerprint, **shape)
+    return load_index(store.index_path, datastore=store.fingerprint, **shape)
 
 
 def plain_merge(store: Datastore, order: list[int], k: int) -> dict[int, int]:

@@ -16,7 +16,7 @@ from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.index import distances as module
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import Neighbours, Retriever
 
 ROWS, WIDTH, K = 300, 12, 20
