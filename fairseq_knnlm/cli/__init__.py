@@ -620,7 +620,7 @@ def _mixtures(store: Datastore) -> str:
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
     wrong: list[KnnlmError] = []
     for finding in verified(_outline(args)):
-        print(f"{finding.path}: {finding.verdict}")
+        print(f"{finding.path}: {finding.summary}")
         wrong += finding.errors
     if wrong:
         raise KnnlmError("\n".join(map(str, wrong)))

@@ -31,6 +31,7 @@ from fairseq_knnlm.datastore.manifest import (
 )
 from fairseq_knnlm.datastore.reader import (
     Datastore,
+    check_finite,
     check_numbers,
     open_array,
     open_datastore,
@@ -58,6 +59,7 @@ __all__ = [
     "Manifest",
     "Origin",
     "Sums",
+    "check_finite",
     "check_new",
     "check_numbers",
     "check_room",

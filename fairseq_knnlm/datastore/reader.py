@@ -253,3 +253,18 @@ def _unsound(
 
 def _outside(values: np.ndarray, vocabulary: int) -> np.ndarray:
     return (values < 0) | (values >= vocabulary)
+
+
+def check_finite(keys: np.ndarray) -> None:
+    """Refuses keys (n, D) that are no numbers, before anything is made of them.
+
+    Raises:
+        DatastoreError: where there is NaN or infinity.
+    """
+    if not np.isfinite(keys).all():
+        raise DatastoreError(
+            "there are keys that are no numbers",
+            expected="finite numbers",
+            found="NaN or infinity",
+            do="check the datastore with `fairseq-knnlm verify`, and save it again",
+        )

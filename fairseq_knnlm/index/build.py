@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from tqdm import tqdm
 
 from fairseq_knnlm.background import ahead
-from fairseq_knnlm.errors import DatastoreError, IndexFileError
+from fairseq_knnlm.datastore import check_finite
+from fairseq_knnlm.errors import IndexFileError
 from fairseq_knnlm.files import check_mapped
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.library import METRICS, faiss, has_lists, is_exact
@@ -107,7 +108,7 @@ class IndexBuilder:
             sample: (n, D) float32, keys drawn evenly from all.
             rows: (n,) int64, which ones.
         """
-        _check_finite(sample)
+        check_finite(sample)
         if not self.index.is_trained:
             factory = self.recipe.factory
             logger.info(
@@ -130,7 +131,7 @@ class IndexBuilder:
 
     def add(self, keys: np.ndarray, rows: np.ndarray) -> None:
         """Adds keys (n, D) float32, which are rows (n,) of the datastore."""
-        _check_finite(keys)
+        check_finite(keys)
         with _refusals(f"FAISS cannot add keys to {self.recipe.factory!r}"):
             if len(rows) and rows[0] == self.index.ntotal and (np.diff(rows) == 1).all():
                 self.index.add(keys)
@@ -213,16 +214,6 @@ def build(
             if snapshots:
                 snapshots.take(builder.index, builder.index.ntotal)
     return builder.finish()
-
-
-def _check_finite(keys: np.ndarray) -> None:
-    if not np.isfinite(keys).all():
-        raise DatastoreError(
-            "there are keys that are no numbers",
-            expected="finite numbers",
-            found="NaN or infinity",
-            do="check the datastore with `fairseq-knnlm verify`, and save it again",
-        )
 
 
 def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, Any]:

@@ -36,12 +36,12 @@ class Finding:
 
     Attributes:
         path: the thing.
-        verdict: in a line.
+        summary: what was found, in a line.
         errors: what is wrong with it.
     """
 
     path: Path
-    verdict: str
+    summary: str
     errors: tuple[KnnlmError, ...] = ()
 
 
@@ -104,10 +104,10 @@ def _arrays(store: Datastore) -> tuple[dict[str, np.ndarray], Finding]:
             continue
         faults = check_numbers(name, arrays[name], manifest.origin.vocabulary)
         errors += [_unsound(store.path / name, fault) for fault in faults]
-    verdict = WRONG
+    summary = WRONG
     if not errors:
-        verdict = f"{len(store):,} entries, every byte as it was written ({', '.join(arrays)})"
-    return arrays, Finding(store.path, verdict, tuple(errors))
+        summary = f"{len(store):,} entries, every byte as it was written ({', '.join(arrays)})"
+    return arrays, Finding(store.path, summary, tuple(errors))
 
 
 def _old_arrays(store: Datastore) -> Finding:
@@ -116,8 +116,8 @@ def _old_arrays(store: Datastore) -> Finding:
         _unsound(store.path.with_name(f"{store.path.name}_keys.npy"), fault)
         for fault in check_numbers(KEYS, store.full_keys(), 0, empty_keys=False)
     ]
-    verdict = WRONG if errors else "of the right length; no checksums"
-    return Finding(store.path, f"{len(store):,} entries, {verdict}", tuple(errors))
+    summary = WRONG if errors else "of the right length; no checksums"
+    return Finding(store.path, f"{len(store):,} entries, {summary}", tuple(errors))
 
 
 def _unsound(file: Path, fault: str) -> DatastoreError:

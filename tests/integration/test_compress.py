@@ -307,6 +307,23 @@ BAD: dict[str, tuple[type[KnnlmError], dict[str, object], str]] = {
 }
 
 
+def test_more_dimensions_than_keys(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", clustered(5, WIDTH), np.zeros(5, int))
+    with pytest.raises(ConfigError, match="--pca") as caught:
+        compress(store, tmp_path / "out", pca=6)
+    assert "1 to 5, the number of the keys" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert open_datastore(compress(store, tmp_path / "out", pca=5)).manifest.width == 5
+
+
+def test_keys_that_are_no_numbers_have_no_components() -> None:
+    keys = clustered(50)
+    keys[30, 2] = np.nan
+    with pytest.raises(DatastoreError, match="no numbers") as caught:
+        fit_pca(keys, 3, seed=0)
+    assert_helps(caught, "fairseq-knnlm verify")
+
+
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input(store: Datastore, tmp_path: Path, case: str) -> None:
     kind, flags, says = BAD[case]
