@@ -219,6 +219,7 @@ def write_manifest(file: Path, manifest: Manifest) -> str:
 
 
 def damaged(file: Path, expected: str, found: str) -> DatastoreError:
+    """What a user is told of a file whose bytes are not those that were written."""
     return DatastoreError(
         f"{file} is damaged",
         expected=expected,

@@ -70,13 +70,7 @@ class DatastoreWriter:
         self.origin = origin
         self.compressions = compressions
         check_new(path)
-        if rows < 1:
-            raise DatastoreError(
-                "there is nothing to put into a datastore",
-                expected="1 token or more",
-                found="an empty split",
-                do="save another split",
-            )
+        _check_some(rows)
         extras = {PROJECTION: projection, WEIGHTS: weights}
         extra_bytes = sum(array.nbytes for array in extras.values() if array is not None)
         needed = datastore_bytes(rows, width, key_dtype, origin.vocabulary) + extra_bytes
@@ -206,6 +200,16 @@ class DatastoreWriter:
             expected=f"{len(self._written):,} tokens, each once",
             found=found,
             do="nothing was published; use --sample-break-mode none and no --batch-size padding",
+        )
+
+
+def _check_some(rows: int) -> None:
+    if rows < 1:
+        raise DatastoreError(
+            "there is nothing to put into a datastore",
+            expected="1 token or more",
+            found="an empty split",
+            do="save another split",
         )
 
 

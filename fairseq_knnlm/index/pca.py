@@ -26,7 +26,7 @@ def principal_components(sample: np.ndarray, components: int) -> np.ndarray:
     width = sample.shape[1]
     sample -= sample.mean(axis=0, dtype=np.float64)
     # Directions do not depend on the scale, but squares in float32 end at 1e38.
-    sample /= np.abs(sample).max() or 1.0
+    sample /= max(sample.max(), -sample.min()) or 1.0
     if len(sample) < width:
         sample = np.pad(sample, [(0, width - len(sample)), (0, 0)])
     pca = faiss.PCAMatrix(width, components)
