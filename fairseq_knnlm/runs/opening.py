@@ -13,9 +13,11 @@ from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.datastore.legacy import is_legacy, open_legacy
 from fairseq_knnlm.errors import ConfigError, OutputError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.index.card import read_card
+from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex, gpu_of_torch_alone, read_card
-from fairseq_knnlm.index.stored import load as load_index
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
 from fairseq_knnlm.lm.contexts import CONTEXT
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.mixture.components import searches

@@ -28,7 +28,7 @@ from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.knn import KnnSetting
 from fairseq_knnlm.experts.pointers import PART_OF_K, RUN, PointerExpert
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import LocalRetriever
 
 ROWS, WIDTH, TYPES, K, T = 400, 8, 4, 40, 9.0

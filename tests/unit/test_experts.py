@@ -40,7 +40,7 @@ from fairseq_knnlm.experts.knn import (
 )
 from fairseq_knnlm.experts.lm import LMExpert, ShapeExpert
 from fairseq_knnlm.experts.ngram import NGramExpert
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.lm.contexts import CONTEXT
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.retrieval.local import LocalRetriever

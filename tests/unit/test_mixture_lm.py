@@ -23,7 +23,7 @@ from fairseq_knnlm.experts.knn import KnnExpert, KnnSetting
 from fairseq_knnlm.experts.lm import KeyExpert, LMExpert, ShapeExpert
 from fairseq_knnlm.experts.ngram import NGramExpert
 from fairseq_knnlm.experts.pointers import PointerExpert
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.mixture.components import LM, Component
