@@ -17,7 +17,7 @@ from fairseq_knnlm.background import ahead
 from fairseq_knnlm.errors import DatastoreError, IndexFileError
 from fairseq_knnlm.files import check_mapped
 from fairseq_knnlm.index.recall import Exam
-from fairseq_knnlm.index.recipes import Recipe
+from fairseq_knnlm.index.recipes import RECALL, Recipe
 from fairseq_knnlm.index.snapshots import Snapshots
 from fairseq_knnlm.index.stored import (
     METRICS,
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of float32 keys that are in memory at a time while an index is filled.
 CHUNK_BYTES = 64 * 2**20
-#: Share of the true neighbours that the visited lists should hold, where nothing else is said.
-RECALL = 0.9
 #: The paper's nprobe, for lists that are not examined.
 UNEXAMINED_NPROBE = 32
 
