@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from fairseq_knnlm import __version__
+
 #: The same import name comes from either of several distributions.
 LIBRARIES = {
-    "fairseq_knnlm": ("fairseq-knnlm",),
     "fairseq": ("fairseq-fixed", "fairseq"),
     "torch": ("torch",),
     "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
@@ -16,9 +17,11 @@ LIBRARIES = {
 
 
 def versions() -> dict[str, str]:
-    """Library versions, Python's included; ``"unknown"`` for what is not installed by name."""
+    """Versions of Python, of this package and of libraries; ``"unknown"`` for what is not installed
+    by name.
+    """
     found = {name: _first(distributions) for name, distributions in LIBRARIES.items()}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), "fairseq_knnlm": __version__, **found}
 
 
 def _first(distributions: tuple[str, ...]) -> str:
