@@ -12,13 +12,13 @@ from material import Material, load
 from torch import Tensor
 
 from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.index.build import Wishes
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.build import BuildOptions
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import Neighbours, Retriever
 
 Search = Callable[[Tensor, int], Neighbours]
 #: Keys that an index is examined with, where the build does not say otherwise.
-EXAM = Wishes().queries
+EXAM = BuildOptions().queries
 #: For an index whose nprobe is known.
 UNEXAMINED = 0
 #: Share of the true neighbours that the lists visited should hold where distances are exact.

@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from perplexity import Perplexities
 from rivals import EXAM, FROM_INDEX, UNEXAMINED, Search
 
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import Retriever
 
 PAPER = "paper@32"

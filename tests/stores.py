@@ -19,9 +19,9 @@ from fairseq_knnlm.datastore import (
 )
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.experts.knn import Passage
-from fairseq_knnlm.index.build import Wishes, build
+from fairseq_knnlm.index.build import BuildOptions, build
+from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.recipes import choose
-from fairseq_knnlm.index.stored import IndexCard
 from fairseq_knnlm.lm.transformer import CONTEXT, Scored
 
 
@@ -69,11 +69,11 @@ def write_compressed(path: Path) -> Datastore:
 
 
 def build_index(
-    keys: np.ndarray, recipe: str, *, queries: int = 0, **wishes: Any
+    keys: np.ndarray, recipe: str, *, queries: int = 0, **options: Any
 ) -> tuple[Any, IndexCard]:
-    """Builds an index of a recipe by name, unexamined unless asked."""
-    chosen = choose(recipe, *keys.shape, metric=wishes.get("metric", "l2"))
-    return build(keys, chosen, Wishes(queries=queries, **wishes), progress=False)
+    """Builds an index of a recipe by name; recall is not measured unless asked."""
+    chosen = choose(recipe, *keys.shape, metric=options.get("metric", "l2"))
+    return build(keys, chosen, BuildOptions(queries=queries, **options), progress=False)
 
 
 def brute_force(xb: np.ndarray, xq: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, ...]:

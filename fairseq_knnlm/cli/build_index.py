@@ -15,7 +15,7 @@ from fairseq_knnlm.index.recipes import RECALL
 HELP = "build the FAISS index of a datastore"
 EXAMPLE = "--dstore DSTORE --recipe auto"
 
-#: Keys that an index is examined with at most: their true neighbours take 12 KiB each.
+#: Keys that recall is measured with at most: their true neighbours take 12 KiB each.
 MOST_QUERIES = 100_000
 
 
@@ -71,23 +71,28 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Builds it, and says what it is."""
-    from fairseq_knnlm.runs.build_index import IndexOptions, build_index
+    from fairseq_knnlm.index.build import BuildOptions
+    from fairseq_knnlm.runs.build_index import build_index
 
     store = opened(args)
     path = args.indexfile or store.index_path
-    options = IndexOptions(
-        recipe=args.recipe,
+    options = BuildOptions(
         metric=args.metric,
-        max_bytes=args.max_bytes_per_key,
-        recall=args.recall,
         nprobe=args.probe,
+        recall=args.recall,
         train_rows=args.train_rows,
         queries=args.recall_queries,
-        device=args.knn_device,
         seed=args.seed,
     )
     started = time.perf_counter()
-    card = build_index(store, path, options)
+    card = build_index(
+        store,
+        path,
+        options,
+        recipe=args.recipe,
+        max_bytes=args.max_bytes_per_key,
+        device=args.knn_device,
+    )
     seconds = time.perf_counter() - started
     print(f"{path}: {card.describe()}")
     print(f"{card.rows:,} keys, {card.bytes / card.rows:.0f} bytes a key, built in {seconds:.0f} s")

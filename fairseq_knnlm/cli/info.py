@@ -9,6 +9,7 @@ from fairseq_knnlm.cli.common import add_store, check_store, outlined
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.files import human_bytes
+from fairseq_knnlm.index.card import read_card
 
 HELP = "say what a datastore and its index are"
 EXAMPLE = "--dstore DSTORE"
@@ -64,8 +65,6 @@ def _arrays(store: Datastore) -> str:
 def _index(store: Datastore) -> str:
     if not store.index_path.exists():
         return "none; build it with `fairseq-knnlm build-index`"
-    from fairseq_knnlm.index.stored import read_card
-
     card = read_card(store.index_path)
     assert card is not None  # only with --indexfile
     return card.describe()

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
 
     wrong: list[KnnlmError] = []
     for finding in verified(outlined(args)):
-        print(f"{finding.path}: {finding.verdict}")
+        print(f"{finding.path}: {finding.summary}")
         wrong += finding.errors
     if wrong:
         raise KnnlmError("\n".join(map(str, wrong)))

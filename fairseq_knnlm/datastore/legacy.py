@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Manifest, Origin
+from fairseq_knnlm.datastore.manifest import Manifest, Origin
+from fairseq_knnlm.datastore.reader import Datastore
+from fairseq_knnlm.datastore.writer import DatastoreWriter
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import checksums, chunk_count, fingerprint, sampled_chunks
 from fairseq_knnlm.files.arrays import kind_of

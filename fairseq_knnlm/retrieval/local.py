@@ -14,8 +14,8 @@ from torch import Tensor
 from fairseq_knnlm.datastore import KEYS, Datastore
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.files import Checking, check_mapped
+from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.distances import GATHER_BYTES, distances_to_rows
-from fairseq_knnlm.index.stored import IndexCard
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ from fairseq_knnlm.experts.knn import (
 )
 from fairseq_knnlm.experts.pointers import PointerExpert
 from fairseq_knnlm.files import write_json
-from fairseq_knnlm.index.build import IndexBuilder, Wishes
+from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
+from fairseq_knnlm.index.device import wants_gpu
 from fairseq_knnlm.index.recipes import choose
-from fairseq_knnlm.index.stored import check_factory, wants_gpu
+from fairseq_knnlm.index.specification import check_factory
 from fairseq_knnlm.lm.transformer import (
     TargetLM,
     check_finite,
@@ -458,7 +459,7 @@ def _index_builder(args: Any, rows: int, width: int) -> IndexBuilder:
     gpu, budget = wants_gpu(args.knn_device), args.max_bytes_per_key
     recipe = choose(args.recipe, rows, width, gpu=gpu, max_bytes=budget, lists=True)
     check_factory(recipe.factory, width)
-    builder = IndexBuilder(recipe, width, rows, Wishes(nprobe=args.probe))
+    builder = IndexBuilder(recipe, width, rows, BuildOptions(nprobe=args.probe))
     builder.check_any_order()
     return builder
 

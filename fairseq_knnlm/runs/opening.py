@@ -12,9 +12,11 @@ from fairseq_knnlm.calibration.stored import Calibration, read_calibration
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, OutputError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.index.card import read_card
+from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex, gpu_of_torch_alone, read_card
-from fairseq_knnlm.index.stored import load as load_index
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
 from fairseq_knnlm.lm.transformer import CONTEXT, dictionary_fingerprint
 from fairseq_knnlm.mixture.components import searches
 from fairseq_knnlm.mixture.mixers import Mixer, Skip

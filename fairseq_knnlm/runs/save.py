@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fairseq_knnlm.background import Behind
 from fairseq_knnlm.datastore import INDEX, DatastoreWriter
 from fairseq_knnlm.index.build import IndexBuilder
-from fairseq_knnlm.index.stored import save as save_index
+from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.lm.transformer import Scored, TargetLM
 from fairseq_knnlm.runs.scorer import Batch, Blocks
 

@@ -18,7 +18,7 @@ from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.knn import KnnSetting, Passage
 from fairseq_knnlm.experts.pointers import PART_OF_K, RUN, PointerExpert
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.lm.transformer import CONTEXT, Scored
 from fairseq_knnlm.retrieval.local import Retriever
 

@@ -260,13 +260,13 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {here!r}]
 from test_calibration import more
-from fairseq_knnlm import files
 from fairseq_knnlm.calibration.stored import write_calibration
-flushed = files.flush_to_disk
+from fairseq_knnlm.files import publishing
+flushed = publishing.flush_to_disk
 def kill(path):
     flushed(path)
     os.kill(os.getpid(), 9)
-files.flush_to_disk = kill
+publishing.flush_to_disk = kill
 write_calibration(Path({path!r}), more())
 """
 

@@ -41,7 +41,7 @@ from fairseq_knnlm.experts.knn import (
     joined,
     knn_grid,
 )
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.lm.transformer import CONTEXT, TargetLM
 from fairseq_knnlm.retrieval.local import Retriever
 

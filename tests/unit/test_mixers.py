@@ -15,7 +15,7 @@ from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.experts.cache import CacheExpert, CacheSetting
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.experts.knn import Expert, KnnExpert, KnnSetting, NGramExpert
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import FAR, Bins, Fixed, Gate, Mixer, first_column, gathered
 from fairseq_knnlm.mixture.model import Panel

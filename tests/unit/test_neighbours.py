@@ -16,7 +16,7 @@ from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.index import distances as module
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import Neighbours, Retriever
 
 ROWS, WIDTH, K = 300, 12, 20
@@ -291,8 +291,8 @@ def test_keys_that_opening_left_unread_are_checked_while_they_are_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every chunk in turn is damaged; the sample on opening sees but a few of them."""
-    monkeypatch.setattr("fairseq_knnlm.files.CHUNK_BYTES", 1000)
-    monkeypatch.setattr("fairseq_knnlm.files.CHUNKS_ON_OPEN", 3)
+    monkeypatch.setattr("fairseq_knnlm.files.integrity.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("fairseq_knnlm.files.integrity.CHUNKS_ON_OPEN", 3)
     path = write_store(tmp_path / "store", *random_entries(ROWS, WIDTH)).path
     whole = (path / "keys.npy").read_bytes()
     chunks = -(-len(whole) // 1000)
