@@ -22,7 +22,8 @@ from safetensors.torch import load, save
 from stores import alter, assert_helps, lengthen, truncate
 from torch import Tensor
 
-from fairseq_knnlm.calibration import stored as module
+from fairseq_knnlm.calibration import record as module
+from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
 from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import fingerprint, write_sealed
@@ -517,12 +518,12 @@ def test_one_for_all_sets_as_older_versions_had_it(tmp_path: Path) -> None:
 
 def test_the_other_sets_are_named(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    assert module.calibrated_sets(path) == []
+    assert calibrated_sets(path) == []
     for each in ((DATASTORE,), (DATASTORE, SECOND)):
         file = write_calibration(path, of(*each))
-    (line,) = module.calibrated_sets(path, but=[DATASTORE])
+    (line,) = calibrated_sets(path, but=[DATASTORE])
     assert "news:books" in line
     assert file.name in line
     truncate(file)
-    assert module.calibrated_sets(path, but=[DATASTORE]) == [f"{file.name}, which is damaged"]
+    assert calibrated_sets(path, but=[DATASTORE]) == [f"{file.name}, which is damaged"]
     assert read(path).datastores == (DATASTORE,)

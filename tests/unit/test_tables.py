@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from stores import assert_helps, truncate
 
-from fairseq_knnlm.calibration import table as module
-from fairseq_knnlm.calibration.table import ScoreTableWriter, read_table
+from fairseq_knnlm.calibration import card as module
+from fairseq_knnlm.calibration import writer
+from fairseq_knnlm.calibration.table import read_table
+from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.components import LM, Component
 
@@ -57,10 +59,10 @@ def card(**fields: object) -> dict[str, object]:
 
 def write(path: Path, *, batches: int = 6, seed: int = 0) -> None:
     """Rows in random batches, as fairseq's sorting by length brings them."""
-    writer = ScoreTableWriter(path)
+    made = ScoreTableWriter(path)
     for rows in np.array_split(np.random.default_rng(seed).permutation(ROWS), batches):
-        writer.write({name: column[rows] for name, column in columns().items()})
-    writer.publish(card())
+        made.write({name: column[rows] for name, column in columns().items()})
+    made.publish(card())
 
 
 @pytest.mark.parametrize("step", [1, 7, 65536])
@@ -69,7 +71,7 @@ def test_round_trip_in_text_order(
     tmp_path: Path, batches: int, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the order of the batches; some of the 60 are empty."""
-    monkeypatch.setattr(module, "STEP", step)
+    monkeypatch.setattr(writer, "STEP", step)
     write(tmp_path / "new" / "table.npz", batches=batches)
     table = read_table(tmp_path / "new" / "table.npz")
     assert len(table) == ROWS
@@ -102,27 +104,27 @@ def test_numpy_opens_it_without_pickle(tmp_path: Path) -> None:
 def test_the_table_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "table.npz"
     path.write_text("older")
-    writer = ScoreTableWriter(path)
-    writer.write(columns())
+    made = ScoreTableWriter(path)
+    made.write(columns())
     assert path.read_text() == "older"
-    writer.publish(card())
+    made.publish(card())
     read_table(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_abandoned_table_leaves_nothing(tmp_path: Path) -> None:
-    writer = ScoreTableWriter(tmp_path / "table.npz")
-    writer.write(columns())
-    del writer
+    made = ScoreTableWriter(tmp_path / "table.npz")
+    made.write(columns())
+    del made
     gc.collect()
     assert not list(tmp_path.iterdir())
 
 
 def test_batches_must_agree(tmp_path: Path) -> None:
-    writer = ScoreTableWriter(tmp_path / "table.npz")
-    writer.write({"row": np.arange(3), "lm": np.zeros(3, np.float32)})
+    made = ScoreTableWriter(tmp_path / "table.npz")
+    made.write({"row": np.arange(3), "lm": np.zeros(3, np.float32)})
     with pytest.raises(AssertionError):
-        writer.write({"row": np.arange(3), "lm": np.zeros(3, np.float64)})
+        made.write({"row": np.arange(3), "lm": np.zeros(3, np.float64)})
 
 
 def flip_data(file: Path) -> None:
