@@ -178,9 +178,8 @@ def check_record(record: Record) -> None:
         _check_mixer(mixture.mixer, f"{where}.mixer")
         for place, component in enumerate(mixture.mixer.components[1:], start=1):
             if component.expert not in mixture.experts:
-                raise ValueError(
-                    f"{where}.experts lacks {component.expert}, of {where}.mixer.components[{place}]"
-                )
+                owner = f"{where}.mixer.components[{place}]"
+                raise ValueError(f"{where}.experts lacks {component.expert}, of {owner}")
     for number, skip in enumerate(record.skips):
         _check_mixer(skip.mixer, f"skips[{number}].mixer")
         _check_ascending(skip.quantiles, f"skips[{number}].quantiles")
