@@ -12,7 +12,7 @@ from stores import random_entries, write_store
 
 from fairseq_knnlm import cli
 from fairseq_knnlm.calibration.stored import Calibration, Stack, write_calibration
-from fairseq_knnlm.calibration.table import ScoreTableWriter
+from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.mixture.components import LM, Component

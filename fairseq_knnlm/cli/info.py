@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
 from fairseq_knnlm.cli.common import add_store, check_store, outlined
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import KnnlmError
+from fairseq_knnlm.experts.kneser_ney import describe
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.index.card import read_card
 
@@ -73,22 +75,18 @@ def _index(store: Datastore) -> str:
 def _ngrams(store: Datastore) -> str:
     if not store.ngram_path.exists():
         return "none; counted when they are first asked for"
-    from fairseq_knnlm.experts.kneser_ney import describe
-
     return describe(store.ngram_path, store.fingerprint)
 
 
 def _calibration(store: Datastore) -> str:
-    from fairseq_knnlm.calibration.stored import calibrated_sets, read_calibration
-
-    calibration = read_calibration(store.calibration_path, [store.fingerprint])
-    if calibration is None:
+    record = read_record(store.calibration_path, [store.fingerprint])
+    if record is None:
         found = "none; fit it with `fairseq-knnlm tune`"
     else:
-        best, fitted = calibration.best, calibration.fitted_on
+        best, fitted = record.best, record.fitted_on
         found = (
-            f"{best.name}, fitted on {fitted['split']}, {fitted['tokens']:,} tokens; perplexity "
-            f"{calibration.base_perplexity:.2f} -> {best.perplexity:.2f}"
+            f"{best.name}, fitted on {fitted.split}, {fitted.tokens:,} tokens; perplexity "
+            f"{record.base_perplexity:.2f} -> {best.perplexity:.2f}"
         )
     others = calibrated_sets(store.calibration_path, but=[store.fingerprint])
     return "\n".join([found, *(f"  calibration  also of {line}" for line in others)])

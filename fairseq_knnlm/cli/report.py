@@ -28,13 +28,14 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Applies the mixtures to the table, a line each."""
-    from fairseq_knnlm.calibration.search import lines, skipping_lines, tested
+    from fairseq_knnlm.calibration.report import lines, measured
+    from fairseq_knnlm.calibration.skipping import skipping_lines
     from fairseq_knnlm.runs.tune import calibration_of, check_table
 
     store, table = opened(args), read_table(args.score_table)
     check_table(table, store)
     calibration = calibration_of(store, table.card["datastores"])
-    found = tested(calibration, table)
+    found = measured(calibration, table)
     warn_of_own_text(table, store)
     fitted = calibration.fitted_on
     print(

@@ -133,7 +133,10 @@ def _experts(args: argparse.Namespace, store: Datastore) -> str:
 
 def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
     """Fits a calibration, says what it gained and writes it."""
-    from fairseq_knnlm.calibration.search import Parts, fit, lines, skipping_lines
+    from fairseq_knnlm.calibration.parts import Parts
+    from fairseq_knnlm.calibration.report import lines
+    from fairseq_knnlm.calibration.search import fit
+    from fairseq_knnlm.calibration.skipping import skipping_lines
     from fairseq_knnlm.calibration.stored import write_calibration
     from fairseq_knnlm.cli.report import print_skipping, warn_of_own_text
     from fairseq_knnlm.runs.tune import check_table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fairseq_knnlm.calibration.search import MOST_ITSELF, itself
+from fairseq_knnlm.calibration.checks import MOST_ITSELF, itself
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.datastore import Datastore
