@@ -7,13 +7,13 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 # Read, not imported: what the package needs may not be there yet.
-CODE = (HERE / "fairseq_knnlm/__init__.py").read_text(encoding="utf-8")
+VERSIONS = (HERE / "fairseq_knnlm/versions.py").read_text(encoding="utf-8")
 # It is imported as `fairseq`; the distribution of that name works up to Python 3.10 only.
 FAIRSEQ = "fairseq-fixed==0.12.3.1"
 
 setup(
     name="fairseq-knnlm",
-    version=re.findall(r'^__version__ = "(.*)"', CODE, re.MULTILINE)[0],
+    version=re.findall(r'^VERSION = "(.*)"$', VERSIONS, re.MULTILINE)[0],
     description="Nearest-neighbour language models for fairseq",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

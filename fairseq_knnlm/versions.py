@@ -1,12 +1,11 @@
-"""Versions of the libraries that results depend on."""
+"""The version of this package, and those of the libraries that results depend on."""
 
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
-from fairseq_knnlm import __version__
-
+#: Of this package: the one place that says it, which setup.py reads too.
+VERSION = "0.2.0"
 #: The same import name comes from either of several distributions.
 LIBRARIES = {
     "fairseq": ("fairseq-fixed", "fairseq"),
@@ -21,10 +20,13 @@ def versions() -> dict[str, str]:
     by name.
     """
     found = {name: _first(distributions) for name, distributions in LIBRARIES.items()}
-    return {"python": platform.python_version(), "fairseq_knnlm": __version__, **found}
+    return {"python": platform.python_version(), "fairseq_knnlm": VERSION, **found}
 
 
 def _first(distributions: tuple[str, ...]) -> str:
+    # Here, since every import of the package passes by, and few ask.
+    from importlib.metadata import PackageNotFoundError, version
+
     for name in distributions:
         try:
             return version(name)

@@ -124,14 +124,14 @@ def test_verify_does_not_vouch_for_files_without_checksums(tmp_path: Path, capsy
 def test_verify_looks_at_everything(whole: Datastore, capsys: Capture) -> None:
     said, wrong = said_and_wrong(capsys, 0, "verify", "--dstore", whole.path)
     assert wrong == ""
-    for name, verdict in {
+    for name, summary in {
         "store": "400 entries, every byte as it was written (keys.npy, values.npy)",
         "knn.index": "IVF8,Flat, nprobe 4",
         "ngram.npz": "n-grams up to 3 tokens",
         "calibration.json": "knn, fixed, fitted for this datastore",
         "valid.npz": "score table of valid, 960 tokens",
     }.items():
-        assert f"{name}: {verdict}" in said
+        assert f"{name}: {summary}" in said
     (whole.path / "notes.txt").touch()
     (whole.path / ".knn.index.partial-abc").touch()
     said, wrong = said_and_wrong(capsys, 0, "verify", "--dstore", whole.path)
