@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration
-from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.datastore.legacy import is_legacy, open_legacy
+from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, OutputError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.index.card import read_card
@@ -24,6 +23,7 @@ from fairseq_knnlm.mixture.components import searches
 from fairseq_knnlm.mixture.mixers import Mixer, Skip
 from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs.mixing import all_given, check_given, chosen_experts
+from fairseq_knnlm.runs.stores import open_store
 from fairseq_knnlm.tasks import checks
 from fairseq_knnlm.tasks import flags as config
 
@@ -124,18 +124,14 @@ def _skipping(args: Any, calibration: Calibration | None, experts: Sequence[str]
 
 
 def _open_store(args: Any, name: str, vocabulary: int) -> Datastore:
-    path = Path(name)
-    options = {
-        "load_keys": not args.no_load_keys,
-        "in_memory": args.move_dstore_to_mem,
-    }
-    if is_legacy(path):
-        return open_legacy(
-            path, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary, **options
-        )
-    store = open_datastore(path, **options)
-    checks.check_size(args.dstore_size, len(store))
-    return store
+    return open_store(
+        Path(name),
+        rows=args.dstore_size,
+        fp16=args.dstore_fp16,
+        vocabulary=vocabulary,
+        load_keys=not args.no_load_keys,
+        in_memory=args.move_dstore_to_mem,
+    )
 
 
 def _retriever(args: Any, store: Datastore) -> LocalRetriever:
