@@ -42,7 +42,7 @@ def run(
     command: Sequence[object],
     log: Path,
     env: Mapping[str, str],
-    watch: Callable[[float], None] | None = None,
+    watch: Callable[[float], object] | None = None,
 ) -> Ran:
     """Runs a command to its end.
 
@@ -80,6 +80,38 @@ def run(
         code = process.returncode
         raise RunError(f"{end}\n\n{words[0]} ended with code {code}; its whole log is {log}")
     return Ran(said, seconds)
+
+
+def run_live(
+    command: Sequence[object],
+    log: Path,
+    env: Mapping[str, str],
+    more: Callable[[], str] = lambda: "",
+) -> Ran:
+    """Runs a command as ``run`` does, and shows how long it has been running.
+
+    On a terminal the line is overwritten; elsewhere it is said again now and then.
+
+    Args:
+        command: program and arguments.
+        log: the file that all it says goes to.
+        env: its environment.
+        more: what else to show.
+    """
+    live, said = sys.stdout.isatty(), 0.0
+
+    def watch(seconds: float) -> None:
+        nonlocal said
+        if live or seconds - said >= HEARTBEAT:
+            said = seconds
+            line = f"    {clock(seconds)}{more()}"
+            print(f"\r{line:<40}" if live else line, end="" if live else "\n", flush=True)
+
+    try:
+        return run(command, log, env, watch)
+    finally:
+        if live:
+            print("\r" + " " * 40, end="\r")
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
@@ -149,13 +181,7 @@ class Steps:
         print(f"\n{self.head(title)}\n{typed(command)}", flush=True)
         name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         log = self.logs / f"{self.done:02d}-{name}.log"
-        live = LiveLine()
-        try:
-            ran = run(
-                command, log, self.env, lambda now: live.say(now, how_far(tail(log), progress, of))
-            )
-        finally:
-            live.clear()
+        ran = run_live(command, log, self.env, lambda: how_far(tail(log), progress, of))
         for line in ran.said.splitlines():
             if show and re.search(show, line):
                 print("    " + re.sub(r"^[A-Z]+:[\w.]+:", "", line).strip())
@@ -169,25 +195,6 @@ class Steps:
         """The number and title of the next step, which this one then is."""
         self.done += 1
         return f"[{self.done}/{self.total}] {title}"
-
-
-class LiveLine:
-    """A line that is overwritten on a terminal, and said again now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._live = sys.stdout.isatty()
-        self._said = 0.0
-
-    def say(self, seconds: float, more: str) -> None:
-        if self._live:
-            print(f"\r{f'    {clock(seconds)}{more}':<40}", end="", flush=True)
-        elif seconds - self._said >= HEARTBEAT:
-            self._said = seconds
-            print(f"    {clock(seconds)}{more}", flush=True)
-
-    def clear(self) -> None:
-        if self._live:
-            print("\r" + " " * 40, end="\r")
 
 
 def how_far(text: str, progress: str, of: int) -> str:
