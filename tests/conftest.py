@@ -108,6 +108,9 @@ def eval_lm(words: list[str]) -> dict[str, float]:
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq_cli import eval_lm as host
 
+    # Where a test has imported the package before, fairseq leaves its tasks alone.
+    import fairseq_knnlm.tasks  # noqa: F401
+
     parser = options.get_eval_lm_parser()
     args = options.parse_args_and_arch(parser, words)
     return {name: float(x) for name, x in host.main(convert_namespace_to_omegaconf(args)).items()}

@@ -749,6 +749,7 @@ def test_verify_tells_the_n_grams_of_another_text(
     assert "not counted from this datastore" in wrong
 
 
+@pytest.mark.slow
 def test_info_into_a_pipe_that_closes(store: Datastore) -> None:
     """``info | head``, as a process."""
     command = f"fairseq-knnlm info --dstore {store.path} | head -n 1; echo ${{PIPESTATUS[@]}}"
