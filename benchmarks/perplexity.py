@@ -12,8 +12,8 @@ from rivals import Searching
 from tqdm import tqdm
 
 from fairseq_knnlm.calibration.fitting import best_lambda, mixture_loss
+from fairseq_knnlm.experts.knn import vote
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.mixture.mix import knn_log_probs
 
 #: 0.25 to 512, four to an octave.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 37))
@@ -69,17 +69,15 @@ class Perplexities:
         tested = mixture_loss(self.samples["test"].lm, test[:, number], lmbda)
         return Fitted(lmbda, TEMPERATURES[number], math.exp(loss), math.exp(tested))
 
-    def compare(self, name: str, other: str, allowance: float) -> dict[str, Any]:
-        """Whether ``name`` leads to at most ``other``'s perplexity on test, plus a share of it."""
+    def compare(self, name: str, other: str) -> dict[str, Any]:
+        """What ``name`` leads to and what ``other`` does, and the excess on test as a share."""
         ours, theirs = self.of(name), self.of(other)
-        excess = ours.test / theirs.test - 1
         return {
             name: asdict(ours),
             other: asdict(theirs),
             "base": self.base,
-            "excess": excess,
-            "excess_allowed": allowance,
-            "within": excess <= allowance,
+            "over": other,
+            "excess": ours.test / theirs.test - 1,
         }
 
     def _columns(self, name: str, split: str) -> np.ndarray:
@@ -101,7 +99,6 @@ class Perplexities:
                 asked.keys.split(BATCH), asked.tokens.split(BATCH), strict=True
             ):
                 near = search(keys, self.searches.k)
-                matches = near.values == tokens[:, None]
-                columns.append(knn_log_probs(near.distances, matches, near.valid, TEMPERATURES))
+                columns.append(vote(near, TEMPERATURES).log_prob(tokens))
                 bar.update(len(keys))
         return torch.cat(columns).numpy()
