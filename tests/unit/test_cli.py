@@ -23,7 +23,7 @@ from stores import alter, random_entries, truncate, write_compressed, write_stor
 from fairseq_knnlm import cli, files
 from fairseq_knnlm.calibration.stored import (
     Calibration,
-    Stack,
+    FittedMixture,
     read_calibration,
     write_calibration,
 )
@@ -87,9 +87,9 @@ MODEL = "m" * 64
 
 def calibration(datastore: str) -> Calibration:
     """The language model alone, and neighbours that lower its perplexity."""
-    alone = Stack((), Fixed((LM,), (1.0,)), 150.0, 7.2, 151.0)
+    alone = FittedMixture((), Fixed((LM,), (1.0,)), 150.0, 7.2, 151.0)
     knn = Component("knn", {"suffix": 0, "k": 0, "temperature": 12.0})
-    mixed = Stack(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9, 121.0)
+    mixed = FittedMixture(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9, 121.0)
     fitted_on = {"split": "valid", "tokens": 1000, "chosen_on": 100, "held_out": 100, "seed": 0}
     fitted_on["context"] = {}
     stacks = (alone, mixed)
@@ -538,7 +538,7 @@ def test_report_judges_the_calibration_on_another_table(
     fitted = calibration(store.fingerprint)
     setting = {"suffix": 0, "k": 0, "temperature": 2.0}
     knn = replace(fitted.best, mixer=Fixed((LM, Component("knn", setting)), (0.875, 0.125)))
-    write_calibration(store.calibration_path, replace(fitted, stacks=(fitted.stacks[0], knn)))
+    write_calibration(store.calibration_path, replace(fitted, mixtures=(fitted.mixtures[0], knn)))
     lm = np.exp(-2)
     sharp = np.where(np.arange(960) % 2, 1.0, 0.0)
     perplexity = np.exp(-np.log(0.875 * lm + 0.125 * sharp).mean())
