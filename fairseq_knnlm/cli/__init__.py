@@ -34,10 +34,13 @@ from fairseq_knnlm.errors import (
 )
 from fairseq_knnlm.experts import kneser_ney as ngrams
 from fairseq_knnlm.files import Claim, check_outputs, human_bytes
-from fairseq_knnlm.index import stored as indexes
-from fairseq_knnlm.index.build import RECALL, Wishes, build, plan
+from fairseq_knnlm.index.build import RECALL, BuildOptions, build, plan
+from fairseq_knnlm.index.card import read_card
+from fairseq_knnlm.index.device import wants_gpu
 from fairseq_knnlm.index.recipes import choose, lists_of
 from fairseq_knnlm.index.snapshots import Snapshots
+from fairseq_knnlm.index.specification import check_factory
+from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.runs.compress import compress
 from fairseq_knnlm.runs.verify import verified
 from fairseq_knnlm.tasks.checks import (
@@ -359,13 +362,13 @@ def _build_index(args: argparse.Namespace, store: Datastore, path: Path) -> None
         len(store),
         store.manifest.width,
         metric=args.metric,
-        gpu=indexes.wants_gpu(args.knn_device),
+        gpu=wants_gpu(args.knn_device),
         max_bytes=args.max_bytes_per_key,
     )
     if lists := lists_of(recipe.factory):
         check_range("--probe", args.probe, 1, lists, f"exceeds the lists of {recipe.factory}")
-    indexes.check_factory(recipe.factory, store.manifest.width, args.metric)
-    wishes = Wishes(
+    check_factory(recipe.factory, store.manifest.width, args.metric)
+    options = BuildOptions(
         metric=args.metric,
         nprobe=args.probe,
         recall=args.recall,
@@ -374,12 +377,12 @@ def _build_index(args: argparse.Namespace, store: Datastore, path: Path) -> None
         seed=args.seed,
     )
     snapshots = Snapshots(
-        path.with_name(f".{path.name}.building"), plan(recipe, wishes, store.fingerprint)
+        path.with_name(f".{path.name}.building"), plan(recipe, options, store.fingerprint)
     )
-    index, card = build(keys, recipe, wishes, snapshots=snapshots)
+    index, card = build(keys, recipe, options, snapshots=snapshots)
     if args.probe is not None and not card.nprobe:
         logger.warning("--probe does nothing: %s has no inverted lists", card.factory)
-    card = indexes.save(index, card, path, store.fingerprint)
+    card = save_index(index, card, path, store.fingerprint)
     snapshots.clear()
     print(f"{path}: {card.describe()}")
     print(
@@ -581,7 +584,7 @@ def _arrays(store: Datastore) -> str:
 def _index(store: Datastore) -> str:
     if not store.index_path.exists():
         return "none; build it with `fairseq-knnlm build-index`"
-    card = indexes.read_card(store.index_path)
+    card = read_card(store.index_path)
     assert card is not None  # only with --indexfile
     return card.describe()
 
@@ -609,7 +612,7 @@ def _mixtures(store: Datastore) -> str:
 def _verify(args: argparse.Namespace, _: list[str]) -> None:
     wrong: list[KnnlmError] = []
     for finding in verified(_outline(args)):
-        print(f"{finding.path}: {finding.verdict}")
+        print(f"{finding.path}: {finding.summary}")
         wrong += finding.errors
     if wrong:
         raise KnnlmError("\n".join(map(str, wrong)))

@@ -245,11 +245,11 @@ def test_verify_reads_every_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also what opening a huge datastore leaves unread: here all but both ends."""
-    monkeypatch.setattr(files, "CHUNK_BYTES", 64)
+    monkeypatch.setattr("fairseq_knnlm.files.integrity.CHUNK_BYTES", 64)
     path = tmp_path / "store"
     write_store(path, *random_entries(ROWS, WIDTH))
     say(capsys, "build-index", "--dstore", path, "--recipe", "IVF8,Flat")
-    monkeypatch.setattr(files, "CHUNKS_ON_OPEN", 2)
+    monkeypatch.setattr("fairseq_knnlm.files.integrity.CHUNKS_ON_OPEN", 2)
     alter(path / name)
     say(capsys, "info", "--dstore", path)
     cli.main(["verify", "--dstore", str(path)])
