@@ -352,6 +352,23 @@ def test_gates_go_by_the_features_of_their_experts_and_of_the_language_model() -
     assert "cache_size" in fitter.gate(["knn", "cache"]).features
 
 
+def test_an_expert_from_elsewhere_is_fitted_and_kept(tmp_path: Path) -> None:
+    """With settings of its own, each of which is about a part, and features by its name."""
+    scores = told(1000)
+    wider = np.concatenate([scores["knn"] - 1, scores["knn"]], axis=1)
+    columns = {"lm": scores["lm"], "my_oracle": wider, "my_oracle_top": scores["knn_entropy"]}
+    grid = [{"k": 4, "style": style, "heat": 0.5, "deep": True} for style in ("plain", "bold")]
+    found = fit(table(columns, {"my_oracle": grid}, ["my_oracle_top"]))
+    assert named(found, "my_oracle, gate").mixer.features == ["my_oracle_top"]
+    assert found.best.name == "my_oracle, gate"
+    fixed = named(found, "my_oracle, fixed").mixer
+    assert fixed.components == [LM, Component("my_oracle", grid[1])]
+    write_calibration(tmp_path / "calibration.json", found)
+    kept = read_calibration(tmp_path / "calibration.json", found.datastores)
+    assert kept is not None
+    assert named(kept, "my_oracle, fixed").mixer.components == fixed.components
+
+
 def test_the_card_says_what_was_fitted_on_what() -> None:
     found = fit(told(400), seed=3)
     assert (found.datastores, found.model) == (("d" * 64,), "m" * 64)
