@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fairseq_knnlm.calibration.stored import Calibration, Stack
+from fairseq_knnlm.calibration.stored import Calibration, FittedMixture
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.cache import CacheSetting
 from fairseq_knnlm.experts.knn import KnnSetting
@@ -43,7 +43,9 @@ def chosen_experts(args: Any, calibration: Calibration | None) -> Sequence[str]:
         return named
     if calibration is None or config.given_weights(args) or args.knn_temp is not None:
         return ["knn", *(f"knn{n}" for n in range(2, len(config.datastore_paths(args)) + 1))]
-    usable = [stack for stack in calibration.stacks if "lm2" not in stack.experts or args.expert_lm]
+    usable = [
+        stack for stack in calibration.mixtures if "lm2" not in stack.experts or args.expert_lm
+    ]
     kind = str(args.mixer)
     fitting = [stack for stack in usable if kind in ("auto", stack.mixer.kind)]
     best = min(fitting or usable, key=lambda stack: stack.choice_perplexity)
@@ -166,7 +168,7 @@ def _given_settings(args: Any) -> dict[str, dict[str, Any]]:
 
 def _fixed(
     experts: Sequence[str],
-    start: Stack | None,
+    start: FittedMixture | None,
     given: dict[str, float],
     settings: dict[str, dict[str, Any]],
     width: int,
@@ -201,7 +203,9 @@ def _default_setting(kind: str, width: int) -> dict[str, Any]:
     return {"order": CONTEXT + 1} if kind == "ngram" else {}
 
 
-def _compare(calibration: Calibration, described: dict[str, dict[str, Any]], stack: Stack) -> None:
+def _compare(
+    calibration: Calibration, described: dict[str, dict[str, Any]], stack: FittedMixture
+) -> None:
     """Warns where an expert is not what it was when its mixture was fitted.
 
     Raises:
