@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import MOST_JSON, human_bytes, read_sealed, typed, write_sealed
-from fairseq_knnlm.lm.transformer import CONTEXT
+from fairseq_knnlm.lm.contexts import CONTEXT
 from fairseq_knnlm.mixture.components import LM, Abstain, Component
 from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Mixer, Skip
 

@@ -18,10 +18,11 @@ from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.storage import load as load_index
-from fairseq_knnlm.lm.transformer import CONTEXT, dictionary_fingerprint
+from fairseq_knnlm.lm.contexts import CONTEXT
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.mixture.components import searches
 from fairseq_knnlm.mixture.mixers import Mixer, Skip
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs.mixing import all_given, check_given, chosen_experts
 from fairseq_knnlm.tasks import checks
 from fairseq_knnlm.tasks import flags as config
@@ -56,7 +57,7 @@ class Memory:
     """
 
     stores: tuple[Datastore, ...]
-    retrievers: dict[str, Retriever]
+    retrievers: dict[str, LocalRetriever]
     ngram: NGramModel | None
     calibration: Calibration | None
     experts: tuple[str, ...]
@@ -137,7 +138,7 @@ def _open_store(args: Any, name: str, vocabulary: int) -> Datastore:
     return store
 
 
-def _retriever(args: Any, store: Datastore) -> Retriever:
+def _retriever(args: Any, store: Datastore) -> LocalRetriever:
     checks.check_k(args.k, len(store))
     index = _open_index(args, store)
     checks.check_metric(str(args.faiss_metric_type), index.card.metric)
@@ -148,7 +149,7 @@ def _retriever(args: Any, store: Datastore) -> Retriever:
     elif similarity == "auto":
         settled = index.card.faithful or store.keys is None or index.card.metric == "ip"
         similarity = "do_not_recomp_l2" if settled else "l2"
-    return Retriever(index, store, similarity)
+    return LocalRetriever(index, store, similarity)
 
 
 def _open_index(args: Any, store: Datastore) -> SearchIndex | ExactSearch:

@@ -19,7 +19,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.lm.transformer import check_model, is_supported
+from fairseq_knnlm.lm.registry import check_model, is_supported
 from fairseq_knnlm.runs.evaluate import EvaluationRun, Setting, make_scorer, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
 from fairseq_knnlm.tasks import checks, host, stock

@@ -26,7 +26,7 @@ from fairseq_knnlm.calibration import stored as module
 from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import fingerprint, write_sealed
-from fairseq_knnlm.lm.transformer import CONTEXT
+from fairseq_knnlm.lm.contexts import CONTEXT
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Skip
 

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import assert_helps, brute_force, build_index, clustered, write_store
+from stores import assert_helps, brute_force, build_index, clustered, knn_log_probs, write_store
 
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.storage import load as load_index
 from fairseq_knnlm.index.storage import save as save_index
-from fairseq_knnlm.mixture.mix import knn_log_probs
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs import compress as module
 from fairseq_knnlm.runs.compress import alike_neighbours, compress, fit_pca, greedy_merge
 
@@ -225,7 +224,7 @@ def test_merged_entries_are_as_good_as_repeated_ones(tmp_path: Path) -> None:
     assert smaller.weights.tolist() == [4] * 40
     asked = torch.from_numpy(rng.normal(size=(20, WIDTH)).astype(np.float32))
     everyone, few = (
-        Retriever(search_index(s), s, "l2").search(asked, len(s)) for s in (store, smaller)
+        LocalRetriever(search_index(s), s, "l2").search(asked, len(s)) for s in (store, smaller)
     )
     assert everyone.log_weights is None
     assert few.log_weights is not None
