@@ -7,7 +7,9 @@ where the package is its ``--user-dir``, and which is imported here where fairse
 
 import sys
 
-__version__ = "0.2.0.dev0"
+from fairseq_knnlm.versions import VERSION
+
+__version__ = VERSION
 
 if "fairseq.tasks" in sys.modules:
     from fairseq_knnlm import tasks  # noqa: F401

@@ -108,15 +108,10 @@ def task_flags() -> dict[str, Flag]:
     }
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of ``fairseq-knnlm``: the one place that knows where it is made."""
-    from fairseq_knnlm.cli import _parser
-
-    return _parser(None)
-
-
 def subcommands() -> dict[str, argparse.ArgumentParser]:
     """By name, in their order."""
+    from fairseq_knnlm.cli.main import command_parser
+
     for action in command_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)

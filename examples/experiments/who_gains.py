@@ -12,7 +12,7 @@ import numpy as np
 from scores import Axes, Scores, add_table_arguments, command, draw, show
 from steps import ended
 
-from fairseq_knnlm.calibration.search import mixture_losses
+from fairseq_knnlm.calibration.losses import mixture_losses
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.mixers import ALONE
@@ -62,7 +62,7 @@ def main() -> None:
             axis.tick_params("x", rotation=45)
             axis.set_xlabel(way)
 
-    draw(args.figure, paint, panels=len(ways), up="change of perplexity, %")
+    draw(args.figure, paint, plots=len(ways), up="change of perplexity, %")
 
 
 def row(name: str, base: np.ndarray, mixed: np.ndarray) -> list[str]:

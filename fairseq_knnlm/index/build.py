@@ -19,7 +19,7 @@ from fairseq_knnlm.files import check_mapped
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.library import METRICS, faiss, has_lists, is_exact
 from fairseq_knnlm.index.recall import TrueNeighbours
-from fairseq_knnlm.index.recipes import Recipe
+from fairseq_knnlm.index.recipes import RECALL, Recipe
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.snapshots import Snapshots
 from fairseq_knnlm.index.specification import RECIPES
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of float32 keys that are in memory at a time while an index is filled.
 CHUNK_BYTES = 64 * 2**20
-#: Share of the true neighbours that the visited lists should hold, where nothing else is said.
-RECALL = 0.9
 #: The paper's nprobe, for lists of which nothing is measured.
 UNMEASURED_NPROBE = 32
 
@@ -223,7 +221,7 @@ def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, A
     """
     return {
         "recipe": asdict(recipe),
-        "wishes": asdict(options),
+        "options": asdict(options),
         "datastore": fingerprint,
         "faiss": faiss.__version__,
     }

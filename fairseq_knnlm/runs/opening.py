@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration
-from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.datastore.legacy import is_legacy, open_legacy
+from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, OutputError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.experts.ngram_file import load_counts, save_counts
 from fairseq_knnlm.index.card import read_card
 from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
@@ -24,6 +24,7 @@ from fairseq_knnlm.mixture.components import searches
 from fairseq_knnlm.mixture.mixers import Mixer, Skip
 from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs.mixing import all_given, check_given, chosen_experts
+from fairseq_knnlm.runs.stores import open_store
 from fairseq_knnlm.tasks import checks
 from fairseq_knnlm.tasks import flags as config
 
@@ -124,18 +125,14 @@ def _skipping(args: Any, calibration: Calibration | None, experts: Sequence[str]
 
 
 def _open_store(args: Any, name: str, vocabulary: int) -> Datastore:
-    path = Path(name)
-    options = {
-        "load_keys": not args.no_load_keys,
-        "in_memory": args.move_dstore_to_mem,
-    }
-    if is_legacy(path):
-        return open_legacy(
-            path, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary, **options
-        )
-    store = open_datastore(path, **options)
-    checks.check_size(args.dstore_size, len(store))
-    return store
+    return open_store(
+        Path(name),
+        rows=args.dstore_size,
+        fp16=args.dstore_fp16,
+        vocabulary=vocabulary,
+        load_keys=not args.no_load_keys,
+        in_memory=args.move_dstore_to_mem,
+    )
 
 
 def _retriever(args: Any, store: Datastore) -> LocalRetriever:
@@ -185,10 +182,10 @@ def _ngram(store: Datastore) -> NGramModel:
     vocabulary = store.manifest.origin.vocabulary
     if path.is_file():
         tokens = len(store)
-        return NGramModel.load(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
+        return load_counts(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
     model = NGramModel.count(store.values, vocabulary, CONTEXT + 1)
     try:
-        model.save(path, store.fingerprint)
+        save_counts(model, path, store.fingerprint)
     except (OSError, OutputError) as error:  # the datastore may be somebody else's
         reason = str(error).splitlines()[0]
         logger.warning("the n-gram counts are not kept: %s", reason)

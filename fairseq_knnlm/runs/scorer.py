@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairseq_knnlm.calibration.table import ScoreTableWriter
+from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.lm import LMExpert, member
 from fairseq_knnlm.lm.contexts import Contexts, Encoded

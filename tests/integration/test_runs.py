@@ -49,7 +49,7 @@ def test_other_contexts_than_a_calibration_was_fitted_on(caplog: pytest.LogCaptu
     assert "this run has tokens_per_sample 8, context_window 0" in said({"context": CONTEXT}, other)
     assert not said({"context": CONTEXT}, dict(CONTEXT))
     assert not said({"split": "valid"}, CONTEXT)  # a calibration that does not know
-    assert not said({"context": CONTEXT}, None)  # a passage by itself
+    assert not said({"context": CONTEXT}, None)  # a sentence by itself
 
 
 def test_weights_are_read_once(
@@ -138,7 +138,7 @@ def test_a_failing_write_keeps_no_other_from_being_made(
     assert not file.exists()
     table.unlink()
     caplog.clear()
-    monkeypatch.setattr("fairseq_knnlm.calibration.table.ScoreTableWriter.publish", full)
+    monkeypatch.setattr("fairseq_knnlm.calibration.writer.ScoreTableWriter.publish", full)
     with pytest.raises(OSError, match="No space left"):
         lab.evaluate("test", *flags, *written)
     assert "kNN-LM   perplexity" in caplog.text
