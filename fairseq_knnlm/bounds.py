@@ -1,13 +1,18 @@
-"""Bounds of the numbers that a user types, checked before anything else sees them."""
+"""Bounds of what a user types, checked before anything else sees it."""
 
 from __future__ import annotations
 
 import math
+import re
 
 from fairseq_knnlm.errors import ConfigError
 
 #: Seeds that NumPy, torch and FAISS all take.
 LAST_SEED = 2**32 - 1
+#: What the libraries below take for a count.
+MOST = 2**31 - 1
+#: Entries of a datastore.
+MOST_ENTRIES = 2**48
 
 
 def check_range(
@@ -41,3 +46,15 @@ def check_seed(value: int, flag: str = "--seed") -> None:
         ConfigError: naming the flag.
     """
     check_range(flag, value, 0, LAST_SEED, "is the seed of random numbers")
+
+
+def check_device(name: str) -> None:
+    """Refuses a ``--knn-device`` that is written like none.
+
+    Raises:
+        ConfigError: where it is.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4}(,\d{1,4})*)?", name):
+        raise ConfigError(
+            "--knn-device names no device", expected="auto, cpu, cuda, or cuda:i,j", found=name
+        )

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.tables import show as show  # for the scripts, which find it by this way alone
 
-from fairseq_knnlm.calibration.search import Fitter, mixture_losses
+from fairseq_knnlm.calibration.fitter import Fitter
+from fairseq_knnlm.calibration.losses import mixture_losses
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import publish

@@ -23,37 +23,37 @@ from fairseq_knnlm.experts.cache import (
     cache_grid,
     check_memory,
 )
-from fairseq_knnlm.experts.knn import (
-    DISTANCE_RANKS,
-    Expert,
-    KeyExpert,
-    KnnExpert,
-    KnnSetting,
-    ModelExpert,
-    NGramExpert,
-    ShapeExpert,
-    knn_grid,
-)
+from fairseq_knnlm.experts.contract import Expert
+from fairseq_knnlm.experts.knn import DISTANCE_RANKS, KnnExpert, KnnSetting, knn_grid
+from fairseq_knnlm.experts.lm import KeyExpert, LMExpert, ShapeExpert
+from fairseq_knnlm.experts.ngram import NGramExpert
 from fairseq_knnlm.experts.pointers import PointerExpert
 from fairseq_knnlm.files import write_json
-from fairseq_knnlm.index.build import IndexBuilder, Wishes
+from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
+from fairseq_knnlm.index.device import wants_gpu
 from fairseq_knnlm.index.recipes import choose
-from fairseq_knnlm.index.stored import check_factory, wants_gpu
-from fairseq_knnlm.lm.transformer import (
-    TargetLM,
+from fairseq_knnlm.index.specification import check_factory
+from fairseq_knnlm.lm.fingerprints import (
     check_finite,
-    check_model,
     dictionary_fingerprint,
     model_fingerprint,
 )
+from fairseq_knnlm.lm.registry import check_model, language_model
 from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.mixture.mixers import Fixed
-from fairseq_knnlm.mixture.model import Panel, SkippingPanel
+from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM
 from fairseq_knnlm.runs.mixing import describe, mixed_experts, mixture
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.report import closing_lines, results
 from fairseq_knnlm.runs.save import Saving
-from fairseq_knnlm.runs.scorer import Blocks, FillsTable, KnnScorer, Listener, Sentences
+from fairseq_knnlm.runs.scorer import (
+    Blocks,
+    FillsTable,
+    KnnScorer,
+    Listener,
+    MakeMixture,
+    Sentences,
+)
 from fairseq_knnlm.tasks import checks
 from fairseq_knnlm.tasks import flags as config
 from fairseq_knnlm.versions import versions
@@ -106,11 +106,6 @@ class Setting:
         """The same of the model of ``--expert-lm``."""
         return model_fingerprint(self.second)
 
-    @cached_property
-    def bos(self) -> int | None:
-        """The id that is put before each block and does not count."""
-        return self.dictionary.bos() if self.args.add_bos_token else None
-
 
 def make_scorer(
     setting: Setting, blocks: Blocks | None = None, listeners: Sequence[Listener] = ()
@@ -137,15 +132,19 @@ def make_scorer(
             check_finite(model)
     elif len(setting.models) > 1:
         raise several_models(len(setting.models))
-    panel, source = Panel(), ""
+    make: MakeMixture = MixtureLM
+    source, others = "", {}
     if memory is not None:
-        panel, source = _panel(setting, memory, for_table=bool(args.score_table and blocks))
+        make, source = _mixture(setting, memory, for_table=bool(args.score_table and blocks))
+        if "lm2" in memory.experts:
+            others = {"lm2": language_model(setting.second)}
     return KnnScorer(
         setting.dictionary.pad(),
         setting.dictionary.eos(),
-        blocks=blocks if blocks is not None else Sentences(setting.bos),
+        blocks=blocks if blocks is not None else Sentences(bool(args.add_bos_token)),
         key_type=key_type,
-        panel=panel,
+        mixture=make,
+        others=others,
         mixture_from=source,
         listeners=listeners,
     )
@@ -161,8 +160,8 @@ def several_models(count: int) -> ModelError:
     )
 
 
-def _panel(setting: Setting, memory: Memory, *, for_table: bool) -> tuple[Panel, str]:
-    """Experts and mixer, and where the mixer comes from."""
+def _mixture(setting: Setting, memory: Memory, *, for_table: bool) -> tuple[MakeMixture, str]:
+    """What makes the mixture of the language model, and where the mixer comes from."""
     args = setting.args
     for store in memory.stores:
         store.check_origin(model=setting.model)
@@ -184,14 +183,13 @@ def _panel(setting: Setting, memory: Memory, *, for_table: bool) -> tuple[Panel,
         if for_table or name in mixed
     ]
     if needed & {"lm_entropy", "lm_top"} or (for_table and args.lm_features):
-        pad = setting.dictionary.pad()
-        experts.append(ShapeExpert(TargetLM(setting.models[0], pad)))
+        experts.append(ShapeExpert(language_model(setting.models[0])))
     if "lm_key" in needed or (for_table and memory.retrievers):
         experts.append(KeyExpert())
     if skipping is None:
-        return Panel(experts, chosen.mixer), chosen.source
-    skip, rest = skipping.skip, skipping.rest
-    return SkippingPanel(experts, chosen.mixer, rest, skip, args.skip_searches), chosen.source
+        return lambda lm: MixtureLM(lm, experts, chosen.mixer), chosen.source
+    how = (experts, chosen.mixer, skipping.rest, skipping.skip, args.skip_searches)
+    return lambda lm: SkippingMixtureLM(lm, *how), chosen.source
 
 
 def _expert(
@@ -218,7 +216,7 @@ def _expert(
         assert memory.ngram is not None
         return NGramExpert(memory.ngram, features=features)
     if name == "lm2":
-        return ModelExpert(TargetLM(setting.second, setting.dictionary.pad()))
+        return LMExpert(language_model(setting.second), name="lm2")
     neighbours = knn_grid(args.k) if for_table else []
     settings = _distinct([*neighbours, *(KnnSetting(**setting) for setting in used)])
     retriever = memory.retrievers[name]
@@ -281,7 +279,7 @@ class EvaluationRun:
         if args.score_table:
             self.table = FillsTable(Path(args.score_table))
             listeners.append(self.table)
-        self.blocks = Blocks(np.cumsum(sizes) - sizes, setting.bos)
+        self.blocks = Blocks(np.cumsum(sizes) - sizes, bool(args.add_bos_token))
         self.scorer = make_scorer(setting, self.blocks, listeners)
         self._warn_of_the_same_split()
 
@@ -311,8 +309,8 @@ class EvaluationRun:
         """
         assert self.saving is not None
         model, key_type = self.setting.models[0], str(self.setting.args.knn_keytype)
-        lm = TargetLM(model, self.setting.dictionary.pad(), key_type)
-        self.saving.learn(lm, self.blocks, batches, to_device)
+        lm, pad = language_model(model, key_type), self.setting.dictionary.pad()
+        self.saving.learn(lm, pad, self.blocks, batches, to_device)
 
     def finish(self) -> None:
         """Publishes what was written and reports what was measured.
@@ -347,7 +345,7 @@ class EvaluationRun:
 
     def _publish_table(self, found: dict[str, Any]) -> None:
         if self.table is not None:
-            experts = self.scorer.panel.experts
+            experts = self.scorer.mixture.experts
             self.table.writer.publish(_card(self.setting, experts, self.table.features, found))
             logger.info("score table written to %s", self.setting.args.score_table)
 
@@ -387,22 +385,22 @@ class EvaluationRun:
 
     def _mixed(self, memory: Memory) -> dict[str, Any]:
         """What was mixed, for the results."""
-        panel = self.scorer.panel
+        mixture = self.scorer.mixture
         found: dict[str, Any] = {
             "experts": list(memory.experts),
-            "mixed": mixed_experts(panel.mixer),
-            "mixer": panel.mixer.kind,
-            "mixture": describe(panel.mixer),
+            "mixed": mixed_experts(mixture.mixer),
+            "mixer": mixture.mixer.kind,
+            "mixture": describe(mixture.mixer),
             "mixture_from": self.scorer.mixture_from,
         }
-        if isinstance(panel.mixer, Fixed):
-            pairs = zip(panel.mixer.components, panel.mixer.weights, strict=True)
+        if isinstance(mixture.mixer, Fixed):
+            pairs = zip(mixture.mixer.components, mixture.mixer.weights, strict=True)
             found["weights"] = [
                 {"expert": component.expert, "weight": weight, **component.setting}
                 for component, weight in pairs
             ]
         if memory.retrievers:
-            knn = [expert for expert in panel.experts if isinstance(expert, KnnExpert)]
+            knn = [expert for expert in mixture.experts if isinstance(expert, KnnExpert)]
             retriever = next(iter(memory.retrievers.values()))
             found |= {
                 "k": self.setting.args.k,
@@ -411,13 +409,13 @@ class EvaluationRun:
                 "index": retriever.index.card.describe(),
                 "distances": retriever.distances,
             }
-        pointed = [expert for expert in panel.experts if isinstance(expert, PointerExpert)]
+        pointed = [expert for expert in mixture.experts if isinstance(expert, PointerExpert)]
         if pointed:
             searches = sum(expert.searches for expert in pointed)
             saved = 1 - searches / max(1, sum(expert.queries for expert in pointed))
             found |= {**_pointers(self.setting.args), "searches_saved": saved}
-        if isinstance(panel, SkippingPanel):
-            found["searches_skipped"] = 1 - panel.searched / max(panel.tokens, 1)
+        if isinstance(mixture, SkippingMixtureLM):
+            found["searches_skipped"] = 1 - mixture.searched / max(mixture.tokens, 1)
         if memory.stores:
             found |= {
                 "datastore": ":".join(str(store.path) for store in memory.stores),
@@ -458,7 +456,7 @@ def _index_builder(args: Any, rows: int, width: int) -> IndexBuilder:
     gpu, budget = wants_gpu(args.knn_device), args.max_bytes_per_key
     recipe = choose(args.recipe, rows, width, gpu=gpu, max_bytes=budget, lists=True)
     check_factory(recipe.factory, width)
-    builder = IndexBuilder(recipe, width, rows, Wishes(nprobe=args.probe))
+    builder = IndexBuilder(recipe, width, rows, BuildOptions(nprobe=args.probe))
     builder.check_any_order()
     return builder
 

@@ -12,7 +12,7 @@ from fairseq_knnlm.calibration.stored import Calibration, Stack
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.cache import CacheSetting
 from fairseq_knnlm.experts.knn import KnnSetting
-from fairseq_knnlm.lm.transformer import CONTEXT
+from fairseq_knnlm.lm.contexts import CONTEXT
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import ALONE, Fixed, Mixer
 from fairseq_knnlm.tasks import flags as config

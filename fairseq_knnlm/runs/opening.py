@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration
-from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.datastore.legacy import is_legacy, open_legacy
+from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, OutputError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.index.card import read_card
+from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex, gpu_of_torch_alone, read_card
-from fairseq_knnlm.index.stored import load as load_index
-from fairseq_knnlm.lm.transformer import CONTEXT, dictionary_fingerprint
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
+from fairseq_knnlm.lm.contexts import CONTEXT
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.mixture.components import searches
 from fairseq_knnlm.mixture.mixers import Mixer, Skip
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs.mixing import all_given, check_given, chosen_experts
+from fairseq_knnlm.runs.stores import open_store
 from fairseq_knnlm.tasks import checks
 from fairseq_knnlm.tasks import flags as config
 
@@ -54,7 +57,7 @@ class Memory:
     """
 
     stores: tuple[Datastore, ...]
-    retrievers: dict[str, Retriever]
+    retrievers: dict[str, LocalRetriever]
     ngram: NGramModel | None
     calibration: Calibration | None
     experts: tuple[str, ...]
@@ -121,21 +124,17 @@ def _skipping(args: Any, calibration: Calibration | None, experts: Sequence[str]
 
 
 def _open_store(args: Any, name: str, vocabulary: int) -> Datastore:
-    path = Path(name)
-    options = {
-        "load_keys": not args.no_load_keys,
-        "in_memory": args.move_dstore_to_mem,
-    }
-    if is_legacy(path):
-        return open_legacy(
-            path, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary, **options
-        )
-    store = open_datastore(path, **options)
-    checks.check_size(args.dstore_size, len(store))
-    return store
+    return open_store(
+        Path(name),
+        rows=args.dstore_size,
+        fp16=args.dstore_fp16,
+        vocabulary=vocabulary,
+        load_keys=not args.no_load_keys,
+        in_memory=args.move_dstore_to_mem,
+    )
 
 
-def _retriever(args: Any, store: Datastore) -> Retriever:
+def _retriever(args: Any, store: Datastore) -> LocalRetriever:
     checks.check_k(args.k, len(store))
     index = _open_index(args, store)
     checks.check_metric(str(args.faiss_metric_type), index.card.metric)
@@ -146,7 +145,7 @@ def _retriever(args: Any, store: Datastore) -> Retriever:
     elif similarity == "auto":
         settled = index.card.faithful or store.keys is None or index.card.metric == "ip"
         similarity = "do_not_recomp_l2" if settled else "l2"
-    return Retriever(index, store, similarity)
+    return LocalRetriever(index, store, similarity)
 
 
 def _open_index(args: Any, store: Datastore) -> SearchIndex | ExactSearch:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fairseq_knnlm.bounds import check_range
-from fairseq_knnlm.datastore import MANIFEST, check_new
+from fairseq_knnlm.bounds import MOST, MOST_ENTRIES, check_device, check_range
 from fairseq_knnlm.datastore.legacy import is_legacy, keys_file, values_file
-from fairseq_knnlm.errors import ConfigError, OutputError
+from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.files import check_outputs
+from fairseq_knnlm.runs.places import check_apart, check_new_datastore, exists
+from fairseq_knnlm.runs.stores import name_foreign
 from fairseq_knnlm.tasks.flags import (
     EXPERTS,
     KnnlmConfig,
@@ -27,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 #: fairseq starts a process, and so a shard, for each GPU that it sees.
 ONE_PROCESS = "leave --num-shards out, and on several GPUs pass --distributed-world-size 1"
-#: What the libraries below take for a count.
-MOST = 2**31 - 1
-#: Entries of a datastore.
-MOST_ENTRIES = 2**48
 #: Temperatures that leave float32 distances what they are: numbers.
 TEMPERATURES = 1e-6, 1e9
 MOST_THETA = 1e9
@@ -61,12 +57,6 @@ OF_EXPERTS = (
 )
 #: Of these, flags of the index that keys are streamed into.
 OF_STREAMING = ("probe", "knn_device")
-#: What files in a datastore's folder are called that are its own.
-OF_INDEX = "knn."
-PARTS: tuple[str, ...] = (
-    *("manifest.", "keys.", "values.", "projection.", "weights.", OF_INDEX, "ngram."),
-    *("calibration.json", "calibration.npz"),
-)
 
 
 def check(cfg: Any) -> None:
@@ -132,18 +122,6 @@ def _check_names(cfg: Any) -> None:
     check_device(cfg.knn_device)
 
 
-def check_device(name: str) -> None:
-    """Refuses a ``--knn-device`` that is written like none.
-
-    Raises:
-        ConfigError: where it is.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4}(,\d{1,4})*)?", name):
-        raise ConfigError(
-            "--knn-device names no device", expected="auto, cpu, cuda, or cuda:i,j", found=name
-        )
-
-
 def _check_datastores(cfg: Any) -> None:
     names = datastore_paths(cfg)
     if len(names) > 1 and ("" in names or (_there(cfg.dstore_filename) and not _there(names[0]))):
@@ -167,14 +145,7 @@ def _check_datastores(cfg: Any) -> None:
 
 
 def _there(name: str) -> bool:
-    return _exists(Path(name)) or is_legacy(Path(name))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no file can have
-        return False
+    return exists(Path(name)) or is_legacy(Path(name))
 
 
 def _check_numbers(cfg: Any) -> None:
@@ -259,18 +230,7 @@ def name_ignored(cfg: Any, experts: Iterable[str] | None, *, lists: bool = True)
     if experts is not None:
         _name_unheeded(cfg, {"knn" if name.startswith("knn") else name for name in experts})
     if not any(is_legacy(Path(name)) for name in datastore_paths(cfg)):
-        name_foreign(cfg)
-
-
-def name_foreign(cfg: Any) -> None:
-    """Says that flags for files of urvashik/knnlm do nothing."""
-    for name in ("dstore_size", "dstore_fp16"):
-        if _given(cfg, name):
-            logger.warning(
-                "%s does nothing: it is for files of urvashik/knnlm, and our datastores say it "
-                "themselves",
-                _typed(name),
-            )
+        name_foreign(cfg.dstore_size, cfg.dstore_fp16)
 
 
 def _name_unheeded(cfg: Any, asked: set[str]) -> None:
@@ -325,78 +285,6 @@ def _index_files(name: str | None) -> list[Path]:
 
 def _datastore_files(path: Path) -> list[Path]:
     return [keys_file(path), values_file(path)] if is_legacy(path) else [path]
-
-
-def check_new_datastore(flag: str, path: Path, others: Mapping[str, Path | str | None]) -> None:
-    """Refuses a place for a new datastore that is taken, or is part of something else.
-
-    Args:
-        flag: that names it.
-        path: its folder.
-        others: what else the run writes, by flag.
-
-    Raises:
-        DatastoreError: where ``path`` exists.
-        OutputError: where it lies within a datastore, or another output within it.
-    """
-    if ":" in str(path):
-        raise OutputError(
-            f"{flag} holds a colon, which separates the datastores of --dstore-filename",
-            expected="a path without one, so that the datastore can be read again",
-            found=path,
-        )
-    if _exists(path):
-        check_new(path)
-    place = Path(os.path.realpath(path))
-    around = [parent for parent in place.parents if _exists(parent / MANIFEST)]
-    within = [other for other, name in others.items() if name and place in _parents(name)]
-    if around or within:
-        raise OutputError(
-            f"{flag} names no place of its own",
-            expected="a new folder, outside other datastores, with no other file in it",
-            found=f"{path}, which lies in the datastore {around[0]}"
-            if around
-            else f"{path}, in which {within[0]} would lie",
-            do="choose another path",
-        )
-
-
-def _parents(name: Path | str) -> Iterable[Path]:
-    return Path(os.path.realpath(name)).parents
-
-
-def check_apart(
-    outputs: Mapping[str, Path | str | None],
-    inputs: Mapping[str, Iterable[Path]],
-    *,
-    allowed: str = "",
-) -> None:
-    """Refuses to write over what is read, or over a part of any datastore.
-
-    Args:
-        outputs: by the flag that names it; None where the flag is not given.
-        inputs: files that are read, by what names them.
-        allowed: what the name of a part begins with that may be written; empty for none.
-
-    Raises:
-        OutputError: naming both.
-    """
-    parts = tuple(part for part in PARTS if part != allowed)
-    read = {os.path.realpath(file): name for name, files in inputs.items() for file in files}
-    for flag, name in outputs.items():
-        if name is None:
-            continue
-        place = Path(os.path.realpath(name))
-        other = read.get(str(place))
-        if _exists(place.parent / MANIFEST) and place.name.startswith(parts):
-            other = f"a part of the datastore {place.parent}"
-        if other is not None:
-            raise OutputError(
-                f"{flag} would write over what is read",
-                expected="a file of its own",
-                found=f"{name}: {other}",
-                do="name another file",
-            )
 
 
 def name_precision(fp16: bool, bf16: bool, on_gpu: bool) -> None:
@@ -489,21 +377,6 @@ def check_k(k: int, rows: int) -> None:
             expected=f"at most {rows:,}, its entries",
             found=f"{k:,}",
             do=f"pass --k {rows} or less",
-        )
-
-
-def check_size(dstore_size: int | None, rows: int) -> None:
-    """Refuses a ``--dstore-size`` that contradicts the manifest.
-
-    Raises:
-        ConfigError: where it is given and wrong.
-    """
-    if dstore_size is not None and dstore_size != rows:
-        raise ConfigError(
-            "--dstore-size contradicts the datastore",
-            expected=f"{rows:,}, as its manifest says",
-            found=f"{dstore_size:,}",
-            do="leave --dstore-size out; it is for files of urvashik/knnlm",
         )
 
 

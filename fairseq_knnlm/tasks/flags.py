@@ -11,7 +11,7 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import OmegaConf
 
-from fairseq_knnlm.lm.transformer import KEY_TYPES
+from fairseq_knnlm.lm.keys import KEY_TYPES
 
 DEFAULT_LAMBDA = 0.25
 DEFAULT_TEMPERATURE = 1.0

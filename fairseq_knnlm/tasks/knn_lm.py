@@ -19,9 +19,10 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.lm.transformer import check_model, is_supported
+from fairseq_knnlm.lm.registry import check_model, is_supported
 from fairseq_knnlm.runs.evaluate import EvaluationRun, Setting, make_scorer, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
+from fairseq_knnlm.signals import end_on_request
 from fairseq_knnlm.tasks import checks, host, stock
 from fairseq_knnlm.tasks import flags as config
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
@@ -183,7 +184,7 @@ def _check_run(args: Any) -> None:
     """
     run, command = config.whole_run(args), host.command()
     if command is not None:
-        host.end_on_request()
+        end_on_request()
     stock.check_data(args.data)
     inputs: dict[str, list[str]] = {}
     if run is not None:

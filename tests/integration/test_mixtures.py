@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import BLOCKS, Lab, must
 
-from fairseq_knnlm.calibration.search import mixture_losses
-from fairseq_knnlm.calibration.search import tested as judged
+from fairseq_knnlm.calibration.losses import mixture_losses
+from fairseq_knnlm.calibration.report import measured
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.datastore import open_datastore
@@ -145,7 +145,7 @@ def test_experts_and_mixer_can_be_chosen(
     assert stack is not None
     flags = ["--dstore-filename", tuned.store, *K, "--experts", experts, "--mixer", kind]
     found = results(lab, tmp_path, *flags)
-    expected = judged(tuned.calibration, tuned.table).find(experts.split(","), kind)
+    expected = measured(tuned.calibration, tuned.table).find(experts.split(","), kind)
     assert expected is not None
     assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
     assert found["loss"] == pytest.approx(expected.bits, abs=1e-4)
@@ -320,3 +320,11 @@ def test_several_datastores_are_tuned_together(
     assert alone.best.name == tuned.calibration.best.name
     expected = mixture_losses(read_table(table), stack.mixer).mean() / math.log(2)
     assert found["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("experts", ["knn", "cache"])
+def test_nobody_is_asked_where_nothing_is_mixed(lab: Lab, datastore: Path, experts: str) -> None:
+    """There is no setting to ask an expert for."""
+    memory = ["--knnlm", "--dstore-filename", datastore, "--k", 8, "--experts", experts]
+    found = lab.evaluate("test", *memory, "--mixer", "none")
+    assert found == lab.evaluate("test")

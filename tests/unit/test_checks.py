@@ -13,9 +13,9 @@ import pytest
 from stores import random_entries, write_store
 
 from fairseq_knnlm.errors import ConfigError, DatastoreError, KnnlmError, OutputError
+from fairseq_knnlm.runs.places import check_apart
 from fairseq_knnlm.tasks.checks import (
     check,
-    check_apart,
     check_writes,
     name_ignored,
     name_precision,
