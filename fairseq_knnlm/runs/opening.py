@@ -12,6 +12,7 @@ from fairseq_knnlm.calibration.stored import Calibration, read_calibration
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, OutputError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.experts.ngram_file import load_counts, save_counts
 from fairseq_knnlm.index.card import read_card
 from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
@@ -181,10 +182,10 @@ def _ngram(store: Datastore) -> NGramModel:
     vocabulary = store.manifest.origin.vocabulary
     if path.is_file():
         tokens = len(store)
-        return NGramModel.load(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
+        return load_counts(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
     model = NGramModel.count(store.values, vocabulary, CONTEXT + 1)
     try:
-        model.save(path, store.fingerprint)
+        save_counts(model, path, store.fingerprint)
     except (OSError, OutputError) as error:  # the datastore may be somebody else's
         reason = str(error).splitlines()[0]
         logger.warning("the n-gram counts are not kept: %s", reason)
