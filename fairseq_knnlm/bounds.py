@@ -1,13 +1,18 @@
-"""Bounds of the numbers that a user types, checked before anything else sees them."""
+"""Bounds of what a user types, checked before anything else sees it."""
 
 from __future__ import annotations
 
 import math
+import re
 
 from fairseq_knnlm.errors import ConfigError
 
 #: Seeds that NumPy, torch and FAISS all take.
 LAST_SEED = 2**32 - 1
+#: What the libraries below take for a count.
+MOST = 2**31 - 1
+#: Entries of a datastore.
+MOST_ENTRIES = 2**48
 
 
 def check_range(
@@ -34,6 +39,18 @@ def check_range(
         raise ConfigError(f"{flag} {what}", expected=expected, found=f"{value:,}", do=do)
 
 
+def check_count(
+    flag: str, value: float | None, what: str, most: float = MOST, least: float = 1
+) -> None:
+    """The same, but whoever is below the least is not bothered with the most.
+
+    Raises:
+        ConfigError: naming the flag and what was typed.
+    """
+    above = value is not None and value > most
+    check_range(flag, value, least, most if above else None, what)
+
+
 def check_seed(value: int, flag: str = "--seed") -> None:
     """Refuses a seed that some library would not take.
 
@@ -41,3 +58,15 @@ def check_seed(value: int, flag: str = "--seed") -> None:
         ConfigError: naming the flag.
     """
     check_range(flag, value, 0, LAST_SEED, "is the seed of random numbers")
+
+
+def check_device(name: str) -> None:
+    """Refuses a ``--knn-device`` that is written like none.
+
+    Raises:
+        ConfigError: where it is.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4}(,\d{1,4})*)?", name):
+        raise ConfigError(
+            "--knn-device names no device", expected="auto, cpu, cuda, or cuda:i,j", found=name
+        )

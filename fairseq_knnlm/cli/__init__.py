@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fairseq_knnlm.bounds import check_range, check_seed
+from fairseq_knnlm.bounds import MOST, MOST_ENTRIES, check_device, check_range, check_seed
 from fairseq_knnlm.calibration.curves import draw_curves
 from fairseq_knnlm.calibration.search import (
     MOST_ITSELF,
@@ -47,17 +47,9 @@ from fairseq_knnlm.index.build import RECALL, Wishes, build, plan
 from fairseq_knnlm.index.recipes import choose, lists_of
 from fairseq_knnlm.index.snapshots import Snapshots
 from fairseq_knnlm.runs.compress import compress
+from fairseq_knnlm.runs.places import OF_INDEX, check_apart, check_new_datastore
+from fairseq_knnlm.runs.stores import check_size, name_foreign
 from fairseq_knnlm.runs.verify import verified
-from fairseq_knnlm.tasks.checks import (
-    MOST,
-    MOST_ENTRIES,
-    OF_INDEX,
-    check_apart,
-    check_device,
-    check_new_datastore,
-    check_size,
-    name_foreign,
-)
 from fairseq_knnlm.tasks.host import end_on_request
 from fairseq_knnlm.tasks.stock import check_checkpoint, check_data, check_split, in_our_words
 
@@ -313,7 +305,7 @@ def _open(args: argparse.Namespace) -> Datastore:
         return open_legacy(
             args.dstore, args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary
         )
-    name_foreign(args)
+    name_foreign(args.dstore_size, args.dstore_fp16)
     store = open_datastore(args.dstore)
     check_size(args.dstore_size, len(store))
     return store

@@ -16,7 +16,7 @@ from stores import random_entries, truncate, write_store
 from fairseq_knnlm.errors import NGramError
 from fairseq_knnlm.experts import kneser_ney as module
 from fairseq_knnlm.experts.kneser_ney import FALLBACK, NGramModel, estimate_discounts
-from fairseq_knnlm.runs.opening import _ngram
+from fairseq_knnlm.experts.ngram import counted
 
 ORDERS = (1, 2, 3, 4, 5)
 VOCABULARY = 12
@@ -448,7 +448,7 @@ def test_counts_that_cannot_be_kept_are_used(
     before = {file.name for file in store.path.iterdir()}
     obstacle(store.ngram_path)
     try:
-        model = _ngram(store)
+        model = counted(store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert model.tokens == 3000
