@@ -15,7 +15,8 @@ from typing import Any
 # Also from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fairseq_knnlm.calibration.search import Fitter, mixture_losses
+from fairseq_knnlm.calibration.fitter import Fitter
+from fairseq_knnlm.calibration.losses import mixture_losses
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import publish

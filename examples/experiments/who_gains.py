@@ -12,7 +12,7 @@ import numpy as np
 from scores import Axes, Scores, add_table_arguments, command, draw, show
 from steps import ended
 
-from fairseq_knnlm.calibration.search import mixture_losses
+from fairseq_knnlm.calibration.losses import mixture_losses
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.mixers import ALONE

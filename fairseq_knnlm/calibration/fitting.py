@@ -1,23 +1,22 @@
-"""Fits mixers to columns of log-probabilities: no language model, no index.
+"""Fits weights to columns of log-probabilities: no language model, no index.
 
-All of it maximises the likelihood of the mixture as ``mixing.mix`` computes it: the mean of
-log sum_e w_e p_e(token), where an expert that abstains leaves its weight to others.
+All of it maximises the likelihood of the mixture as ``mix`` computes it, the mean of
+log sum_e w_e p_e(token), where an expert that abstains leaves its weight to others. What is
+reported or compared is computed by ``mix`` itself; what climbs has its gradient.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq_knnlm.mixture.components import Abstain, Component
-from fairseq_knnlm.mixture.mix import mix, safe_log
-from fairseq_knnlm.mixture.mixers import LEAST_LM, Bins, Fixed, Gate
+from fairseq_knnlm.mixture.mix import mix
+from fairseq_knnlm.mixture.mixers import LEAST_LM, Bins, Fixed
 
 #: Rounds of expectation and maximisation at most.
 ROUNDS = 100
@@ -28,22 +27,14 @@ LEAST = 0.004
 #: A gate's columns at most.
 MOST = 24
 BINS = 16
-BATCH = 2048
-#: Steps an epoch at least: little text makes smaller batches, not fewer steps.
-LEAST_BATCHES = 10
-EPOCHS = 30
-#: Epochs without a better loss on the tokens kept aside, after which training ends.
-PATIENCE = 6
-LEARNING_RATE = 3e-3
-#: A probability of 0 has no gradient; nothing is lost where another component has the token.
-FLOOR = -60.0
 
 
 def best_lambda(lm: np.ndarray, expert: np.ndarray) -> float:
     """The weight that makes the mixture of two likeliest.
 
-    With r = p_expert / p_LM the mean of log(1 + lambda (r - 1)) is concave in lambda, so its
-    slope falls and bisection finds where it is zero.
+    With r = p_expert / p_LM the likelihood of ``mix`` is that of the LM and the mean of
+    log(1 + lambda (r - 1)), which is concave in lambda: its slope falls, and bisection finds where
+    it is zero.
 
     Args:
         lm: (N,) log p_LM, natural log.
@@ -71,12 +62,7 @@ def best_lambda(lm: np.ndarray, expert: np.ndarray) -> float:
 
 def mixture_loss(lm: np.ndarray, expert: np.ndarray, lmbda: float) -> float:
     """Mean of -log((1 - lambda) p_LM + lambda p_expert), natural log; NaN is left to the LM."""
-    if lmbda == 0:
-        return -float(np.mean(lm, dtype=np.float64))
-    base = lm.astype(np.float64)
-    expert = np.where(np.isnan(expert), base, expert)
-    rest = base + safe_log(1 - lmbda)
-    return -float(np.mean(np.logaddexp(rest, expert + math.log(lmbda))))
+    return _loss(np.stack([lm, expert], axis=1), np.array([1 - lmbda, lmbda]), "share")
 
 
 def best_setting(lm: np.ndarray, columns: np.ndarray) -> tuple[int, float]:
@@ -103,29 +89,38 @@ def best_weights(
         abstain: where the weight of one that abstains goes. With ``lm`` there are no other maxima;
             with ``share`` there may be, and the better of those above two starts is taken.
     """
-    silent = np.isnan(log_probs)
-    known = np.where(silent, log_probs[:, :1], log_probs)
+    absent = np.isnan(log_probs)
+    known = np.where(absent, log_probs[:, :1], log_probs)
     top = known.max(axis=1, keepdims=True)
     # float32 halves the time; responsibilities need no more.
     probs = torch.from_numpy(np.exp(known - top).astype(np.float32))
     equal = torch.full((probs.shape[1],), 1 / probs.shape[1])
-    weights, _ = _climbed(probs, None, equal, rounds)
-    if abstain == "share" and silent.any():
-        present = torch.from_numpy((~silent).astype(np.float32))
+    weights = _climbed(probs, None, equal, rounds)
+    if abstain == "share" and absent.any():
+        present = torch.from_numpy((~absent).astype(np.float32))
         tops = [_climbed(probs * present, present, start, rounds) for start in (weights, equal)]
-        weights, _ = max(tops, key=lambda found: found[1])
+        weights = min(tops, key=lambda found: _loss(log_probs, found.double().numpy(), abstain))
     return weights.double().numpy()
 
 
-def _climbed(
-    probs: Tensor, present: Tensor | None, weights: Tensor, rounds: int
-) -> tuple[Tensor, float]:
-    """The weights to which steps uphill lead, and the likelihood there.
+def _loss(log_probs: np.ndarray, weights: np.ndarray, abstain: Abstain) -> float:
+    """Mean of -log p of the mixture, natural log: of (N, E) and (E,), as evaluation computes it."""
+    log_weights = torch.from_numpy(weights).log().float()
+    mixed = mix(torch.from_numpy(log_probs), log_weights, abstain)
+    return -float(mixed.mean(dtype=torch.float64))
 
-    The likelihood is the mean of log (sum_e w_e p_e / sum_e w_e), both sums over those present. The
-    first log is minorised by its expectation (EM), minus the second by its tangent; what maximises
-    the two together is w_e times ``pull``, which is 1 at the top for all that weigh anything. Steps
-    beyond that are tried, and taken back where they lead downhill (Salakhutdinov and Roweis, 2003).
+
+def _climbed(probs: Tensor, present: Tensor | None, weights: Tensor, rounds: int) -> Tensor:
+    """The weights to which steps uphill lead.
+
+    What is climbed is the likelihood of ``mix``, but for a constant: the mean of
+    log (sum_e w_e p_e / sum_e w_e), both sums over those present. It is written out here because
+    both it and its gradient then take products of matrices, and no exponential in any round.
+
+    The first log is minorised by its expectation (EM), minus the second by its tangent; what
+    maximises the two together is w_e times ``pull``, which is 1 at the top for all that weigh
+    anything. Steps beyond that are tried, and taken back where they lead downhill (Salakhutdinov
+    and Roweis, 2003).
 
     Args:
         probs: (N, E), 0 where not present, each row to a scale of its own.
@@ -154,7 +149,7 @@ def _climbed(
         weights = from_here * pull**stride
         weights /= weights.sum()
         weights[0].clamp_(min=1e-9)  # it alone is present everywhere, and no total may be 0
-    return from_here, best
+    return from_here
 
 
 def fit_fixed(
@@ -211,94 +206,3 @@ def worth_mixing(log_probs: np.ndarray, abstain: Abstain = "share") -> list[int]
     weights = best_weights(log_probs, abstain=abstain)
     heaviest = np.argsort(-weights)[:MOST]
     return sorted(int(place) for place in heaviest if weights[place] >= LEAST)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What a gate learns from.
-
-    Attributes:
-        log_probs: (N, E) float32.
-        inputs: (N, F) float32.
-    """
-
-    log_probs: Tensor
-    inputs: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Examples:
-        return Examples(self.log_probs[rows], self.inputs[rows])
-
-    def __len__(self) -> int:
-        return len(self.log_probs)
-
-
-def fit_gate(
-    components: Sequence[Component],
-    features: Sequence[str],
-    fit: Examples,
-    stop: Examples,
-    *,
-    seed: int,
-    after_epoch: Callable[[float], None] = lambda loss: None,
-    dropout: float = 0.1,
-    weight_decay: float = 0.01,
-    abstain: Abstain = "share",
-) -> Gate:
-    """Trains a gate, and keeps it as it was when it did best on the tokens kept aside.
-
-    Args:
-        components: E of them.
-        features: names of the inputs.
-        fit: to learn from.
-        stop: to tell when to stop.
-        seed: of initial weights, order and dropout; the process's own generator is left alone.
-        after_epoch: told the loss on ``stop`` after each, in natural log.
-        dropout: share of hidden units left out in training.
-        weight_decay: of AdamW.
-        abstain: where the weight of an expert that abstains goes.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        width = fit.inputs.shape[1]
-        gate = Gate(components, features, width, dropout=dropout, abstain=abstain)
-        gate.standardize(fit.inputs)
-        _train(gate, fit, stop, after_epoch, weight_decay)
-    return gate.eval()
-
-
-def _train(
-    gate: Gate,
-    fit: Examples,
-    stop: Examples,
-    after_epoch: Callable[[float], None],
-    weight_decay: float,
-) -> None:
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=LEARNING_RATE, weight_decay=weight_decay)
-    batches = max(LEAST_BATCHES, len(fit) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=EPOCHS * batches + 1, pct_start=0.1
-    )
-    best, state, waited = math.inf, copy.deepcopy(gate.state_dict()), 0
-    for _ in range(EPOCHS):
-        gate.train()
-        for rows in torch.randperm(len(fit)).tensor_split(batches):
-            loss = gate_loss(gate, fit[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        gate.eval()
-        with torch.no_grad():
-            reached = float(gate_loss(gate, stop))
-        after_epoch(reached)
-        if reached < best:
-            best, state, waited = reached, copy.deepcopy(gate.state_dict()), 0
-        elif (waited := waited + 1) == PATIENCE:
-            break
-    gate.load_state_dict(state)
-
-
-def gate_loss(gate: Gate, examples: Examples) -> Tensor:
-    """Mean loss of the gated mixture, natural log."""
-    log_probs = examples.log_probs.clamp_min(FLOOR)  # which leaves NaN what it is
-    return -mix(log_probs, gate(examples.inputs), gate.abstain).mean()

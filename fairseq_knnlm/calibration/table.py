@@ -10,107 +10,29 @@ An ``.npz`` that ``numpy.load`` opens without pickle, rows in the order of the t
 * features, (N,) or (N, M) float32, by the names in the card: what a mixer may go by; among them,
   where a datastore is searched, ``lm_key`` (N, D) float16, the query itself;
 * ``card``, a JSON text: what made the table.
+
+Reading one takes neither torch nor fairseq nor faiss.
 """
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
-import torch
-from torch import Tensor
 
+from fairseq_knnlm.calibration.card import read_card
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.files import Claim, parse_json, partial_folder, publish, typed
-from fairseq_knnlm.files.arrays import Archive, opened, write_card
-from fairseq_knnlm.mixture.components import LM, Component, searches
+from fairseq_knnlm.files.arrays import Archive, opened
+from fairseq_knnlm.mixture.components import LM, Component
 
-FORMAT = "fairseq-knnlm score table"
-VERSION = 2
 AGAIN = "write it again, with the flags of the table that the calibration was fitted on"
-#: Rows copied at a time from the temporary columns into the table.
-STEP = 65536
 #: A log-probability above 0 by no more than this is rounding.
 ROUNDING = 1e-3
 #: Columns of an expert or feature at most: a key's width is the most there is.
 MOST_COLUMNS = 10**6
-
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z]\w{0,63}$")]
-Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
-#: Also keeps out 1e999, which JSON reads as infinity.
-Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds of an expert's settings; each expert has some of them."""
-
-    temperature: Annotated[float, msgspec.Meta(gt=0, le=1e30)] = 1.0
-    k: Count = 0
-    suffix: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
-    theta: Annotated[float, msgspec.Meta(ge=0, le=1e30)] = 1.0
-    window: Annotated[int, msgspec.Meta(ge=1, le=2**48)] = 1
-    order: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
-
-
-class Weighed(Setting, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A component of a fixed mixture, as results tell it."""
-
-    expert: Name
-    weight: Share
-
-
-class Blocks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the text was cut."""
-
-    tokens_per_sample: Count | None = None
-    context_window: Count | None = None
-    sample_break_mode: str | None = None
-
-
-class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds of what a score table says of itself (``docs/format.md``)."""
-
-    split: str
-    model: Annotated[str, msgspec.Meta(max_length=64)]
-    experts: dict[Name, list[Setting]]
-    features: list[Name]
-    datastores: list[Fingerprint] = []
-    described: dict[Name, dict[str, str | bool | Count | Finite | None]] = {}
-    distance_ranks: list[Annotated[int, msgspec.Meta(ge=1, le=2**48)]] = []
-    # What the run came to, as in the results JSON.
-    tokens: Count = 0
-    tokens_left_out: Count = 0
-    tokens_impossible: Count = 0
-    tokens_recalled: Count = 0
-    base_loss: Finite | None = None
-    base_perplexity: Finite | None = None
-    loss: Finite | None = None
-    perplexity: Finite | None = None
-    seconds: Finite = 0.0
-    tokens_per_second: Finite = 0.0
-    context: Blocks | None = None
-    mixed: list[Name] = []
-    mixer: str = ""
-    mixture: str = ""
-    mixture_from: str = ""
-    weights: list[Weighed] = []
-    k: Count = 0
-    search_seconds: Finite = 0.0
-    index: str = ""
-    distances: str = ""
-    pointers: str = ""
-    searches_saved: Finite = 0.0
-    searches_skipped: Share = 0.0
-    datastore: str = ""
-    entries: Count = 0
-    versions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -146,9 +68,9 @@ class ScoreTable:
             return self["lm"]
         settings = self.experts.get(component.expert, [])
         if component.setting not in settings:
-            words = ", ".join(f"{key} {value:g}" for key, value in component.setting.items())
             raise TableError(
-                f"the score table has no column of {component.expert} with {words}",
+                f"the score table has no column of {component.expert} with "
+                f"{', '.join(map(_in_words, component.setting.items()))}",
                 expected="the settings that the mixture was fitted with",
                 found=f"{len(settings)} others",
                 do=AGAIN,
@@ -157,8 +79,8 @@ class ScoreTable:
 
     def features(
         self, names: Sequence[str], rows: np.ndarray | slice = slice(None)
-    ) -> dict[str, Tensor]:
-        """The named features, as tensors, of some rows.
+    ) -> dict[str, np.ndarray]:
+        """The named features of some rows: (M,) or (M, F) each, float32 or float16.
 
         Raises:
             TableError: where the table was written without one.
@@ -170,61 +92,12 @@ class ScoreTable:
                 found=", ".join(self.columns),
                 do=AGAIN,
             )
-        return {name: torch.from_numpy(self[name][rows]) for name in names}
+        return {name: self[name][rows] for name in names}
 
 
-class ScoreTableWriter:
-    """Collects columns batch by batch, in files, so that memory does not grow with the text.
-
-    Args:
-        path: the ``.npz`` to make, replaced whole at the end.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._claim = Claim(path)
-        self._folder = partial_folder(path)
-        self._kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-
-    def write(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Appends a batch; every batch must bring the same columns, ``row`` among them."""
-        for name, column in columns.items():
-            kind = (column.dtype, column.shape[1:])
-            assert self._kinds.setdefault(name, kind) == kind
-            with Path(self._folder.name, name).open("ab") as file:
-                file.write(np.ascontiguousarray(column).data)
-
-    def publish(self, card: dict[str, Any]) -> None:
-        """Writes the table, rows in the order of the text."""
-        card = {"format": FORMAT, "version": VERSION, **card}
-        with publish(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            order = np.argsort(self._column("row"), kind="stable")
-            for name in self._kinds:
-                _store(archive, name, self._column(name), order)
-            _store(archive, "card", write_card(card), np.zeros(1, np.int64))
-        self._folder.cleanup()
-        self._claim.release()
-
-    def _column(self, name: str) -> np.ndarray:
-        dtype, shape = self._kinds[name]
-        return np.memmap(Path(self._folder.name, name), dtype=dtype, mode="r").reshape(-1, *shape)
-
-
-def _store(archive: zipfile.ZipFile, name: str, column: np.ndarray, order: np.ndarray) -> None:
-    header = {
-        "descr": np.lib.format.dtype_to_descr(column.dtype),
-        "fortran_order": False,
-        "shape": (len(order), *column.shape[1:]),
-    }
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in _steps(order):
-            file.write(np.ascontiguousarray(column[part]).tobytes())
-
-
-def _steps(order: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(order), STEP):
-        yield order[start : start + STEP]
+def _in_words(setting: tuple[str, Any]) -> str:
+    name, value = setting
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def read_table(path: Path) -> ScoreTable:
@@ -239,7 +112,7 @@ def read_table(path: Path) -> ScoreTable:
         raise TableError(f"no score table at {path}", expected=expected, found="nothing")
     try:
         with opened(path) as archive:
-            card = _read_card(path, archive)
+            card = read_card(path, archive.text("card"))
             return ScoreTable(_columns(archive, card), card)
     except ValueError as error:
         raise TableError(
@@ -248,31 +121,6 @@ def read_table(path: Path) -> ScoreTable:
             found=error,
             do="write it again, with --score-table",
         ) from None
-
-
-def _read_card(path: Path, archive: Archive) -> dict[str, Any]:
-    """The card, checked; still a dictionary, as it is written into results."""
-    card = parse_json(archive.text("card"))
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise ValueError("a file of another kind")
-    version = card.get("version")
-    if version != VERSION:
-        raise TableError(
-            f"{path} is a score table of another version of fairseq-knnlm",
-            expected=f"version {VERSION}",
-            found=f"version {version}",
-            do="write it again, with --score-table or `fairseq-knnlm tune --data`",
-        )
-    fields = {key: card[key] for key in card if key not in ("format", "version")}
-    checked = typed(fields, Card)
-    for name, settings in checked.experts.items():
-        if not settings:
-            raise ValueError(f"an expert without settings, {name} - at `$.experts`")
-        if name not in checked.described:
-            raise ValueError(f"nothing of the expert {name} - at `$.described`")
-        if searches(name) and not checked.k:
-            raise ValueError("no number of neighbours - at `$.k`")
-    return {"datastores": [], "described": {}, **card}
 
 
 def _columns(archive: Archive, card: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -15,22 +15,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fairseq_knnlm.bounds import MOST, MOST_ENTRIES, check_device, check_range, check_seed
+from fairseq_knnlm.calibration.checks import MOST_ITSELF, itself
 from fairseq_knnlm.calibration.curves import draw_curves
-from fairseq_knnlm.calibration.search import (
-    MOST_ITSELF,
-    Parts,
-    fit,
-    itself,
-    lines,
-    skipping_lines,
-    tested,
-)
-from fairseq_knnlm.calibration.stored import (
-    Calibration,
-    calibrated_sets,
-    read_calibration,
-    write_calibration,
-)
+from fairseq_knnlm.calibration.parts import Parts
+from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
+from fairseq_knnlm.calibration.report import lines, measured
+from fairseq_knnlm.calibration.search import fit
+from fairseq_knnlm.calibration.skipping import skipping_lines
+from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.datastore import Datastore, open_datastore, outline
 from fairseq_knnlm.datastore.legacy import convert, is_legacy, open_legacy
@@ -514,7 +506,7 @@ def _report(args: argparse.Namespace, _: list[str]) -> None:
     store, table = _open(args), read_table(args.score_table)
     _check_table(table, store)
     calibration = _calibration(store, table.card["datastores"])
-    found = tested(calibration, table)
+    found = measured(calibration, table)
     _warn_of_own_text(store, table)
     print(f"{table.card['split']}, {len(table):,} tokens; fitted on {_fitted(calibration)}")
     for line in lines(found):
@@ -593,14 +585,14 @@ def _ngrams(store: Datastore) -> str:
 
 
 def _mixtures(store: Datastore) -> str:
-    calibration = read_calibration(store.calibration_path, [store.fingerprint])
-    if calibration is None:
+    record = read_record(store.calibration_path, [store.fingerprint])
+    if record is None:
         found = "none; fit it with `fairseq-knnlm tune`"
     else:
-        best = calibration.best
+        best, on = record.best, record.fitted_on
         found = (
-            f"{best.name}, fitted on {_fitted(calibration)}; perplexity "
-            f"{calibration.base_perplexity:.2f} -> {best.perplexity:.2f}"
+            f"{best.name}, fitted on {on.split}, {on.tokens:,} tokens; perplexity "
+            f"{record.base_perplexity:.2f} -> {best.perplexity:.2f}"
         )
     others = calibrated_sets(store.calibration_path, but=[store.fingerprint])
     return "\n".join([found, *(f"  calibration  also of {line}" for line in others)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from fairseq_knnlm.calibration.table import Card
+from fairseq_knnlm.calibration.card import Card
 from fairseq_knnlm.experts.registry import find_kind
 from fairseq_knnlm.mixture.mixers import Fixed
 from fairseq_knnlm.mixture.model import SkippingPanel

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairseq_knnlm.calibration.table import ScoreTableWriter
+from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.knn import Opinion, Passage
 from fairseq_knnlm.lm.transformer import Scored, TargetLM

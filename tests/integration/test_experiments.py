@@ -16,7 +16,8 @@ import pytest
 from conftest import BLOCKS, ROOT, Lab, must, run
 from stores import random_entries, write_store
 
-from fairseq_knnlm.calibration.table import ScoreTable, ScoreTableWriter, read_table
+from fairseq_knnlm.calibration.table import ScoreTable, read_table
+from fairseq_knnlm.calibration.writer import ScoreTableWriter
 
 SCRIPTS = ROOT / "examples" / "experiments"
 FROM_TABLES = (

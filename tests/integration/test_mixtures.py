@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import BLOCKS, Lab, must
 
-from fairseq_knnlm.calibration.search import mixture_losses
-from fairseq_knnlm.calibration.search import tested as judged
+from fairseq_knnlm.calibration.losses import mixture_losses
+from fairseq_knnlm.calibration.report import measured
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.datastore import open_datastore
@@ -145,7 +145,7 @@ def test_experts_and_mixer_can_be_chosen(
     assert stack is not None
     flags = ["--dstore-filename", tuned.store, *K, "--experts", experts, "--mixer", kind]
     found = results(lab, tmp_path, *flags)
-    expected = judged(tuned.calibration, tuned.table).find(experts.split(","), kind)
+    expected = measured(tuned.calibration, tuned.table).find(experts.split(","), kind)
     assert expected is not None
     assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
     assert found["loss"] == pytest.approx(expected.bits, abs=1e-4)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, Lab, must, run
 
-from fairseq_knnlm.calibration.search import tested as judged
+from fairseq_knnlm.calibration.report import measured
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.datastore import open_datastore
@@ -122,7 +122,7 @@ def test_it_is_fitted_and_evaluated_from_the_calibration(outside: Outside, given
 
     outside.evaluate("test", "--mixer", "gate", "--results-json", results)
     found = json.loads(results.read_text())
-    expected = judged(calibration, given.table).find(["unigram"], "gate")
+    expected = measured(calibration, given.table).find(["unigram"], "gate")
     assert expected is not None
     assert found["mixture_from"] == "calibrated on valid"
     assert found["loss"] == pytest.approx(expected.bits, abs=1e-4)

@@ -136,7 +136,7 @@ def test_a_failing_write_keeps_no_other_from_being_made(
     assert not file.exists()
     table.unlink()
     caplog.clear()
-    monkeypatch.setattr("fairseq_knnlm.calibration.table.ScoreTableWriter.publish", full)
+    monkeypatch.setattr("fairseq_knnlm.calibration.writer.ScoreTableWriter.publish", full)
     with pytest.raises(OSError, match="No space left"):
         lab.evaluate("test", *flags, *written)
     assert "kNN-LM   perplexity" in caplog.text

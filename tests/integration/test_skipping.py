@@ -18,7 +18,9 @@ from conftest import BLOCKS, Lab, must, run
 from stores import assert_helps
 from torch import Tensor
 
-from fairseq_knnlm.calibration.search import SHARES, fit, skipped, skipping_lines, stacks_of
+from fairseq_knnlm.calibration.losses import tensors
+from fairseq_knnlm.calibration.search import expert_sets, fit
+from fairseq_knnlm.calibration.skipping import SHARES, skipped, skipping_lines
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import ConfigError
@@ -84,7 +86,7 @@ def test_half_the_searches_go_at_no_loss(calibration: Calibration) -> None:
 
 def test_every_share_is_reached(calibration: Calibration) -> None:
     table, (skip,) = planted(3), calibration.skips
-    scores = skip.scores(table.features(skip.gate.features)).numpy()
+    scores = skip.scores(tensors(table.features(skip.gate.features))).numpy()
     for share in np.linspace(0, 1, 21):
         assert np.mean(scores < skip.threshold(share)) == pytest.approx(share, abs=0.03)
 
@@ -105,11 +107,11 @@ def test_a_table_without_keys_gives_no_gate() -> None:
 
 
 def test_the_rest_is_fitted_too() -> None:
-    assert stacks_of(["knn", "cache", "ngram"]) == [
+    assert expert_sets(["knn", "cache", "ngram"]) == [
         *(("knn",), ("cache",), ("ngram",)),
         *(("knn", "cache"), ("knn", "cache", "ngram"), ("cache", "ngram")),
     ]
-    assert stacks_of(["knn", "knn2"]) == [("knn",), ("knn2",), ("knn", "knn2")]
+    assert expert_sets(["knn", "knn2"]) == [("knn",), ("knn2",), ("knn", "knn2")]
 
 
 def test_lines_leave_out_what_a_table_cannot_tell(calibration: Calibration) -> None:
@@ -137,7 +139,7 @@ def test_what_is_written_is_read(calibration: Calibration, tmp_path: Path) -> No
     (ours,), (theirs,) = calibration.skips, found.skips
     assert theirs.quantiles == ours.quantiles
     assert theirs.experts == ours.experts
-    features = planted(2, rows=50).features(["lm_key"])
+    features = tensors(planted(2, rows=50).features(["lm_key"]))
     assert torch.equal(theirs.scores(features), ours.scores(features))
     assert found.skip(["knn"]) is theirs
     assert found.skip(["knn", "cache"]) is None

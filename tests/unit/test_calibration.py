@@ -22,7 +22,9 @@ from safetensors.torch import load, save
 from stores import alter, assert_helps, lengthen, truncate
 from torch import Tensor
 
-from fairseq_knnlm.calibration import stored as module
+from fairseq_knnlm.calibration import record as module
+from fairseq_knnlm.calibration import settings
+from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
 from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import fingerprint, write_sealed
@@ -416,6 +418,14 @@ SPOILT: list[tuple[tuple[str | int, ...], object, str]] = [
 ]
 
 
+#: Those that only make sense, or none, to the network that they are of.
+SHAPES = [
+    ((*GATE, "hidden"), [65_536] * 4),
+    ((*GATE, "inputs"), 65_536),
+    ((*GATE, "components"), [{"expert": "lm", "setting": {}}]),
+]
+
+
 @pytest.mark.parametrize(("place", "value", "says"), SPOILT)
 def test_fields_that_cannot_be(
     path: Path, place: tuple[str | int, ...], value: object, says: str
@@ -426,6 +436,68 @@ def test_fields_that_cannot_be(
         read(path)
     assert_helps(caught, str(path), "fairseq-knnlm tune")
     assert says.strip("`") in str(caught.value)
+
+
+@pytest.mark.parametrize(("place", "value", "says"), SPOILT)
+def test_what_can_be_told_without_torch_is(
+    path: Path, place: tuple[str | int, ...], value: object, says: str
+) -> None:
+    """All but the shapes of a gate, which torch knows."""
+    resealed(path, place, value)
+    if (place, value) in SHAPES:
+        assert read_record(path, [DATASTORE]) is not None
+        return
+    with pytest.raises(TableError) as caught:
+        read_record(path, [DATASTORE])
+    assert_helps(caught, str(path), "fairseq-knnlm tune")
+    assert says.strip("`") in str(caught.value)
+
+
+def test_the_light_record_says_what_the_calibration_says(path: Path) -> None:
+    record, whole = read_record(path, [DATASTORE]), read(path)
+    assert record is not None
+    assert (record.best.name, record.best.perplexity) == (whole.best.name, whole.best.perplexity)
+    assert [one.name for one in record.mixtures] == [one.name for one in whole.stacks]
+    assert [one.mixer.kind for one in record.mixtures] == [one.mixer.kind for one in whole.stacks]
+    assert record.base_perplexity == whole.base_perplexity
+    assert (record.fitted_on.split, record.fitted_on.tokens) == ("valid", 1000)
+    of_version_2(path)
+    older = read_record(path, [DATASTORE])
+    assert older is not None
+    assert [one.name for one in older.mixtures] == [one.name for one in whole.stacks]
+
+
+ORACLE = Component("oracle", {"heat": 0.5, "deep": True, "style": "bold", "temperature": 2.0})
+
+
+def with_oracle(setting: dict[str, Any]) -> Calibration:
+    mixer = Fixed((LM, Component("oracle", setting)), (0.5, 0.5))
+    another = Stack(("oracle",), mixer, 80.0, 8.0, 80.0)
+    return replace(calibration(), stacks=(*stacks(), another))
+
+
+def test_an_expert_from_elsewhere_has_settings_of_its_own(path: Path) -> None:
+    write_calibration(path, with_oracle(ORACLE.setting))
+    found = read(path).find(["oracle"])
+    assert found is not None
+    assert list(found.mixer.components) == [LM, ORACLE]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("heat", [1]), ("heat", None), ("heat", 10**400), ("temperature", 0), ("k", "many")]
+    + [("no name", 1), ("suffix", 99)],
+)
+def test_settings_that_no_expert_can_have(path: Path, name: str, value: object) -> None:
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=name) as caught:
+        write_calibration(path, with_oracle(ORACLE.setting | {name: value}))
+    assert "stacks[5].mixer.components[1].setting" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_the_tokens_that_experts_look_back_are_known_without_torch() -> None:
+    assert settings.CONTEXT == CONTEXT
 
 
 def test_what_is_resealed_unchanged_opens(path: Path) -> None:
@@ -517,12 +589,12 @@ def test_one_for_all_sets_as_older_versions_had_it(tmp_path: Path) -> None:
 
 def test_the_other_sets_are_named(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    assert module.calibrated_sets(path) == []
+    assert calibrated_sets(path) == []
     for each in ((DATASTORE,), (DATASTORE, SECOND)):
         file = write_calibration(path, of(*each))
-    (line,) = module.calibrated_sets(path, but=[DATASTORE])
+    (line,) = calibrated_sets(path, but=[DATASTORE])
     assert "news:books" in line
     assert file.name in line
     truncate(file)
-    assert module.calibrated_sets(path, but=[DATASTORE]) == [f"{file.name}, which is damaged"]
+    assert calibrated_sets(path, but=[DATASTORE]) == [f"{file.name}, which is damaged"]
     assert read(path).datastores == (DATASTORE,)

@@ -27,7 +27,7 @@ from fairseq_knnlm.calibration.stored import (
     read_calibration,
     write_calibration,
 )
-from fairseq_knnlm.calibration.table import ScoreTableWriter
+from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.mixture.components import LM, Component

@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from fairseq_knnlm.calibration import fitting as module
+from fairseq_knnlm.calibration import gates
 from fairseq_knnlm.calibration.fitting import (
-    Examples,
     best_lambda,
     best_setting,
     best_weights,
     fit_bins,
     fit_fixed,
-    fit_gate,
-    gate_loss,
     mixture_loss,
     worth_mixing,
 )
+from fairseq_knnlm.calibration.gates import Examples, fit_gate, gate_loss
 from fairseq_knnlm.mixture.components import CONVENTIONS, LM, Abstain, Component
 from fairseq_knnlm.mixture.mix import mix
 from fairseq_knnlm.mixture.mixers import LEAST_LM, Gate, Mixer, floored
@@ -30,17 +29,17 @@ ROWS = 3000
 WAYS = CONVENTIONS
 
 
-def log_probs(seed: int, impossible: float = 0.0, silent: float = 0.0) -> np.ndarray:
+def log_probs(seed: int, impossible: float = 0.0, absent: float = 0.0) -> np.ndarray:
     """(ROWS,) float32 like an expert's: mostly unlikely, some certain, shares of -inf and NaN."""
     rng = np.random.default_rng(seed)
     found = np.log(rng.beta(0.5, 2.0, ROWS) + 1e-8).astype(np.float32)
     found[rng.random(ROWS) < impossible] = -math.inf
-    found[rng.random(ROWS) < silent] = math.nan
+    found[rng.random(ROWS) < absent] = math.nan
     return found
 
 
 def table(columns: int, seed: int = 1) -> np.ndarray:
-    """(ROWS, columns), the language model first; the others are impossible or silent at times."""
+    """(ROWS, columns), the language model first; the others are impossible or absent at times."""
     others = [log_probs(seed + n, 0.1 * n, 0.1) for n in range(1, columns)]
     return np.stack([log_probs(seed), *others], axis=1)
 
@@ -50,7 +49,7 @@ def components(number: int) -> list[Component]:
 
 
 def probabilities(columns: np.ndarray) -> np.ndarray:
-    """float64; where an expert is silent, the language model's (the convention ``lm``)."""
+    """float64; where an expert abstains, the language model's (the convention ``lm``)."""
     columns = columns.astype(np.float64)
     return np.exp(np.where(np.isnan(columns), columns[:, :1], columns))
 
@@ -69,10 +68,10 @@ def assert_likeliest(columns: np.ndarray, weights: np.ndarray, slack: float = 2e
     assert np.abs(gains[weights > 0.01] - 1).max() <= slack, gains
 
 
-@pytest.mark.parametrize("silent", [0.0, 0.3])
+@pytest.mark.parametrize("absent", [0.0, 0.3])
 @pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
-def test_loss_is_that_of_the_mixed_probabilities(lmbda: float, silent: float) -> None:
-    lm, expert = log_probs(1), log_probs(2, silent=silent)
+def test_loss_is_that_of_the_mixed_probabilities(lmbda: float, absent: float) -> None:
+    lm, expert = log_probs(1), log_probs(2, absent=absent)
     assert mixture_loss(lm, expert, lmbda) == pytest.approx(plain_loss(lm, expert, lmbda))
 
 
@@ -83,11 +82,11 @@ def test_loss_with_impossible_tokens() -> None:
     assert mixture_loss(lm, expert, 1.0) == math.inf
 
 
-@pytest.mark.parametrize("silent", [0.0, 0.4])
+@pytest.mark.parametrize("absent", [0.0, 0.4])
 @pytest.mark.parametrize("impossible", [0.0, 0.2, 0.6, 0.95])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_best_lambda_beats_a_fine_grid(seed: int, impossible: float, silent: float) -> None:
-    lm, expert = log_probs(seed), log_probs(seed + 10, impossible, silent)
+def test_best_lambda_beats_a_fine_grid(seed: int, impossible: float, absent: float) -> None:
+    lm, expert = log_probs(seed), log_probs(seed + 10, impossible, absent)
     grid = np.linspace(0, 1, 1001)
     losses = [plain_loss(lm, expert, lmbda) for lmbda in grid]
     found = best_lambda(lm, expert)
@@ -190,6 +189,58 @@ def test_what_is_fitted_is_the_optimum_of_what_is_used(
     starts = np.full(experts, 1 / experts), np.maximum(weights, 1e-7)
     best = min(direct(columns, abstain, start) for start in starts)
     assert reached / math.log(2) == pytest.approx(best, abs=1e-4)
+
+
+def gappy(experts: int = 6, seed: int = 3) -> np.ndarray:
+    """As ``table``, with an expert that abstains from half of the tokens."""
+    columns = table(experts, seed)
+    columns[::2, 1] = np.nan
+    return columns
+
+
+def likelihood(columns: np.ndarray, weights: np.ndarray, abstain: Abstain) -> float:
+    """By the function that evaluation uses, in float64."""
+    log_weights = torch.from_numpy(weights).log()
+    return float(mix(torch.from_numpy(columns).double(), log_weights, abstain).mean())
+
+
+@pytest.mark.parametrize("abstain", WAYS)
+def test_every_round_raises_the_likelihood_of_the_mixture(abstain: Abstain) -> None:
+    """A round may be a try that is taken back, and then leaves it as it was."""
+    columns = gappy()
+    found = [best_weights(columns, rounds, abstain) for rounds in range(1, 25)]
+    reached = [likelihood(columns, weights, abstain) for weights in found]
+    assert all(later > earlier - 1e-7 for earlier, later in pairwise(reached))
+    assert reached[-1] > reached[0] + 0.01
+
+
+@pytest.mark.parametrize("abstain", WAYS)
+def test_no_small_step_from_the_best_weights_is_uphill(abstain: Abstain) -> None:
+    """The slope of ``mix`` itself, by automatic differentiation in float64: along the simplex it
+    is 0 towards all that weigh something, and falls towards the others.
+    """
+    columns = gappy()
+    weights = torch.from_numpy(best_weights(columns, 1000, abstain)).requires_grad_()
+    log_probs = torch.from_numpy(columns).double().clamp_min(-300)  # which has a gradient
+    mix(log_probs, (weights / weights.sum()).clamp_min(1e-12).log(), abstain).mean().backward()
+    assert weights.grad is not None
+    assert weights.grad.max() < 1e-3
+    assert weights.grad[weights > 0.01].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("abstain", WAYS)
+def test_the_loss_of_two_is_that_of_the_mixture_that_is_used(
+    lmbda: float, abstain: Abstain
+) -> None:
+    """Bit for bit: what is compared in fitting is computed as in evaluation."""
+    lm, expert = log_probs(1), log_probs(2, absent=0.3)
+    columns = torch.from_numpy(np.stack([lm, expert], axis=1))
+    log_weights = torch.tensor([1 - lmbda, lmbda], dtype=torch.float64).log().float()
+    mixed = mix(columns, log_weights, abstain)
+    if abstain == "share":
+        assert mixture_loss(lm, expert, lmbda) == -float(mixed.mean(dtype=torch.float64))
+    assert mixture_loss(lm, expert, lmbda) == pytest.approx(-float(mixed.mean()), rel=1e-5)
 
 
 def test_the_conventions_differ_and_each_is_best_at_its_own() -> None:
@@ -347,7 +398,7 @@ def test_no_more_is_worth_mixing_than_can_be() -> None:
 def planted(rows: int, seed: int = 0) -> Examples:
     """One feature's sign tells which of two experts knows the token; others tell nothing.
 
-    At times the one that does not know is silent, or holds the token for impossible.
+    At times the one that does not know abstains, or holds the token for impossible.
     """
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(rows, 4)) * [1, 5, 0.1, 1] + [0, 100, 0, 0]
@@ -437,9 +488,9 @@ def test_training_ends_once_it_gets_worse_and_the_best_is_kept() -> None:
     losses: list[float] = []
     fit, stop = noise(200), noise(500)
     gate = fit_gate(components(3), ["x"], fit, stop, seed=0, after_epoch=losses.append)
-    assert module.PATIENCE < len(losses) < module.EPOCHS
+    assert gates.PATIENCE < len(losses) < gates.EPOCHS
     best = losses.index(min(losses))
-    assert len(losses) == best + 1 + module.PATIENCE
+    assert len(losses) == best + 1 + gates.PATIENCE
     with torch.no_grad():
         assert float(gate_loss(gate, stop)) == losses[best] < losses[-1]
 
@@ -448,12 +499,12 @@ def test_the_loss_is_that_of_the_mixture() -> None:
     """Impossible tokens are given the least probability that has a gradient."""
     gate, examples = Gate(components(3), ["x"], 4).eval(), planted(500)
     columns = examples.log_probs
-    silent = columns.isnan()
-    p = columns.double().exp().masked_fill(silent, 0)
-    expected = -(p.sum(dim=1) / (~silent).sum(dim=1)).log().mean()
+    absent = columns.isnan()
+    p = columns.double().exp().masked_fill(absent, 0)
+    expected = -(p.sum(dim=1) / (~absent).sum(dim=1)).log().mean()
     assert gate_loss(gate, examples).item() == pytest.approx(expected.item(), rel=1e-5)
     hopeless = Examples(torch.full((1, 3), -math.inf), torch.zeros(1, 4))
-    assert gate_loss(gate, hopeless).item() == pytest.approx(-module.FLOOR)
+    assert gate_loss(gate, hopeless).item() == pytest.approx(-gates.FLOOR)
 
 
 def test_some_examples_of_many() -> None:

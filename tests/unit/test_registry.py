@@ -59,7 +59,7 @@ def test_another_kind_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_names_and_flags_are_kept_apart(kind: Kind) -> None:
     before = kinds()
-    with pytest.raises(ValueError, match="expert|already"):
+    with pytest.raises(ValueError, match=r"expert|already"):
         register(kind)
     assert kinds() == before
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from stores import assert_helps, truncate
 
-from fairseq_knnlm.calibration import table as module
-from fairseq_knnlm.calibration.table import ScoreTableWriter, read_table
+from fairseq_knnlm.calibration import card as module
+from fairseq_knnlm.calibration import writer
+from fairseq_knnlm.calibration.table import read_table
+from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.components import LM, Component
 
@@ -57,10 +63,10 @@ def card(**fields: object) -> dict[str, object]:
 
 def write(path: Path, *, batches: int = 6, seed: int = 0) -> None:
     """Rows in random batches, as fairseq's sorting by length brings them."""
-    writer = ScoreTableWriter(path)
+    made = ScoreTableWriter(path)
     for rows in np.array_split(np.random.default_rng(seed).permutation(ROWS), batches):
-        writer.write({name: column[rows] for name, column in columns().items()})
-    writer.publish(card())
+        made.write({name: column[rows] for name, column in columns().items()})
+    made.publish(card())
 
 
 @pytest.mark.parametrize("step", [1, 7, 65536])
@@ -69,7 +75,7 @@ def test_round_trip_in_text_order(
     tmp_path: Path, batches: int, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the order of the batches; some of the 60 are empty."""
-    monkeypatch.setattr(module, "STEP", step)
+    monkeypatch.setattr(writer, "STEP", step)
     write(tmp_path / "new" / "table.npz", batches=batches)
     table = read_table(tmp_path / "new" / "table.npz")
     assert len(table) == ROWS
@@ -102,27 +108,27 @@ def test_numpy_opens_it_without_pickle(tmp_path: Path) -> None:
 def test_the_table_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "table.npz"
     path.write_text("older")
-    writer = ScoreTableWriter(path)
-    writer.write(columns())
+    made = ScoreTableWriter(path)
+    made.write(columns())
     assert path.read_text() == "older"
-    writer.publish(card())
+    made.publish(card())
     read_table(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_abandoned_table_leaves_nothing(tmp_path: Path) -> None:
-    writer = ScoreTableWriter(tmp_path / "table.npz")
-    writer.write(columns())
-    del writer
+    made = ScoreTableWriter(tmp_path / "table.npz")
+    made.write(columns())
+    del made
     gc.collect()
     assert not list(tmp_path.iterdir())
 
 
 def test_batches_must_agree(tmp_path: Path) -> None:
-    writer = ScoreTableWriter(tmp_path / "table.npz")
-    writer.write({"row": np.arange(3), "lm": np.zeros(3, np.float32)})
+    made = ScoreTableWriter(tmp_path / "table.npz")
+    made.write({"row": np.arange(3), "lm": np.zeros(3, np.float32)})
     with pytest.raises(AssertionError):
-        writer.write({"row": np.arange(3), "lm": np.zeros(3, np.float64)})
+        made.write({"row": np.arange(3), "lm": np.zeros(3, np.float64)})
 
 
 def flip_data(file: Path) -> None:
@@ -209,6 +215,7 @@ def test_columns_and_features_by_name(tmp_path: Path) -> None:
         table.column(Component("cache", {"theta": 3.0}))
     assert_helps(caught, "cache", "theta 3")
     found_features = table.features(["knn_entropy", "knn_distances"])
+    assert all(type(feature) is np.ndarray for feature in found_features.values())
     assert {name: tuple(x.shape) for name, x in found_features.items()} == {
         "knn_entropy": (ROWS,),
         "knn_distances": (ROWS, 3),
@@ -256,6 +263,35 @@ def test_a_table_rewritten_as_it_was_opens(tmp_path: Path) -> None:
     assert len(read_table(tmp_path / "table.npz")) == ROWS
 
 
+#: Of an expert that this package does not know: names and types of its own.
+OUTSIDE = {"heat": 0.5, "deep": True, "style": "bold", "temperature": 2.0, "steps": -3}
+
+
+def outsider(**setting: object) -> dict[str, object]:
+    """The cache's columns as those of another expert, in the setting of each but one."""
+    settings = [OUTSIDE | {"steps": number} for number in range(4)] + [setting]
+    described = {"knn": {"k": 8}, "oracle": {"name": "Delphi"}}
+    return {"experts": {"knn": EXPERTS["knn"], "oracle": settings}, "described": described}
+
+
+def rename_cache(arrays: dict[str, np.ndarray]) -> None:
+    arrays["oracle"] = arrays.pop("cache")
+
+
+def test_an_expert_from_elsewhere_has_settings_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "table.npz"
+    weights = [{"expert": "lm", "weight": 0.4}, {"expert": "oracle", "weight": 0.6, **OUTSIDE}]
+    rewrite(path, rename_cache, **outsider(**OUTSIDE), weights=weights)
+    table = read_table(path)
+    assert table.card["weights"] == weights
+    for place, setting in enumerate(table.experts["oracle"]):
+        found = table.column(Component("oracle", dict(setting)))
+        assert np.array_equal(found, columns()["cache"][:, place])
+    with pytest.raises(TableError) as caught:
+        table.column(Component("oracle", OUTSIDE | {"style": "plain"}))
+    assert_helps(caught, "oracle", "heat 0.5", "deep True", "style plain")
+
+
 FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "split is a number": ({"split": 3}, "$.split"),
     "no model": ({"model": "missing"}, "`model`"),
@@ -273,6 +309,22 @@ FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "suffix of 5": ({"experts": {**EXPERTS, "cache": [{"suffix": 5}] * 5}}, "suffix"),
     "theta below 0": ({"experts": {**EXPERTS, "cache": [{"theta": -1}] * 5}}, "theta"),
     "k below 0": ({"experts": {**EXPERTS, "knn": [{"k": -1}] * 2}}, ".k"),
+    "a setting of a list": (outsider(lists=[1]), "lists"),
+    "a setting of nothing": (outsider(nothing=None), "nothing"),
+    "a setting infinite": (outsider(heat=10**400), "heat"),
+    "a setting with a name of its own": (outsider(**{"no name": 1}), "no name"),
+    "an outsider's temperature 0": (outsider(temperature=0), "temperature"),
+    "an outsider's window a text": (outsider(window="wide"), "window"),
+    "a weight above 1": ({"weights": [{"expert": "knn", "weight": 2}]}, "weight"),
+    "a weight of nobody": ({"weights": [{"weight": 0.5}]}, "expert"),
+    "a weight of an impossible setting": (
+        {"weights": [{"expert": "knn", "weight": 0.5, "temperature": -1}]},
+        "temperature",
+    ),
+    "a weight of an unknown setting": (
+        {"weights": [{"expert": "cache", "weight": 0.5, "heat": 1}]},
+        "heat",
+    ),
     "unknown setting": ({"experts": {**EXPERTS, "knn": [{"heat": 1}] * 2}}, "heat"),
     "fewer settings": ({"experts": {**EXPERTS, "knn": [{}]}}, "knn"),
     "another expert": ({"experts": {**EXPERTS, "ngram": [{"order": 5}]}}, "ngram"),
@@ -305,6 +357,30 @@ def test_brackets_without_end(tmp_path: Path) -> None:
     with pytest.raises(TableError) as caught:
         read_table(tmp_path / "table.npz")
     assert_helps(caught, "brackets")
+
+
+LIGHT = """
+import sys
+from pathlib import Path
+from fairseq_knnlm.calibration.table import read_table
+from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
+table = read_table(Path({path!r}))
+assert table.features(["knn_entropy"])["knn_entropy"].shape == (50,)
+assert read_record(Path("calibration.json"), []) is None
+print([name for name in ("torch", "fairseq", "faiss", "fairseq_cli") if name in sys.modules])
+"""
+
+
+def test_reading_takes_neither_torch_nor_fairseq_nor_faiss(tmp_path: Path) -> None:
+    path = tmp_path / "table.npz"
+    write(path)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LIGHT.format(path=str(path))]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
 
 
 def put(name: str, value: object, place: object = 3) -> Callable[[dict[str, np.ndarray]], None]:

@@ -13,8 +13,13 @@ import pytest
 import torch
 from stores import assert_helps
 
-from fairseq_knnlm.calibration import search as tune
-from fairseq_knnlm.calibration.search import Fitter, Parts, fit, lines, mixture_losses, stacks_of
+from fairseq_knnlm.calibration.checks import itself
+from fairseq_knnlm.calibration.fitter import Fitter
+from fairseq_knnlm.calibration.fitting import fit_fixed
+from fairseq_knnlm.calibration.losses import log_probs, mixture_losses, tensors
+from fairseq_knnlm.calibration.parts import STRETCH, Parts
+from fairseq_knnlm.calibration.report import lines, measured
+from fairseq_knnlm.calibration.search import expert_sets, fit
 from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import TableError
@@ -112,7 +117,7 @@ def useless(rows: int = ROWS) -> ScoreTable:
 
 def plain_losses(scores: ScoreTable, mixer: Mixer) -> np.ndarray:
     """-log of the weighted mean of probabilities, in float64 and one token at a time."""
-    features = scores.features(mixer.features)
+    features = tensors(scores.features(mixer.features))
     weights = mixer.log_weights(features).expand(len(scores), -1).double().exp().numpy()
     columns = [scores.column(component) for component in mixer.components]
     losses = []
@@ -151,7 +156,7 @@ def test_parts_are_stretches_of_text() -> None:
     """Neighbouring tokens are alike: a token apart from its neighbours would be known by them."""
     held_out = Parts.of(100_000).report
     breaks = np.flatnonzero(np.diff(held_out) > 1)
-    assert len(breaks) + 1 == len(held_out) / tune.STRETCH
+    assert len(breaks) + 1 == len(held_out) / STRETCH
 
 
 @pytest.mark.parametrize(("true", "lmbda"), [(1.0, 0.6), (5.0, 0.4), (40.0, 0.8)])
@@ -163,7 +168,7 @@ def test_fixed_finds_what_was_planted(true: float, lmbda: float) -> None:
 
 
 def test_a_part_of_the_neighbours_is_no_setting_of_its_own() -> None:
-    """Those with a suffix, or fewer of them, are often silent: they are for blends and gates."""
+    """Those with a suffix, or fewer of them, often abstain: they are for blends and gates."""
     scores = planted(5.0, 0.5)
     good = scores["knn"][:, 2:3]
     columns = scores.columns | {"knn": np.concatenate([scores["knn"], good + 0.5], axis=1)}
@@ -230,7 +235,7 @@ def test_a_gate_that_is_told_who_is_right_beats_fixed_weights() -> None:
     fitter = Fitter(told(12_000))
     experts = ("knn",)
     fixed, bins, gate = (
-        fitter.judge(experts, fitted(experts)).perplexity
+        fitter.measured(experts, fitted(experts)).perplexity
         for fitted in (fitter.fixed, fitter.bins, fitter.gate)
     )
     assert fixed == pytest.approx(2 / 0.81, rel=0.02)
@@ -239,8 +244,8 @@ def test_a_gate_that_is_told_who_is_right_beats_fixed_weights() -> None:
 
 
 def test_experts_are_fitted_one_by_one_and_each_with_those_before() -> None:
-    assert stacks_of(["a", "b", "c"]) == [("a",), ("b",), ("c",), ("a", "b"), ("a", "b", "c")]
-    assert stacks_of(["a"]) == [("a",)]
+    assert expert_sets(["a", "b", "c"]) == [("a",), ("b",), ("c",), ("a", "b"), ("a", "b", "c")]
+    assert expert_sets(["a"]) == [("a",)]
     seen: list[tuple[str, ...]] = []
 
     def steps(sets: list[tuple[str, ...]]) -> Any:
@@ -354,7 +359,7 @@ def test_the_card_says_what_was_fitted_on_what() -> None:
 def test_on_another_table() -> None:
     """The same weights, all tokens, the figures of plain lines."""
     found, other = fit(told(1000)), told(500)
-    there = tune.tested(found, other)
+    there = measured(found, other)
     assert there.best.name == found.best.name
     for before, after in zip(found.stacks, there.stacks, strict=True):
         assert after.mixer is before.mixer
@@ -380,7 +385,7 @@ def without(scores: ScoreTable, name: str) -> ScoreTable:
 def test_what_is_not_used_may_be_missing() -> None:
     found = fit(told(400))
     found = replace(found, default=found.stacks.index(stack(found, "knn, gate")))
-    there = tune.tested(found, without(told(400), "cache"))
+    there = measured(found, without(told(400), "cache"))
     assert there.best.name == "knn, gate"
     assert not [each for each in there.stacks if "cache" in each.experts]
 
@@ -399,11 +404,11 @@ def test_tables_that_do_not_fit_are_refused() -> None:
     }
     for says, spoilt in cases.items():
         with pytest.raises(TableError) as caught:
-            tune.tested(found, spoilt)
+            measured(found, spoilt)
         assert_helps(caught, says)
 
 
-def silent_at_times(seed: int = 6) -> ScoreTable:
+def abstaining(seed: int = 6) -> ScoreTable:
     """Drawn from a mixture of three in which who abstains leaves its weight to the model alone."""
     rng = np.random.default_rng(seed)
     columns = np.log(rng.beta(0.5, 1.5, (ROWS, 3)) + 1e-4)
@@ -416,7 +421,7 @@ def silent_at_times(seed: int = 6) -> ScoreTable:
 
 def test_what_is_fitted_can_be_kept(tmp_path: Path) -> None:
     """All kinds of mixers, in plain numbers."""
-    for scores in (keyed(told(400)), silent_at_times(), planted(5.0, 0.5)):
+    for scores in (keyed(told(400)), abstaining(), planted(5.0, 0.5)):
         found = fit(scores)
         write_calibration(tmp_path / "calibration.json", found)
         kept = read_calibration(tmp_path / "calibration.json", found.datastores)
@@ -426,13 +431,13 @@ def test_what_is_fitted_can_be_kept(tmp_path: Path) -> None:
 
 def test_valid_chooses_between_the_conventions() -> None:
     """Each of them is fitted; the better one on the tokens to choose on is taken."""
-    scores = silent_at_times()
+    scores = abstaining()
     fitter = Fitter(scores)
     chosen = fitter.fixed(["knn", "cache"])
-    columns = tune.log_probs(scores, chosen.components, fitter.parts.fixed)
+    columns = log_probs(scores, chosen.components, fitter.parts.fixed)
     losses = {}
     for way in CONVENTIONS:
-        mixer = tune.fit_fixed(chosen.components, columns, abstain=way)
+        mixer = fit_fixed(chosen.components, columns, abstain=way)
         losses[way] = plain_losses(scores, mixer)[fitter.parts.choose].mean()
     assert chosen.abstain == min(losses, key=losses.__getitem__)
     assert losses["share"] != pytest.approx(losses["lm"], rel=1e-4)
@@ -447,11 +452,11 @@ def test_too_few_tokens_are_refused(rows: int) -> None:
     assert_helps(caught, "too few tokens", "40 at least", f"found:    {rows}")
 
 
-def test_a_table_of_no_tokens_is_not_judged() -> None:
+def test_a_table_of_no_tokens_is_not_measured() -> None:
     some = told(400)
     none = replace(some, columns={name: column[:0] for name, column in some.columns.items()})
     with pytest.raises(TableError, match="too few tokens"):
-        tune.tested(fit(some), none)
+        measured(fit(some), none)
 
 
 @pytest.mark.parametrize(
@@ -488,7 +493,7 @@ def test_text_that_the_datastore_holds_is_seen() -> None:
     some = told(400)
 
     def share(distances: np.ndarray) -> float:
-        return tune.itself(replace(some, columns=some.columns | {"knn_distances": distances}))
+        return itself(replace(some, columns=some.columns | {"knn_distances": distances}))
 
     far = 100 + np.arange(400 * 3, dtype=np.float32).reshape(400, 3)
     own = far.copy()
@@ -497,7 +502,7 @@ def test_text_that_the_datastore_holds_is_seen() -> None:
     assert share(own) == 0.75
     assert share(-far) == 0
     assert share(np.full((400, 3), np.nan, np.float32)) == 0
-    assert tune.itself(without(some, "knn_distances")) == 0
+    assert itself(without(some, "knn_distances")) == 0
 
 
 def test_fit_needs_experts() -> None:

@@ -1,0 +1,121 @@
+"""The card of a score table: what made it, and the bounds of all that it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from fairseq_knnlm.calibration.settings import Finite, Name, check_setting
+from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.files import parse_json, typed
+from fairseq_knnlm.mixture.components import searches
+
+FORMAT = "fairseq-knnlm score table"
+VERSION = 2
+
+Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Weighed(msgspec.Struct, frozen=True):
+    """A component of a fixed mixture, as results tell it: with its settings beside these."""
+
+    expert: Name
+    weight: Share
+
+
+class Blocks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the text was cut."""
+
+    tokens_per_sample: Count | None = None
+    context_window: Count | None = None
+    sample_break_mode: str | None = None
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds of what a score table says of itself (``docs/format.md``)."""
+
+    split: str
+    model: Annotated[str, msgspec.Meta(max_length=64)]
+    experts: dict[Name, list[dict[str, Any]]]  # as ``check_setting`` has them
+    features: list[Name]
+    datastores: list[Fingerprint] = []
+    described: dict[Name, dict[str, str | bool | Count | Finite | None]] = {}
+    distance_ranks: list[Annotated[int, msgspec.Meta(ge=1, le=2**48)]] = []
+    # What the run came to, as in the results JSON.
+    tokens: Count = 0
+    tokens_left_out: Count = 0
+    tokens_impossible: Count = 0
+    tokens_recalled: Count = 0
+    base_loss: Finite | None = None
+    base_perplexity: Finite | None = None
+    loss: Finite | None = None
+    perplexity: Finite | None = None
+    seconds: Finite = 0.0
+    tokens_per_second: Finite = 0.0
+    context: Blocks | None = None
+    mixed: list[Name] = []
+    mixer: str = ""
+    mixture: str = ""
+    mixture_from: str = ""
+    weights: list[dict[str, Any]] = []  # each a ``Weighed``
+    k: Count = 0
+    search_seconds: Finite = 0.0
+    index: str = ""
+    distances: str = ""
+    pointers: str = ""
+    searches_saved: Finite = 0.0
+    searches_skipped: Share = 0.0
+    datastore: str = ""
+    entries: Count = 0
+    versions: dict[str, str] = {}
+
+
+def read_card(path: Path, text: str) -> dict[str, Any]:
+    """The card, checked; still a dictionary, as it is written into results.
+
+    Args:
+        path: the table's, for words.
+        text: the card, as JSON.
+
+    Raises:
+        TableError: where it is of another version.
+        ValueError: where it is none, naming the field that is not as it should be.
+    """
+    card = parse_json(text)
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise ValueError("a file of another kind")
+    version = card.get("version")
+    if version != VERSION:
+        raise TableError(
+            f"{path} is a score table of another version of fairseq-knnlm",
+            expected=f"version {VERSION}",
+            found=f"version {version}",
+            do="write it again, with --score-table or `fairseq-knnlm tune --data`",
+        )
+    fields = {key: card[key] for key in card if key not in ("format", "version")}
+    checked = typed(fields, Card)
+    for number, component in enumerate(checked.weights):
+        weighed = typed(component, Weighed)
+        rest = {key: component[key] for key in component.keys() - {"expert", "weight"}}
+        _check_setting(weighed.expert, rest, f"$.weights[{number}]")
+    for name, settings in checked.experts.items():
+        for number, setting in enumerate(settings):
+            _check_setting(name, setting, f"$.experts.{name}[{number}]")
+        if not settings:
+            raise ValueError(f"an expert without settings, {name} - at `$.experts`")
+        if name not in checked.described:
+            raise ValueError(f"nothing of the expert {name} - at `$.described`")
+        if searches(name) and not checked.k:
+            raise ValueError("no number of neighbours - at `$.k`")
+    return {"datastores": [], "described": {}, **card}
+
+
+def _check_setting(expert: str, setting: dict[str, Any], where: str) -> None:
+    try:
+        check_setting(expert, setting)
+    except ValueError as error:
+        raise ValueError(f"{error} of `{where}`") from None

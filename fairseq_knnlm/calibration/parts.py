@@ -1,0 +1,42 @@
+"""Cuts a score table into parts: to fit on, to stop on, to choose on, and to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Tokens of a stretch. Neighbouring tokens are alike, so the parts must not alternate quickly.
+STRETCH = 2000
+#: Of ten stretches, how many to fit on, to stop on and to choose on; the other is held out.
+FIT, STOP, CHOOSE = 7, 1, 1
+#: Tokens without which there is no telling them apart: four rounds of ten stretches of one token.
+LEAST_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of a table, (M,) int64 each."""
+
+    fit: np.ndarray
+    stop: np.ndarray
+    choose: np.ndarray
+    report: np.ndarray
+
+    @property
+    def fixed(self) -> np.ndarray:
+        """What weights are fitted on that need no stopping."""
+        return np.concatenate([self.fit, self.stop])
+
+    @property
+    def unreported(self) -> np.ndarray:
+        """What they are fitted on once more when nothing is left to choose."""
+        return np.concatenate([self.fit, self.stop, self.choose])
+
+    @classmethod
+    def of(cls, rows: int) -> Parts:
+        """Cuts a table: into shorter stretches where ten would not fit into it."""
+        stretch = max(1, min(STRETCH, rows // LEAST_ROWS))
+        turn = np.arange(rows) // stretch % 10
+        part = np.searchsorted(np.cumsum([FIT, STOP, CHOOSE]), turn, side="right")
+        return cls(*(np.flatnonzero(part == number) for number in range(4)))
