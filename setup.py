@@ -1,16 +1,26 @@
 """Packaging of fairseq_knnlm; `make setup` builds a ready environment around it."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+# Read, not imported: what the package needs may not be there yet.
+VERSIONS = (HERE / "fairseq_knnlm/versions.py").read_text(encoding="utf-8")
 # It is imported as `fairseq`; the distribution of that name works up to Python 3.10 only.
 FAIRSEQ = "fairseq-fixed==0.12.3.1"
 
 setup(
     name="fairseq-knnlm",
-    version="0.1.0",
+    version=re.findall(r'^VERSION = "(.*)"$', VERSIONS, re.MULTILINE)[0],
     description="Nearest-neighbour language models for fairseq",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_knnlm", "fairseq_knnlm.*"]),
+    package_data={"fairseq_knnlm": ["py.typed"]},
+    zip_safe=False,  # fairseq is given the package's folder
     python_requires=">=3.11",
     install_requires=[FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "tqdm"],
     extras_require={

@@ -14,7 +14,7 @@ from fairseq_cli import eval_lm
 # Also from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq_knnlm.lm.transformer import TargetLM
+from fairseq_knnlm.lm.transformer import TransformerLM
 
 
 class FeaturesOnly:
@@ -24,7 +24,7 @@ class FeaturesOnly:
         self.pad = dictionary.pad()
 
     def generate(self, models: Any, sample: Any, **_: Any) -> list[Any]:
-        TargetLM(models[0], self.pad).score(sample)
+        TransformerLM(models[0]).encode(sample["net_input"], sample["target"].ne(self.pad))
         return []
 
 

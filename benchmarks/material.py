@@ -22,10 +22,12 @@ from torch import Tensor
 from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.index import stored as indexes
-from fairseq_knnlm.index.build import RECALL, Wishes, build, plan
+from fairseq_knnlm.index.build import RECALL, BuildOptions, build, plan
+from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.recipes import choose
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
+from fairseq_knnlm.index.storage import save as save_index
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN: list[object] = ["--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm"]
@@ -220,12 +222,10 @@ class Material:
     def _recipe(self, name: str) -> Any:
         return choose(name, len(self.store), self.store.manifest.width)
 
-    def _wishes(self, queries: int, recall: float) -> Wishes:
-        return Wishes(queries=queries, k=self.choice.k, recall=recall)
+    def _wishes(self, queries: int, recall: float) -> BuildOptions:
+        return BuildOptions(queries=queries, k=self.choice.k, recall=recall)
 
-    def build(
-        self, name: str, queries: int, recall: float = RECALL
-    ) -> tuple[Any, indexes.IndexCard]:
+    def build(self, name: str, queries: int, recall: float = RECALL) -> tuple[Any, IndexCard]:
         """Builds an index of the datastore.
 
         Args:
@@ -242,7 +242,7 @@ class Material:
         digest = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:8]
         path = self.folder / f"{name}-{digest}.index"
         if not path.is_file():
-            indexes.save(*self.build(name, queries, recall), path, self.store.fingerprint)
+            save_index(*self.build(name, queries, recall), path, self.store.fingerprint)
         return path
 
     def index(self, name: str, queries: int, recall: float = RECALL) -> SearchIndex:
@@ -253,7 +253,7 @@ class Material:
 def load(path: Path, store: Datastore, k: int) -> SearchIndex:
     """An index of a datastore."""
     rows, width = len(store), store.manifest.width
-    return indexes.load(path, datastore=store.fingerprint, rows=rows, width=width, k=k)
+    return load_index(path, datastore=store.fingerprint, rows=rows, width=width, k=k)
 
 
 def sampled(rows: int, wanted: int, seed: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from rivals import Searching
 from tqdm import tqdm
 
 from fairseq_knnlm.calibration.fitting import best_lambda, mixture_loss
+from fairseq_knnlm.experts.knn import vote
 from fairseq_knnlm.files import publish
-from fairseq_knnlm.mixture.mix import knn_log_probs
 
 #: 0.25 to 512, four to an octave.
 TEMPERATURES = tuple(2.0 ** (step / 4) for step in range(-8, 37))
@@ -101,7 +101,6 @@ class Perplexities:
                 asked.keys.split(BATCH), asked.tokens.split(BATCH), strict=True
             ):
                 near = search(keys, self.searches.k)
-                matches = near.values == tokens[:, None]
-                columns.append(knn_log_probs(near.distances, matches, near.valid, TEMPERATURES))
+                columns.append(vote(near, TEMPERATURES).log_prob(tokens))
                 bar.update(len(keys))
         return torch.cat(columns).numpy()

@@ -12,13 +12,14 @@ from material import Material, load
 from torch import Tensor
 
 from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.index.build import Wishes
-from fairseq_knnlm.index.stored import SearchIndex
-from fairseq_knnlm.retrieval.local import Neighbours, Retriever
+from fairseq_knnlm.index.build import BuildOptions
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.retrieval.local import LocalRetriever
+from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 Search = Callable[[Tensor, int], Neighbours]
 #: Keys that an index is examined with, where the build does not say otherwise.
-EXAM = Wishes().queries
+EXAM = BuildOptions().queries
 #: For an index whose nprobe is known.
 UNEXAMINED = 0
 #: Share of the true neighbours that the lists visited should hold where distances are exact.
@@ -87,17 +88,17 @@ class Searches:
         store = self.material.store
         if name == "streamed":
             bare = open_datastore(self.material.streamed(), load_keys=False)
-            return Retriever(load(bare.index_path, bare, self.k), bare, FROM_INDEX).search
+            return LocalRetriever(load(bare.index_path, bare, self.k), bare, FROM_INDEX).search
         if name == "exact":
             # Not kept in a file: it is nothing but the keys.
             index = SearchIndex(*self.material.build("Flat", UNEXAMINED))
-            return Retriever(index, store, FROM_INDEX).search
+            return LocalRetriever(index, store, FROM_INDEX).search
         if name == "published":
             return Published(self._paper, store).search
         if name == "ours_exact":
-            return Retriever(self._ours_for_exact, store, "l2").search
+            return LocalRetriever(self._ours_for_exact, store, "l2").search
         index = self._paper if name == "ivfpq" else self._ours
-        return Retriever(index, store, FROM_INDEX).search
+        return LocalRetriever(index, store, FROM_INDEX).search
 
     @cached_property
     def _ours(self) -> SearchIndex:
@@ -128,7 +129,7 @@ class Searches:
             BenchError: where they find other neighbours or distances.
         """
         theirs = self.of("published")(queries, self.k)
-        ours = Retriever(self._paper, self.material.store, "l2").search(queries, self.k)
+        ours = LocalRetriever(self._paper, self.material.store, "l2").search(queries, self.k)
         same = torch.equal(theirs.ids, ours.ids) and torch.equal(theirs.values, ours.values.long())
         if not (same and torch.allclose(theirs.distances, ours.distances, rtol=1e-4)):
             raise BenchError("the published procedure, as written here, finds something else")

@@ -33,9 +33,11 @@ from synthetic import Mixture
 from tqdm import tqdm
 
 from fairseq_knnlm.files import write_json
-from fairseq_knnlm.index.build import IndexBuilder, Wishes
+from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
+from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.recipes import choose
-from fairseq_knnlm.index.stored import IndexCard, SearchIndex, write_file
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What is wanted: growth of a query's time from the smallest size to the largest, and memory.
@@ -137,7 +139,7 @@ def measure(args: argparse.Namespace, rows: int) -> dict[str, Any]:
     """Builds and searches an index of so many keys."""
     mixture, watch = Mixture(args.width, args.seed, args.threads), Watch()
     recipe = choose("auto", rows, args.width, lists=True)
-    builder = IndexBuilder(recipe, args.width, rows, Wishes(k=args.k, seed=args.seed))
+    builder = IndexBuilder(recipe, args.width, rows, BuildOptions(k=args.k, seed=args.seed))
     truth = Truth(mixture.queries(args.queries), args.k)
     with watch.on("generating"):
         sample, places = mixture.sample(rows, builder.sample_rows)

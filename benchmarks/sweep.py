@@ -27,8 +27,8 @@ from msgspec.structs import replace
 from perplexity import Perplexities
 from rivals import EXAM, FROM_INDEX, UNEXAMINED, Search
 
-from fairseq_knnlm.index.stored import SearchIndex
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.retrieval.local import LocalRetriever
 
 PAPER = "paper@32"
 #: Queries of a timed batch, and batches.
@@ -51,7 +51,7 @@ class Recipes:
         built = self.index(recipe)
         # The last SearchIndex made of an index decides how many lists it visits.
         chosen = SearchIndex(built.index, replace(built.card, nprobe=int(nprobe)))
-        return Retriever(chosen, self.material.store, FROM_INDEX).search
+        return LocalRetriever(chosen, self.material.store, FROM_INDEX).search
 
     def ratio(self, name: str, queries: torch.Tensor) -> tuple[float, Ratio]:
         """Queries a second, and how many times that is the paper's index's."""

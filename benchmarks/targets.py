@@ -16,7 +16,7 @@ from rivals import UNEXAMINED, Searches
 from speeds import Speeds
 
 from fairseq_knnlm.errors import KnnlmError
-from fairseq_knnlm.experts.knn import QUERIES_AT_A_TIME
+from fairseq_knnlm.experts.contract import Timeless
 
 #: Those of a kind are measured together, in this order.
 TARGETS = {
@@ -120,7 +120,7 @@ class Bench:
 
     def _searches(self, names: Sequence[str]) -> Rates:
         """Queries a second, in such batches of the test sample as an evaluation makes."""
-        batches = self.perplexities.samples["test"].keys.split(QUERIES_AT_A_TIME)
+        batches = self.perplexities.samples["test"].keys.split(Timeless.at_a_time)
         if "published" in names:
             self.searches.check_published(batches[0])
 

@@ -9,7 +9,9 @@ but not where another package is its ``--user-dir``, which may have experts to a
 import sys
 from pathlib import Path
 
-__version__ = "0.2.0.dev0"
+from fairseq_knnlm.versions import VERSION
+
+__version__ = VERSION
 
 
 def _is_for_another() -> bool:

@@ -1,13 +1,13 @@
-"""Versions of the libraries that results depend on."""
+"""The version of this package, and those of the libraries that results depend on."""
 
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
+#: Of this package: the one place that says it, which setup.py reads too.
+VERSION = "0.2.0"
 #: The same import name comes from either of several distributions.
 LIBRARIES = {
-    "fairseq_knnlm": ("fairseq-knnlm",),
     "fairseq": ("fairseq-fixed", "fairseq"),
     "torch": ("torch",),
     "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs"),
@@ -16,12 +16,17 @@ LIBRARIES = {
 
 
 def versions() -> dict[str, str]:
-    """Library versions, Python's included; ``"unknown"`` for what is not installed by name."""
+    """Versions of Python, of this package and of libraries; ``"unknown"`` for what is not installed
+    by name.
+    """
     found = {name: _first(distributions) for name, distributions in LIBRARIES.items()}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), "fairseq_knnlm": VERSION, **found}
 
 
 def _first(distributions: tuple[str, ...]) -> str:
+    # Here, since every import of the package passes by, and few ask.
+    from importlib.metadata import PackageNotFoundError, version
+
     for name in distributions:
         try:
             return version(name)

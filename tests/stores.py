@@ -1,7 +1,9 @@
-"""Small datastores and passages for the tests of single modules, and ways to spoil a file."""
+"""Small datastores and questions for the tests of single modules, and ways to spoil a file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from fairseq_knnlm.datastore import (
     open_datastore,
 )
 from fairseq_knnlm.errors import KnnlmError
-from fairseq_knnlm.experts.knn import Passage
-from fairseq_knnlm.index.build import Wishes, build
+from fairseq_knnlm.experts.contract import Expert
+from fairseq_knnlm.experts.knn import vote
+from fairseq_knnlm.index.build import BuildOptions, build
+from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.recipes import choose
-from fairseq_knnlm.index.stored import IndexCard
-from fairseq_knnlm.lm.transformer import CONTEXT, Scored
+from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
+from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 
 def origin(vocabulary: int = 50) -> Origin:
@@ -69,11 +73,11 @@ def write_compressed(path: Path) -> Datastore:
 
 
 def build_index(
-    keys: np.ndarray, recipe: str, *, queries: int = 0, **wishes: Any
+    keys: np.ndarray, recipe: str, *, queries: int = 0, **options: Any
 ) -> tuple[Any, IndexCard]:
-    """Builds an index of a recipe by name, unexamined unless asked."""
-    chosen = choose(recipe, *keys.shape, metric=wishes.get("metric", "l2"))
-    return build(keys, chosen, Wishes(queries=queries, **wishes), progress=False)
+    """Builds an index of a recipe by name; recall is not measured unless asked."""
+    chosen = choose(recipe, *keys.shape, metric=options.get("metric", "l2"))
+    return build(keys, chosen, BuildOptions(queries=queries, **options), progress=False)
 
 
 def brute_force(xb: np.ndarray, xq: np.ndarray, k: int, metric: str) -> tuple[np.ndarray, ...]:
@@ -91,15 +95,66 @@ def contexts(tokens: list[int], seen: int = CONTEXT) -> Tensor:
     return torch.tensor([row + [-1] * (CONTEXT - len(row)) for row in rows])
 
 
-def passage(
-    keys: Tensor, targets: Tensor, context: Tensor | None = None, rows: Tensor | None = None
-) -> Passage:
-    """Scored tokens whose keys are their features too; the first of the text unless told."""
+@dataclass(frozen=True)
+class Question:
+    """Contexts, and what came after them."""
+
+    contexts: Contexts
+    targets: Tensor
+
+    def __getitem__(self, places: Tensor | slice) -> Question:
+        return Question(self.contexts[places], self.targets[places])
+
+
+def asking(
+    keys: Tensor, targets: Tensor, before: Tensor | None = None, rows: Tensor | None = None
+) -> Question:
+    """Contexts whose keys are their features too; the first of the text unless told."""
     size = len(targets)
-    if context is None:
-        context = torch.full((size, CONTEXT), -1)
-    scored = Scored(targets, keys, keys, torch.ones(1, size, dtype=torch.bool), context)
-    return Passage(scored, torch.arange(size) if rows is None else rows)
+    if before is None:
+        before = torch.full((size, CONTEXT), -1)
+    rows = torch.arange(size) if rows is None else rows
+    return Question(Contexts(keys, keys, before, rows), targets)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an expert said: of the targets (N, S), and its features."""
+
+    log_probs: Tensor
+    features: dict[str, Tensor]
+
+
+def ask(expert: Expert, asked: Question) -> Answer:
+    """An expert's prediction, asked for what came; then it is told."""
+    prediction = expert.predict(asked.contexts)
+    found = Answer(prediction.log_prob(asked.targets), dict(prediction.features))
+    expert.observe(asked.targets)
+    return found
+
+
+def knn_log_probs(
+    distances: Tensor,
+    matches: Tensor,
+    valid: Tensor,
+    temperatures: Sequence[float],
+    log_weights: Tensor | None = None,
+) -> Tensor:
+    """(N, M) log p of the token that ``matches`` says neighbours have, by a sparse prediction."""
+    ids = torch.zeros_like(matches, dtype=torch.int64)
+    near = Neighbours(
+        ids, distances.masked_fill(~valid, torch.inf), matches.long(), valid, log_weights
+    )
+    return vote(near, temperatures).log_prob(torch.ones(len(distances)).long())
+
+
+def joined(parts: Sequence[Answer]) -> Answer:
+    """Answers of consecutive contexts, as one."""
+    names = parts[0].features
+    return Answer(
+        torch.cat([part.log_probs for part in parts]),
+        {name: torch.cat([part.features[name] for part in parts]) for name in names},
+    )
 
 
 def share(found: np.ndarray, true: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from scores import Axes, Scores, command, draw, only, show
 from steps import Experiment, add_arguments, ended
 
-from fairseq_knnlm.lm.transformer import KEY_TYPES
+from fairseq_knnlm.lm.keys import KEY_TYPES
 
 EXAMPLE = """\
 example: python examples/experiments/ablations.py keys data-bin --path checkpoint_best.pt

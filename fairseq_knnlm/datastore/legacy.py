@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Manifest, Origin
+from fairseq_knnlm.datastore.manifest import Manifest, Origin
+from fairseq_knnlm.datastore.reader import Datastore
+from fairseq_knnlm.datastore.writer import DatastoreWriter
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import checksums, chunk_count, fingerprint, sampled_chunks
 from fairseq_knnlm.files.arrays import kind_of
@@ -67,29 +69,9 @@ def open_legacy(
             are no numbers.
     """
     key_dtype, value_dtype = ("float16", "int16") if fp16 else ("float32", "int64")
-    if rows is None:
-        raise DatastoreError(
-            f"{prefix} is a datastore of urvashik/knnlm, whose files do not say their size",
-            expected="--dstore-size ROWS, the number it was written with",
-            found="no --dstore-size",
-            do="pass it, or convert the datastore once with `fairseq-knnlm import`",
-        )
-    limit = np.iinfo(value_dtype).max + 1
-    if vocabulary is not None and vocabulary > limit:
-        raise DatastoreError(
-            f"{values_file(prefix)} holds its token ids as {value_dtype}",
-            expected=f"at most {limit:,} types in the dictionary",
-            found=f"{vocabulary:,} types: ids above {limit - 1:,} overflowed when it was written",
-            do="save the datastore again with fairseq_knnlm, which picks a type that fits",
-        )
-    for file in _files(prefix):
-        if (kind := kind_of(file)) != "a file":
-            raise DatastoreError(
-                f"{file} cannot be read",
-                expected="a file, as urvashik/knnlm writes it",
-                found=kind,
-                do="check --dstore-filename or --dstore",
-            )
+    rows = _checked_rows(prefix, rows)
+    _check_holds(prefix, value_dtype, vocabulary)
+    _check_files(prefix)
     width = _width(keys_file(prefix), rows, np.dtype(key_dtype).itemsize)
     values = _raw(values_file(prefix), value_dtype, (rows,), in_memory)
     _check_values(prefix, values, vocabulary)
@@ -105,6 +87,40 @@ def open_legacy(
     return Datastore(
         prefix, manifest, keys if load_keys else None, values, fingerprint(identity), index_path
     )
+
+
+def _checked_rows(prefix: Path, rows: int | None) -> int:
+    if rows is None:
+        raise DatastoreError(
+            f"{prefix} is a datastore of urvashik/knnlm, whose files do not say their size",
+            expected="--dstore-size ROWS, the number it was written with",
+            found="no --dstore-size",
+            do="pass it, or convert the datastore once with `fairseq-knnlm import`",
+        )
+    return rows
+
+
+def _check_holds(prefix: Path, value_dtype: str, vocabulary: int | None) -> None:
+    """Refuses values of a type that cannot hold the vocabulary."""
+    limit = np.iinfo(value_dtype).max + 1
+    if vocabulary is not None and vocabulary > limit:
+        raise DatastoreError(
+            f"{values_file(prefix)} holds its token ids as {value_dtype}",
+            expected=f"at most {limit:,} types in the dictionary",
+            found=f"{vocabulary:,} types: ids above {limit - 1:,} overflowed when it was written",
+            do="save the datastore again with fairseq_knnlm, which picks a type that fits",
+        )
+
+
+def _check_files(prefix: Path) -> None:
+    for file in _files(prefix):
+        if (kind := kind_of(file)) != "a file":
+            raise DatastoreError(
+                f"{file} cannot be read",
+                expected="a file, as urvashik/knnlm writes it",
+                found=kind,
+                do="check --dstore-filename or --dstore",
+            )
 
 
 def convert(store: Datastore, folder: Path, *, chunk: int = 65536) -> Path:

@@ -3,7 +3,8 @@
 p_cache(w) is the sum over the earlier positions i of the window whose token was w of
 softmax_i(theta h_i . h_t), with h the features from which the model predicts. Only tokens that
 stand strictly before the one to be predicted count, across blocks and batches, so the text must be
-read in its order. Where every sentence is a text of its own, each begins with an empty cache.
+read in its order. Where there are several texts, each has a cache of its own, which is empty where
+the text begins.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from fairseq_knnlm.bounds import check_count
 from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.experts.contract import Joined
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
-from fairseq_knnlm.experts.knn import SUFFIXES, Opinion, Passage, joined
+from fairseq_knnlm.experts.knn import SUFFIXES
+from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePrediction, SparseSetting
 from fairseq_knnlm.files import human_bytes
-from fairseq_knnlm.lm.transformer import CONTEXT
+from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 
 #: Windows and thetas in a score table; these thetas are over sqrt(D), as attention's scale is.
 WINDOWS = (500, 1000, 2000, 4000, 8000)
@@ -38,6 +41,8 @@ FEATURE_THETAS = (0.5, 1.0)
 QUERIES_AT_A_TIME = 256
 #: What ``--cache-theta`` may be.
 MOST_THETA = 1e9
+#: A window up to which the scores of a few times as many take no memory to speak of.
+MIDDLING = 8192
 
 
 @dataclass(frozen=True, order=True)
@@ -67,17 +72,25 @@ def cache_grid(width: int) -> list[CacheSetting]:
     ]
 
 
+def contexts_at_a_time(window: int) -> int:
+    """Contexts that a cache is best asked of at a time: their scores are kept until they are."""
+    return QUERIES_AT_A_TIME * (4 if window <= MIDDLING else 1)
+
+
 def cache_bytes(settings: Sequence[CacheSetting], width: int, *, features: bool = False) -> int:
     """Bytes that a cache of these settings will need, for features of D = ``width``.
 
-    The window's keys, tokens and contexts, twice while it moves on; and for each query of a batch
-    its scores, their copies that are worked on (4 bytes each), and the masks (1 byte each).
+    The window's keys, tokens and contexts, twice while it moves on; for each context its scores (4
+    bytes each) and masks (1 byte each), and for those that are worked on copies of them.
     """
-    windows = [setting.window for setting in settings] + [*(FEATURE_WINDOWS if features else ())]
+    window = max(
+        [setting.window for setting in settings] + [*(FEATURE_WINDOWS if features else ())]
+    )
     suffixes = max([setting.suffix for setting in settings] + [2 if features else 0])
     text = 4 * width + 8 * (CONTEXT + 2)
-    scores = QUERIES_AT_A_TIME * (3 * 4 + 3 + 2 * suffixes)
-    return (max(windows) + QUERIES_AT_A_TIME) * (2 * text + scores)
+    kept = contexts_at_a_time(window) * (4 + 1 + suffixes)
+    worked_on = QUERIES_AT_A_TIME * (2 * 4 + 2 + suffixes)
+    return (window + QUERIES_AT_A_TIME) * (2 * text + kept + worked_on)
 
 
 def check_memory(needed: int, available: int) -> None:
@@ -110,15 +123,17 @@ class Recent:
 
     Attributes:
         keys: (M, D) float32, the language model's features.
-        tokens: (M,) int64, what followed.
-        context: (M, CONTEXT) int64, what came before.
+        tokens: (M,) int64, what followed; -1 where that is not known yet.
+        before: (M, CONTEXT) int64, what came before.
         documents: (M,) int64, the number of the document, ascending; -1 before all text.
+        row: of the last position; -1 before all text.
     """
 
     keys: Tensor
     tokens: Tensor
-    context: Tensor
+    before: Tensor
     documents: Tensor
+    row: int = -1
 
     @classmethod
     def nothing(cls, length: int, like: Tensor) -> Recent:
@@ -128,19 +143,27 @@ class Recent:
         return cls(keys, none, none[:, None].expand(-1, CONTEXT), none)
 
     def __add__(self, other: Recent) -> Recent:
-        pairs = zip(self._parts, other._parts, strict=True)
-        return Recent(*(torch.cat(pair) for pair in pairs))
+        keys, tokens, before, documents = map(
+            torch.cat, zip(self._parts, other._parts, strict=True)
+        )
+        return Recent(keys, tokens, before, documents, other.row)
 
-    def __getitem__(self, part: slice | Tensor) -> Recent:
-        return Recent(*(whole[part] for whole in self._parts))
+    def __getitem__(self, part: slice) -> Recent:
+        keys, tokens, before, documents = (whole[part] for whole in self._parts)
+        return Recent(keys, tokens, before, documents, self.row)
 
     @property
     def _parts(self) -> tuple[Tensor, ...]:
-        return self.keys, self.tokens, self.context, self.documents
+        return self.keys, self.tokens, self.before, self.documents
+
+    def ending(self, tokens: Tensor) -> Recent:
+        """The same, now that it is known what followed the last positions."""
+        tokens = tokens[-len(self.tokens) :]
+        return replace(self, tokens=torch.cat([self.tokens[: -len(tokens) or None], tokens]))
 
 
 class CacheExpert:
-    """p_cache of the target, from the text before it.
+    """p_cache, from the text before each context.
 
     Args:
         settings: windows and thetas, a column each.
@@ -159,100 +182,116 @@ class CacheExpert:
         reset: bool = False,
         features: bool = False,
     ) -> None:
-        self.columns = list(settings)
         self.settings = [vars(setting) for setting in settings]
         self.eos = eos
         self.reset = reset
         self.features = features
         windows = {setting.window for setting in settings}
         self.windows = sorted(windows | set(FEATURE_WINDOWS if features else ()))
+        self.at_a_time = contexts_at_a_time(self.windows[-1])
         self.length = max(2, self.windows[-1])  # two line ends make an empty line
-        #: Each window is the next smaller one and a ring of positions before it.
-        far_end = self.windows[-1]
-        self.rings = [
-            slice(far_end - far, far_end - near) for near, far in pairwise([0, *self.windows])
+        self._suffix = max([setting.suffix for setting in settings] + [2 if features else 0])
+        self._columns = [
+            SparseSetting(setting.suffix, self.windows.index(setting.window), setting.theta)
+            for setting in settings
         ]
-        # Where a place of the window lies: counted from the nearest ring.
-        self._ring_of = torch.empty(far_end, dtype=torch.int64)
-        for number, ring in enumerate(self.rings):
-            self._ring_of[ring] = number
-        self._forget()
+        # Each window is the next smaller one and a ring of positions before it; the latest is last.
+        far_end = self.windows[-1]
+        self._extents = Extents(
+            [slice(far_end - far, far_end - near) for near, far in pairwise([0, *self.windows])]
+        )
+        self._texts: dict[int, Recent] = {}
+        self._asked: list[tuple[int, Tensor]] = []
 
-    def _forget(self) -> None:
-        """Begins a text."""
-        self._recent: Recent | None = None
-        self._last_row = -1
-        self._document = 0
-
-    def opinion(self, passage: Passage) -> Opinion:
-        """log p of each target, given all text before it.
+    def predict(self, contexts: Contexts) -> Joined:
+        """What follows each context, given all its text before it.
 
         Raises:
-            ConfigError: where a batch lies before one that was already read.
+            ConfigError: where a context lies before one that was already read.
         """
-        if passage.texts is None or not len(passage.rows):
-            return self._read_on(passage)
-        parts = []
-        for text in passage.apart():
-            self._forget()
-            parts.append(self._read_on(text))
-        return joined(parts)
+        parts: list[SparsePrediction] = []
+        sizes, places = [], []
+        self._asked = []
+        for text, of_text in contexts.by_text().items():
+            order = of_text[contexts.rows[of_text].argsort()]
+            order = order[contexts.rows[order] >= 0]  # an added beginning of sentence is no text
+            if not len(order):
+                continue
+            for queries, everything in self._read(text, contexts, order):
+                parts.append(self._predicted(queries, everything))
+                sizes.append(len(queries.tokens))
+            places.append(order)
+        if not parts:
+            parts, sizes = [self._nothing(contexts)], [0]
+            places = [contexts.rows.new_empty(0)]
+        return Joined(parts, sizes, torch.cat(places), len(contexts))
 
-    def _read_on(self, passage: Passage) -> Opinion:
-        rows = passage.rows
-        order = rows.argsort()
-        order = order[rows[order] >= 0]  # an added beginning of sentence is no text
-        parts = [self._opinion(part) for part in self._read(passage, order)]
-        found = joined(parts)
+    def observe(self, tokens: Tensor) -> None:
+        """Takes what followed into the cache."""
+        for text, order in self._asked:
+            self._texts[text] = self._texts[text].ending(tokens[order])
+        self._asked = []
 
-        def place(column: Tensor) -> Tensor:
-            whole = column.new_full((len(rows), *column.shape[1:]), torch.nan)
-            whole[order] = column
-            return whole
+    def reorder(self, order: Tensor) -> None:
+        """Text i goes on where text ``order[i]`` stood."""
+        self._asked = []
+        known = self._texts
+        self._texts = {to: known[text] for to, text in enumerate(order.tolist()) if text in known}
 
-        return Opinion(
-            place(found.log_probs), {name: place(x) for name, x in found.features.items()}
-        )
-
-    def _read(self, passage: Passage, order: Tensor) -> list[tuple[Recent, Recent]]:
+    def _read(self, text: int, contexts: Contexts, order: Tensor) -> list[tuple[Recent, Recent]]:
         """Pairs of some positions in the order of the text, and these with the window before."""
-        scored, length = passage.scored, self.length
-        rows = passage.rows[order]
-        if len(rows) and int(rows[0]) <= self._last_row:
-            raise ConfigError(
-                "the cache needs the text in its order",
-                expected=f"tokens after row {self._last_row:,}",
-                found=f"row {int(rows[0]):,}",
-                do="report this: the loader gave blocks out of order",
-            )
-        keys, tokens = scored.features[order].float(), scored.targets[order]
-        context = scored.context[order]
-        before = self._recent if self._recent is not None else Recent.nothing(length, keys)
-        documents = self._documents(torch.cat([before.tokens[-2:], tokens]))
-        new = Recent(keys, tokens, context, documents)
-        everything = before + new
-        if len(rows):
-            self._last_row = int(rows[-1])
-            self._document = int(new.documents[-1])
-            self._recent = everything[-length:]
+        keys, rows, before = (
+            contexts.features[order].float(),
+            contexts.rows[order],
+            contexts.before[order],
+        )
+        earlier = self._earlier(text, rows, keys, several=contexts.texts is not None)
+        if len(earlier.tokens) and int(rows[0]) == earlier.row + 1:
+            earlier = earlier.ending(before[:1, 0])
+        none = Recent.nothing(self.length - len(earlier.tokens), keys)
+        tokens = _followed(rows, before[:, 0])
+        new = Recent(keys, tokens, before, self._documents(earlier, tokens), int(rows[-1]))
+        self._texts[text] = (earlier + new)[-self.length :]
+        self._asked.append((text, order))
+        everything = none + earlier + new
         return [
-            (new[start : start + QUERIES_AT_A_TIME], everything[start : start + length + size])
-            for start in range(0, max(len(rows), 1), QUERIES_AT_A_TIME)
+            (new[start : start + size], everything[start : start + self.length + size])
+            for start in range(0, len(rows), QUERIES_AT_A_TIME)
             for size in (min(QUERIES_AT_A_TIME, len(rows) - start),)
         ]
 
-    def _documents(self, tokens: Tensor) -> Tensor:
-        """The document of each position after the first two: it ends with an empty line.
+    def _earlier(self, text: int, rows: Tensor, keys: Tensor, *, several: bool) -> Recent:
+        """What is known of the text before these rows, ``length`` positions at most."""
+        known = self._texts.get(text)
+        if known is None or (several and int(rows[0]) == 0):
+            return Recent.nothing(0, keys)
+        if int(rows[0]) <= known.row:
+            raise ConfigError(
+                "the cache needs the text in its order",
+                expected=f"tokens after row {known.row:,}",
+                found=f"row {int(rows[0]):,}",
+                do="report this: the loader gave blocks out of order",
+            )
+        return known
+
+    def _nothing(self, contexts: Contexts) -> SparsePrediction:
+        """What is predicted of no context."""
+        none = Recent.nothing(0, contexts.features.float())
+        return self._predicted(none, Recent.nothing(self.length, contexts.features.float()))
+
+    def _documents(self, earlier: Recent, tokens: Tensor) -> Tensor:
+        """The document of each of these positions: it ends with an empty line.
 
         What a position's own token is does not matter: it is yet to be predicted.
         """
         if not self.reset:
-            return torch.zeros_like(tokens[2:])
-        ends = tokens == self.eos
-        return self._document + (ends[:-2] & ends[1:-1]).cumsum(dim=0)
+            return torch.zeros_like(tokens)
+        last, number = earlier.tokens[-2:], earlier.documents[-1:].sum()
+        last = torch.nn.functional.pad(last, (2 - len(last), 0), value=-1)
+        ends = torch.cat([last, tokens]) == self.eos
+        return number + (ends[:-2] & ends[1:-1]).cumsum(dim=0)
 
-    def _opinion(self, pair: tuple[Recent, Recent]) -> Opinion:
-        queries, text = pair
+    def _predicted(self, queries: Recent, text: Recent) -> SparsePrediction:
         length = self.length
 
         def window(whole: Tensor) -> Tensor:
@@ -260,120 +299,43 @@ class CacheExpert:
             shape, width = (len(whole), length), whole.shape[1]
             return whole.as_strided(shape, (width + 1, 1))[:, length - self.windows[-1] :]
 
-        same = text.documents == queries.documents[:, None]
+        known = (text.documents == queries.documents[:, None]) & (text.tokens >= 0)
         scores = window(queries.keys @ text.keys.T)
-        seen = [window(same)]
-        wanted = max(setting.suffix for setting in self.columns)
-        for steps in range(max(wanted, 2 if self.features else 0)):
-            theirs, ours = text.context[:, steps], queries.context[:, steps, None]
-            seen.append(seen[-1] & window((theirs == ours) & (ours >= 0)))
-        matches = window(text.tokens == queries.tokens[:, None])
-        log_probs = self._log_probs(scores, matches, seen)
+        shared = [window(known)]
+        for steps in range(self._suffix):
+            theirs, ours = text.before[:, steps], queries.before[:, steps, None]
+            shared.append(shared[-1] & window((theirs == ours) & (ours >= 0)))
+        tokens = text.tokens.unfold(0, length, 1)[: len(scores), length - self.windows[-1] :]
+        entries = Entries(tokens, scores, shared, self._extents)
         if not self.features:
-            return Opinion(log_probs)
-        thetas = [over_root(theta, text.keys.shape[1]) for theta in FEATURE_THETAS]
-        return Opinion(log_probs, self._features(scores, seen, thetas))
+            return SparsePrediction(entries, self._columns)
+        every = Many.of(entries)
+        features = self._features(every, shared, text.keys.shape[1])
+        return SparsePrediction(entries, self._columns, features, every)
 
-    def _log_probs(self, scores: Tensor, matches: Tensor, seen: list[Tensor]) -> Tensor:
-        """(N, S): settings of a suffix and theta share their sums."""
-        ring_of = self._ring_of.to(scores.device)
-        whole = Many.of(scores, seen[0], self.rings)
-        columns: dict[CacheSetting, Tensor] = {}
-        for suffix in {setting.suffix for setting in self.columns}:
-            some = Few.of(scores, seen[suffix] & matches, ring_of)
-            every = Few.of(scores, seen[suffix], ring_of) if suffix else whole
-            for theta in {setting.theta for setting in self.columns if setting.suffix == suffix}:
-                total = every.log_sums(theta)
-                found = (some.log_sums(theta) - total).where(~total.isneginf(), torch.nan)
-                for place, window in enumerate(self.windows):
-                    columns[CacheSetting(suffix, theta, window)] = found[:, place]
-        return torch.stack([columns[setting] for setting in self.columns], dim=1)
-
-    def _features(
-        self, scores: Tensor, seen: list[Tensor], thetas: list[float]
-    ) -> dict[str, Tensor]:
+    def _features(self, every: Many, shared: Sequence[Tensor], width: int) -> dict[str, Tensor]:
         at = [self.windows.index(window) for window in FEATURE_WINDOWS]
-        every = Many.of(scores, seen[0], self.rings)
         best = every.tops.amax(dim=1, keepdim=True)
+        thetas = [over_root(theta, width) for theta in FEATURE_THETAS]
         sizes = [(every.log_sums(theta) - theta * best)[:, at] for theta in thetas]
-        counts = torch.stack([there.sum(dim=1) for there in seen], dim=1)
+        counts = torch.stack([there.sum(dim=1) for there in shared], dim=1)
         return {
             "cache_size": torch.cat(sizes, dim=1).clamp_min(math.log(1e-6)),
             "cache_shared": counts.float().log1p(),
         }
 
 
-@dataclass(frozen=True)
-class Many:
-    """Scores of all that is seen, each less the best of its ring.
+def _followed(rows: Tensor, before: Tensor) -> Tensor:
+    """(N,) the token after each of N positions, as the next one knows it; -1 where none does.
 
-    What is far below the best of a large window may be the best of a small one: sums that all were
-    relative to one best would underflow.
-
-    Attributes:
-        scores: (N, window) float32, -inf where nothing is seen.
-        tops: (N, rings) float32, the best of each; any number where nothing is seen.
-        rings: the parts of the window.
+    Args:
+        rows: (N,) int64, ascending places in the text.
+        before: (N,) the token before each.
     """
-
-    scores: Tensor
-    tops: Tensor
-    rings: Sequence[slice]
-
-    @classmethod
-    def of(cls, scores: Tensor, seen: Tensor, rings: Sequence[slice]) -> Many:
-        """Of scores, (N, window), those that are ``seen``."""
-        scores = scores.masked_fill(~seen, -torch.inf)
-        tops = torch.stack([scores[:, ring].amax(dim=1) for ring in rings], dim=1)
-        best = tops.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0)
-        tops = tops.where(~tops.isneginf(), best)
-        for ring, top in zip(rings, tops.unbind(1), strict=True):
-            scores[:, ring] -= top[:, None]
-        return cls(scores, tops, rings)
-
-    def log_sums(self, theta: float) -> Tensor:
-        """log of the sum of exp(theta score) over each window, (N, windows)."""
-        weights = _weights(self.scores, theta)
-        sums = torch.stack([weights[:, ring].sum(dim=1) for ring in self.rings], dim=1)
-        return (sums.log() + theta * self.tops).logcumsumexp(dim=1)
-
-
-@dataclass(frozen=True)
-class Few:
-    """The same for a few positions: those that share a suffix, or whose token is the target.
-
-    Attributes:
-        scores: (P,) float32.
-        cells: (P,) int64, query and ring in one number.
-        tops: (N, rings) float32; 0 where there are none.
-    """
-
-    scores: Tensor
-    cells: Tensor
-    tops: Tensor
-
-    @classmethod
-    def of(cls, scores: Tensor, chosen: Tensor, ring_of: Tensor) -> Few:
-        """Of scores, (N, window), those that are ``chosen``; (window,) the ring of each place."""
-        rows, places = chosen.nonzero(as_tuple=True)
-        rings = int(ring_of.max()) + 1
-        cells, values = rows * rings + ring_of[places], scores[rows, places]
-        nothing = scores.new_full((len(scores) * rings,), -torch.inf)
-        tops = nothing.scatter_reduce(0, cells, values, "amax").nan_to_num_(neginf=0.0)
-        return cls(values - tops[cells], cells, tops.view(-1, rings))
-
-    def log_sums(self, theta: float) -> Tensor:
-        """log of the sum of exp(theta score) over each window, (N, windows)."""
-        sums = torch.zeros_like(self.tops).view(-1)
-        sums.index_add_(0, self.cells, (self.scores * theta).exp_())
-        return (sums.view_as(self.tops).log() + theta * self.tops).logcumsumexp(dim=1)
-
-
-def _weights(scores: Tensor, theta: float) -> Tensor:
-    """exp(theta score), 0 where there is no position, (N, window)."""
-    if theta == 0:
-        return (~scores.isneginf()).float()
-    return (scores * theta).exp_()
+    tokens = torch.full_like(before, -1)
+    known = rows[1:] == rows[:-1] + 1
+    tokens[:-1][known] = before[1:][known]
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, TableError
-from fairseq_knnlm.lm.transformer import model_fingerprint
-
-if TYPE_CHECKING:
-    from fairseq_knnlm.experts.knn import Expert
+from fairseq_knnlm.experts.contract import Expert
+from fairseq_knnlm.lm.fingerprints import model_fingerprint
 
 #: Of an expert, where nothing was fitted and no flag gives it.
 DEFAULT_WEIGHT = 0.1
@@ -55,14 +53,12 @@ class Models:
     Attributes:
         first: the one that the others are mixed with.
         width: D, numbers in a key.
-        pad: the padding token's id.
         eos: the id that ends a line.
         others: by the expert's name, those of its ``checkpoint`` flag.
     """
 
     first: Any
     width: int
-    pad: int
     eos: int
     others: Mapping[str, Any]
 

@@ -16,9 +16,10 @@ text is counted by one sort an order, and looked up by one binary search a token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -48,27 +49,6 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocabulary: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     tokens: Annotated[int, msgspec.Meta(ge=0, le=2**48)]
     datastore: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-
-
-@dataclass(frozen=True)
-class NGramScores:
-    """What an n-gram model says of N tokens.
-
-    All but ``log_probs`` depends on what stands before a token, never on the token itself, so a
-    mixer may go by it (He et al., 2021, use the like).
-
-    Attributes:
-        log_probs: (N,) or (..., N) float32, natural log, finite; the others have its shape.
-        lengths: int8, tokens of the longest known context, from 0 to order - 1.
-        counts: float32, natural log of how often that context was seen: occurrences at
-            order - 1 tokens, below that distinct pairs of a token before and a token after it.
-        types: float32, natural log of how many distinct tokens followed that context.
-    """
-
-    log_probs: np.ndarray
-    lengths: np.ndarray
-    counts: np.ndarray
-    types: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -122,11 +102,97 @@ class Order:
         found = self.keys.take(places, mode="clip") == keys
         return np.where(found, places, UNSEEN)
 
+    def following(self, contexts: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+        """The grams that follow contexts (N,): (P,) which of the N, and (P,) the grams' numbers."""
+        starts, ends = (np.searchsorted(self.keys, (contexts + n) * vocabulary) for n in (0, 1))
+        lengths = ends - starts
+        texts = np.repeat(np.arange(len(contexts)), lengths)
+        within = np.arange(len(texts)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return texts, starts[texts] + within
+
+    def kept(self, grams: np.ndarray) -> np.ndarray:
+        """Counts of grams less their discounts, of the grams' shape, float64."""
+        counts = self.counts[grams]
+        return counts - self.discounts.take(counts, mode="clip")
+
     def interpolate(self, contexts: np.ndarray, grams: np.ndarray, lower: np.ndarray) -> np.ndarray:
         """Probabilities of this order from those of the order below, all of one shape, float64."""
-        counts = self.counts[grams]
-        kept = counts - self.discounts.take(counts, mode="clip")
-        return kept / np.maximum(self.totals[contexts], 1) + self.backoff[contexts] * lower
+        kept = self.kept(grams) / np.maximum(self.totals[contexts], 1)
+        return kept + self.backoff[contexts] * lower
+
+
+@dataclass(frozen=True)
+class After:
+    """What an n-gram model knows of the tokens that follow N texts.
+
+    Attributes:
+        orders: those of the model, lowest first.
+        contexts: (N,) for each order, the number of the gram that is its context; -1 where unseen.
+        vocabulary: types of the dictionary, V.
+    """
+
+    orders: Sequence[Order]
+    contexts: Sequence[np.ndarray]
+    vocabulary: int
+
+    def log_prob(self, tokens: np.ndarray) -> np.ndarray:
+        """log p of one token (N,) after each text: (N,) float32, natural log, finite.
+
+        Raises:
+            NGramError: where a token is not in the dictionary.
+        """
+        check_tokens(tokens, self.vocabulary)
+        probs = np.full(len(tokens), 1 / self.vocabulary)
+        for order, contexts in zip(self.orders, self.contexts, strict=True):
+            # After an unseen context the key is negative, so nothing is found.
+            grams = order.find(contexts * self.vocabulary + tokens)
+            probs = order.interpolate(contexts, grams, probs)
+        return np.log(probs).astype(np.float32)
+
+    def log_probs(self) -> np.ndarray:
+        """log p of every token after each text: (N, V) float32, natural log, finite."""
+        return np.log(self.probs()).astype(np.float32)
+
+    def probs(self) -> np.ndarray:
+        """The probability of every token after each text: (N, V) float64; rows sum to 1."""
+        probs = np.full((len(self.contexts[0]), self.vocabulary), 1 / self.vocabulary)
+        for order, contexts in zip(self.orders, self.contexts, strict=True):
+            probs *= order.backoff[contexts, None]
+            texts, grams = order.following(contexts, self.vocabulary)
+            tokens = order.keys[grams] - contexts[texts] * self.vocabulary
+            probs[texts, tokens] += order.kept(grams) / order.totals[contexts[texts]]
+        return probs
+
+    # What a mixer may go by (He et al., 2021, use the like); of the longest context that is known:
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) int64, its tokens, from 0 to order - 1."""
+        known = [
+            order.totals[contexts] > 0
+            for order, contexts in zip(self.orders, self.contexts, strict=True)
+        ]
+        return np.stack(known)[1:].sum(axis=0)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(N,) float32, natural log of how often it was seen.
+
+        Occurrences at order - 1 tokens, below that distinct pairs of a token before and one after.
+        """
+        return self._of_longest([order.totals for order in self.orders])
+
+    @property
+    def types(self) -> np.ndarray:
+        """(N,) float32, natural log of how many distinct tokens followed it."""
+        return self._of_longest([order.types for order in self.orders])
+
+    def _of_longest(self, amounts: Sequence[np.ndarray]) -> np.ndarray:
+        found = np.ones(len(self.contexts[0]), np.int64)
+        for order, contexts, amount in zip(self.orders, self.contexts, amounts, strict=True):
+            known = order.totals[contexts] > 0
+            found[known] = amount[contexts[known]]
+        return np.log(found).astype(np.float32)
 
 
 class NGramModel:
@@ -169,7 +235,7 @@ class NGramModel:
             NGramError: where a token is not below ``vocabulary``.
         """
         assert order >= 1
-        _check_tokens(tokens, vocabulary)
+        check_tokens(tokens, vocabulary)
         grams = list(_count(tokens, vocabulary, order, progress))
         return cls._of(grams, vocabulary, len(tokens))
 
@@ -184,53 +250,23 @@ class NGramModel:
         ]
         return cls(orders, vocabulary, tokens)
 
-    def score(self, tokens: np.ndarray, skip: int = 0) -> NGramScores:
-        """Scores ``tokens[skip:]``, each given up to order - 1 tokens before it.
+    def after(self, texts: np.ndarray) -> After:
+        """What follows texts, as far as their last order - 1 tokens tell.
 
         Args:
-            tokens: (..., M) ids in the order of the text, or of several; -1 for an unknown token
-                of the context.
-            skip: how many at the beginning of each text are context only.
-
-        Returns:
-            Arrays of (..., M - skip).
+            texts: (N, M) ids, the latest last; -1 for an unknown token.
 
         Raises:
             NGramError: where a token is not below the model's vocabulary.
         """
-        _check_tokens(tokens[..., skip:], self.vocabulary)
-        _check_tokens(tokens[..., :skip].clip(0), self.vocabulary)
-        probs = np.full(tokens.shape, 1 / self.vocabulary)
-        lengths = np.zeros(tokens.shape, np.int8)
-        counts = np.ones(tokens.shape, np.int64)
-        types = np.ones(tokens.shape, np.int64)
-        for length, (order, contexts, grams) in enumerate(self._look_up(tokens)):
-            probs = order.interpolate(contexts, grams, probs)
-            known = order.totals[contexts] > 0
-            lengths[known] = length
-            counts[known] = order.totals[contexts[known]]
-            types[known] = order.types[contexts[known]]
-        return NGramScores(
-            log_probs=np.log(probs[..., skip:]).astype(np.float32),
-            lengths=lengths[..., skip:],
-            counts=np.log(counts[..., skip:]).astype(np.float32),
-            types=np.log(types[..., skip:]).astype(np.float32),
-        )
-
-    def distribution(self, context: np.ndarray) -> np.ndarray:
-        """(V,) float64, the probability of every type after ``context``, (M,) ids; sums to 1.
-
-        Raises:
-            NGramError: where a token is not below the model's vocabulary.
-        """
-        _check_tokens(context, self.vocabulary)
-        every = np.arange(self.vocabulary)
-        near = context[-self.order :]  # one more than counts, so that order 1 is no special case
-        texts = np.column_stack([np.tile(near, (len(every), 1)), every])
-        probs = np.full(texts.shape, 1 / self.vocabulary)
-        for order, contexts, grams in self._look_up(texts):
-            probs = order.interpolate(contexts, grams, probs)
-        return probs[:, -1]
+        check_tokens(texts.clip(0), self.vocabulary)
+        contexts = [np.zeros(len(texts), np.int64)]
+        if texts.shape[1]:
+            shorter = islice(self._look_up(texts[:, -self.order :]), self.order - 1)
+            contexts += [grams[:, -1] for _, _, grams in shorter]
+        else:
+            contexts += [np.full(len(texts), UNSEEN)] * (self.order - 1)
+        return After(self.orders, contexts, self.vocabulary)
 
     def _look_up(self, tokens: np.ndarray) -> Iterator[tuple[Order, np.ndarray, np.ndarray]]:
         """Each order, lowest first, with the contexts of (..., M) tokens and the grams they end.
@@ -462,7 +498,12 @@ def _continuations(
     return np.bincount(suffix_of, minlength=shorter + 1).astype(suffixes.dtype)
 
 
-def _check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
+def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
+    """Refuses ids that are not below the vocabulary.
+
+    Raises:
+        NGramError: naming what was found.
+    """
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
         raise NGramError(
             "a token is not in the dictionary",

@@ -17,7 +17,7 @@ from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, check_unmerged, flag
 from fairseq_knnlm.experts.knn import DISTANCE_RANKS, KnnExpert, KnnSetting, knn_grid
 from fairseq_knnlm.experts.pointers import PART_OF_K, PointerExpert
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.retrieval.opening import open_retriever
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class KnnKind(Kind):
                 do="leave --pointers out",
             )
 
-    def open(self, options: KnnOptions, stores: Sequence[Datastore], number: int) -> Retriever:
+    def open(self, options: KnnOptions, stores: Sequence[Datastore], number: int) -> LocalRetriever:
         if options.indexfile and len(stores) > 1:
             raise ConfigError(
                 "--indexfile names one index, and there are several datastores",

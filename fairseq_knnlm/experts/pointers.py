@@ -2,7 +2,7 @@
 
 Row i + 1 of a datastore follows row i in its text. Where a candidate's value turned out to be the
 token that was read, the row after it is a pointer: a candidate for the next token, at no search.
-So a passage that the text once took is followed for as long as it goes the same way.
+So a way that the text once took is followed for as long as this one goes the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.knn import KnnExpert, KnnSetting
-from fairseq_knnlm.retrieval.local import Neighbours, Retriever
+from fairseq_knnlm.lm.contexts import Contexts
+from fairseq_knnlm.retrieval.local import LocalRetriever
+from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 #: Rows after which pointers are forgotten. Runs of so many rows are independent of each other, so
 #: those of a batch are gone through side by side, a step of each at a time.
@@ -45,7 +47,7 @@ class PointerExpert(KnnExpert):
 
     def __init__(
         self,
-        retriever: Retriever,
+        retriever: LocalRetriever,
         k: int,
         settings: Sequence[KnnSetting],
         *,
@@ -55,50 +57,70 @@ class PointerExpert(KnnExpert):
     ) -> None:
         assert retriever.similarity == "l2" and not retriever.store.manifest.merged
         super().__init__(retriever, k, settings, features=features, name=name)
+        self.memory = retriever
         self.least = least
         self.most = max(1, k // PART_OF_K)
         self.queries = self.searches = 0
-        self._last_row = -1
-        self._next: Tensor | None = None
+        self._texts: dict[int, tuple[int, Tensor]] = {}
 
-    def near(self, keys: Tensor, targets: Tensor, rows: Tensor) -> Neighbours:
+    def reorder(self, order: Tensor) -> None:
+        """Text i goes on where text ``order[i]`` stood."""
+        known = self._texts
+        self._texts = {to: known[text] for to, text in enumerate(order.tolist()) if text in known}
+
+    def near(self, contexts: Contexts) -> Neighbours:
         """The neighbours found, and beside them the pointers; (N, k + P) with P at most k / 4."""
-        ids = targets.new_full((len(keys), self.k), -1)
+        keys, rows, read = contexts.keys, contexts.rows, contexts.before[:, 0]
+        assert keys is not None
+        ids = rows.new_full((len(keys), self.k), -1)
         distances = torch.full(ids.shape, torch.inf, device=ids.device)
-        pointers = targets.new_full((len(keys), self.most), -1)
+        pointers = rows.new_full((len(keys), self.most), -1)
         if self.least is None:
             ids, distances = self._search(keys)
-        begins = _begins(rows, self._last_row)
-        if self._next is not None and not begins[0]:
-            pointers[0] = self._next
-        for places, before in _steps(begins):
-            if before is not None:
-                candidates = torch.cat([pointers[before], ids[before]], dim=1)
-                pointers[places] = self._successors(candidates, targets[before])
+        by_text = contexts.by_text()
+        begins = torch.cat([_begins(rows[places]) for places in by_text.values()])
+        for text, places in by_text.items():
+            self._go_on(text, places, rows, read, pointers)
+        for places in _steps(begins):
+            going_on = places[~begins[places]]
+            candidates = torch.cat([pointers[going_on - 1], ids[going_on - 1]], dim=1)
+            pointers[going_on] = self._successors(candidates, read[going_on])
             if self.least is not None:
                 asking = places[(pointers[places] >= 0).sum(dim=1) < self.least]
                 ids[asking], distances[asking] = self._search(keys[asking])
             pointers[places] = _without(pointers[places], ids[places])
-        self._last_row = int(rows[-1])
-        last = torch.cat([pointers[-1:], ids[-1:]], dim=1)
-        self._next = self._successors(last, targets[-1:])[0]
+        for text, places in by_text.items():
+            last = places[-1]
+            self._texts[text] = int(rows[last]), torch.cat([pointers[last], ids[last]])
         self.queries += len(keys)
         pointers = _trimmed(pointers)
-        their_distances = self.retriever.distances_to(keys, pointers)
-        return self.retriever.entries(
+        their_distances = self.memory.distances_to(keys, pointers)
+        return self.memory.entries(
             torch.cat([ids, pointers], dim=1), torch.cat([distances, their_distances], dim=1)
         )
+
+    def _go_on(
+        self, text: int, places: Tensor, rows: Tensor, read: Tensor, pointers: Tensor
+    ) -> None:
+        """Sets the pointers of a text's first context, where it goes on from the last one seen."""
+        first = int(places[0])
+        if text not in self._texts:
+            return
+        row, candidates = self._texts[text]
+        if int(rows[first]) == row + 1 and int(rows[first]) % RUN:
+            pointers[first] = self._successors(candidates[None], read[first : first + 1])[0]
 
     def _search(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and distances of the k nearest, each (N, k)."""
         self.searches += len(keys)
-        found = self.retriever.search(keys, self.k)
+        found = self.memory.search(keys, self.k)
         return found.ids, found.distances
 
     def _successors(self, candidates: Tensor, tokens: Tensor) -> Tensor:
         """(S, most) int64: rows after those candidates (S, C) whose values are the tokens (S,)."""
-        values = self.retriever.tokens_before(candidates, 0)
-        followed = (values == tokens[:, None]) & (candidates + 1 < len(self.retriever.store))
+        values = self.memory.tokens_before(candidates, 0)
+        goes_on = (candidates >= 0) & (candidates + 1 < len(self.memory.store))
+        followed = (values == tokens[:, None]) & goes_on
         queries, columns = followed.nonzero(as_tuple=True)
         places = followed.cumsum(dim=1)[queries, columns] - 1
         kept = places < self.most
@@ -107,23 +129,20 @@ class PointerExpert(KnnExpert):
         return found
 
 
-def _begins(rows: Tensor, last: int) -> Tensor:
-    """(N,) bool: rows that begin a run, or do not follow the row before; ``last`` before all."""
-    before = torch.cat([rows.new_tensor([last]), rows[:-1]])
-    return (rows % RUN == 0) | (rows != before + 1)
+def _begins(rows: Tensor) -> Tensor:
+    """(N,) bool: contexts of a text that do not go on from the one before them here."""
+    begins = rows % RUN == 0
+    begins[0] = True
+    begins[1:] |= rows[1:] != rows[:-1] + 1
+    return begins
 
 
-def _steps(begins: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The first tokens of all runs, then the second ones, and so on.
-
-    Yields:
-        Places of tokens, and the places before them; None with those that have none here.
-    """
+def _steps(begins: Tensor) -> Iterator[Tensor]:
+    """Places of the first contexts of all runs, then of the second ones, and so on."""
     places = torch.arange(len(begins), device=begins.device)
     offsets = places - places.where(begins, 0).cummax(dim=0).values
     for step in range(int(offsets.max()) + 1):
-        here = places[offsets == step]
-        yield here, here - 1 if step else None
+        yield places[offsets == step]
 
 
 def _without(pointers: Tensor, ids: Tensor) -> Tensor:

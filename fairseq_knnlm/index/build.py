@@ -8,39 +8,33 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 from msgspec.structs import replace
 from tqdm import tqdm
 
 from fairseq_knnlm.background import ahead
-from fairseq_knnlm.errors import DatastoreError, IndexFileError
+from fairseq_knnlm.datastore import check_finite
+from fairseq_knnlm.errors import IndexFileError
 from fairseq_knnlm.files import check_mapped
-from fairseq_knnlm.index.recall import Exam
-from fairseq_knnlm.index.recipes import Recipe
+from fairseq_knnlm.index.card import IndexCard
+from fairseq_knnlm.index.library import METRICS, faiss, has_lists, is_exact
+from fairseq_knnlm.index.recall import TrueNeighbours
+from fairseq_knnlm.index.recipes import RECALL, Recipe
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.snapshots import Snapshots
-from fairseq_knnlm.index.stored import (
-    METRICS,
-    RECIPES,
-    IndexCard,
-    SearchIndex,
-    has_lists,
-    is_exact,
-)
+from fairseq_knnlm.index.specification import RECIPES
 from fairseq_knnlm.index.trial import reason
 
 logger = logging.getLogger(__name__)
 
 #: Bytes of float32 keys that are in memory at a time while an index is filled.
 CHUNK_BYTES = 64 * 2**20
-#: Share of the true neighbours that the visited lists should hold, where nothing else is said.
-RECALL = 0.9
-#: The paper's nprobe, for lists that are not examined.
-UNEXAMINED_NPROBE = 32
+#: The paper's nprobe, for lists of which nothing is measured.
+UNMEASURED_NPROBE = 32
 
 
 @dataclass(frozen=True)
-class Wishes:
+class BuildOptions:
     """What is asked of an index beside its recipe.
 
     Attributes:
@@ -48,7 +42,7 @@ class Wishes:
         nprobe: lists visited a query; None for the recipe's, or as many as ``recall`` needs.
         recall: share of the true neighbours that the visited lists should hold.
         train_rows: size of the training sample; None for the recipe's.
-        queries: sampled keys to examine the index with; 0 for no examination.
+        queries: sampled keys that recall is measured with; 0 to measure none.
         k: neighbours of each that are looked for.
         seed: of the samples.
     """
@@ -69,24 +63,24 @@ class IndexBuilder:
         recipe: which index.
         width: dimensions of a key, D.
         rows: keys that will be added, N.
-        wishes: what else is asked of it.
+        options: what else is asked of it.
 
     Raises:
         IndexFileError: where FAISS refuses the recipe.
     """
 
-    def __init__(self, recipe: Recipe, width: int, rows: int, wishes: Wishes) -> None:
+    def __init__(self, recipe: Recipe, width: int, rows: int, options: BuildOptions) -> None:
         self.recipe = recipe
         self.width = width
         self.rows = rows
-        self.wishes = wishes
-        self.exam: Exam | None = None
+        self.options = options
+        self.truth: TrueNeighbours | None = None
         with _refusals(f"FAISS cannot make the index {recipe.factory!r} for keys of width {width}"):
-            self.index = faiss.index_factory(width, recipe.factory, METRICS[wishes.metric])
-        exam = 0 if is_exact(self.index) else wishes.queries
-        training = 0 if self.index.is_trained else wishes.train_rows or recipe.train_rows
-        #: Keys to train and examine with.
-        self.sample_rows = min(max(exam, training), rows)
+            self.index = faiss.index_factory(width, recipe.factory, METRICS[options.metric])
+        measured = 0 if is_exact(self.index) else options.queries
+        training = 0 if self.index.is_trained else options.train_rows or recipe.train_rows
+        #: Keys to train with and to measure recall with.
+        self.sample_rows = min(max(measured, training), rows)
 
     def check_any_order(self) -> None:
         """Refuses an index that must be given its rows in order and cannot be streamed into.
@@ -106,13 +100,13 @@ class IndexBuilder:
             )
 
     def train(self, sample: np.ndarray, rows: np.ndarray) -> None:
-        """Trains the index, unless it is trained, and sets the exam.
+        """Trains the index, unless it is trained, and draws the keys to measure recall with.
 
         Args:
             sample: (n, D) float32, keys drawn evenly from all.
             rows: (n,) int64, which ones.
         """
-        _check_finite(sample)
+        check_finite(sample)
         if not self.index.is_trained:
             factory = self.recipe.factory
             logger.info(
@@ -122,20 +116,20 @@ class IndexBuilder:
             )
             with _refusals(f"FAISS cannot train {factory!r} on {len(sample):,} keys"):
                 self.index.train(sample)
-        k = min(self.wishes.k, self.rows - 1)
-        asked = min(self.wishes.queries, len(sample))
+        k = min(self.options.k, self.rows - 1)
+        asked = min(self.options.queries, len(sample))
         if asked and k > 0 and not is_exact(self.index):
-            drawn = np.random.default_rng(self.wishes.seed).choice(len(sample), asked, False)
-            self.exam = Exam(sample[drawn], rows[drawn], k, self.wishes.metric)
+            drawn = np.random.default_rng(self.options.seed).choice(len(sample), asked, False)
+            self.truth = TrueNeighbours(sample[drawn], rows[drawn], k, self.options.metric)
 
     def see(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Shows the exam keys (n, D) float32, which are rows (n,) of the datastore."""
-        if self.exam is not None:
-            self.exam.see(keys, rows)
+        """Looks for true neighbours among keys (n, D) float32, rows (n,) of the datastore."""
+        if self.truth is not None:
+            self.truth.see(keys, rows)
 
     def add(self, keys: np.ndarray, rows: np.ndarray) -> None:
         """Adds keys (n, D) float32, which are rows (n,) of the datastore."""
-        _check_finite(keys)
+        check_finite(keys)
         with _refusals(f"FAISS cannot add keys to {self.recipe.factory!r}"):
             if len(rows) and rows[0] == self.index.ntotal and (np.diff(rows) == 1).all():
                 self.index.add(keys)
@@ -143,11 +137,11 @@ class IndexBuilder:
                 self.index.add_with_ids(keys, rows)
 
     def finish(self) -> tuple[Any, IndexCard]:
-        """The FAISS index and its card, examined."""
+        """The FAISS index and its card, with what was measured."""
         assert self.index.ntotal == self.rows, (self.index.ntotal, self.rows)
         card = IndexCard(
             factory=self.recipe.factory,
-            metric=self.wishes.metric,
+            metric=self.options.metric,
             rows=self.rows,
             width=self.width,
             nprobe=0,
@@ -157,21 +151,21 @@ class IndexBuilder:
         )
         if has_lists(self.index):
             card = self._with_nprobe(card)
-        if self.exam is not None:
-            recall = self.exam.recall(SearchIndex(self.index, card))
-            card = replace(card, recall=recall, recall_at=self.exam.k)
+        if self.truth is not None:
+            recall = self.truth.recall(SearchIndex(self.index, card))
+            card = replace(card, recall=recall, recall_at=self.truth.k)
         elif card.exact:
-            card = replace(card, recall=1.0, recall_at=min(self.wishes.k, self.rows))
+            card = replace(card, recall=1.0, recall_at=min(self.options.k, self.rows))
         return self.index, card
 
     def _with_nprobe(self, card: IndexCard) -> IndexCard:
         lists = faiss.extract_index_ivf(self.index).nlist
-        nprobe = self.wishes.nprobe or self.recipe.nprobe
-        if self.exam is None:
-            return replace(card, nprobe=min(nprobe or UNEXAMINED_NPROBE, lists))
-        coverage = self.exam.coverage(self.index)
+        nprobe = self.options.nprobe or self.recipe.nprobe
+        if self.truth is None:
+            return replace(card, nprobe=min(nprobe or UNMEASURED_NPROBE, lists))
+        coverage = self.truth.coverage(self.index)
         # The last list completes the share, whatever rounding makes of it.
-        enough = min(int(np.searchsorted(coverage, self.wishes.recall)) + 1, lists)
+        enough = min(int(np.searchsorted(coverage, self.options.recall)) + 1, lists)
         nprobe = min(nprobe or enough, lists)
         return replace(card, nprobe=nprobe, coverage=float(coverage[nprobe - 1]))
 
@@ -179,7 +173,7 @@ class IndexBuilder:
 def build(
     keys: np.ndarray,
     recipe: Recipe,
-    wishes: Wishes,
+    options: BuildOptions,
     *,
     snapshots: Snapshots | None = None,
     progress: bool = True,
@@ -189,7 +183,7 @@ def build(
     Args:
         keys: (N, D) float16 or float32, possibly memory-mapped; read in chunks of 64 MiB.
         recipe: which index.
-        wishes: what else is asked of it.
+        options: what else is asked of it.
         snapshots: from which a build that was stopped goes on; None for none.
         progress: show a bar.
 
@@ -200,13 +194,13 @@ def build(
         IndexFileError: where FAISS refuses the recipe.
     """
     rows, width = keys.shape
-    builder = IndexBuilder(recipe, width, rows, wishes)
+    builder = IndexBuilder(recipe, width, rows, options)
     snapshot = snapshots.latest() if snapshots else None
     done = 0
     if snapshot is not None:
         builder.index, done = snapshot
         logger.info("going on from key %d of %d", done, rows)
-    rng = np.random.default_rng(wishes.seed)
+    rng = np.random.default_rng(options.seed)
     drawn = np.sort(rng.choice(rows, builder.sample_rows, replace=False))
     check_mapped(keys, "keys")
     builder.train(np.ascontiguousarray(keys[drawn], dtype=np.float32), drawn)
@@ -220,21 +214,14 @@ def build(
     return builder.finish()
 
 
-def _check_finite(keys: np.ndarray) -> None:
-    if not np.isfinite(keys).all():
-        raise DatastoreError(
-            "there are keys that are no numbers",
-            expected="finite numbers",
-            found="NaN or infinity",
-            do="check the datastore with `fairseq-knnlm verify`, and save it again",
-        )
+def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, Any]:
+    """What a snapshot must agree with: all that decides which index is built.
 
-
-def plan(recipe: Recipe, wishes: Wishes, fingerprint: str) -> dict[str, Any]:
-    """What a snapshot must agree with: all that decides which index is built."""
+    Its names are those of the format (docs/format.md), whatever they are called here.
+    """
     return {
         "recipe": asdict(recipe),
-        "wishes": asdict(wishes),
+        "wishes": asdict(options),
         "datastore": fingerprint,
         "faiss": faiss.__version__,
     }

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.distances import distances_to_rows
-from fairseq_knnlm.index.stored import IndexCard
 
 #: Numbers in a block of scores, (queries, keys) float32, which bounds the memory of a search.
 SCORES_AT_A_TIME = 2**27

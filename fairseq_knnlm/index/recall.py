@@ -1,16 +1,16 @@
-"""How good an index is: its answers to a few keys whose true neighbours are known."""
+"""How good an index is: what it finds of a few keys' true neighbours, which are known."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import faiss
 import numpy as np
 
-from fairseq_knnlm.index.stored import METRICS, SearchIndex
+from fairseq_knnlm.index.library import METRICS, faiss
+from fairseq_knnlm.index.search import SearchIndex
 
 
-class Exam:
+class TrueNeighbours:
     """Sampled keys, and their true nearest neighbours among all the keys shown to ``see``.
 
     A key is its own nearest neighbour, so one more is looked for and the key itself left out.

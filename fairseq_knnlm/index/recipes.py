@@ -17,6 +17,8 @@ LEAST_TRAINING = 100_000
 ID_BYTES = 8
 #: Bytes of an index for each key, where nothing else is asked: about those of the paper's.
 DEFAULT_BYTES = 72
+#: Share of the true neighbours that the visited lists should hold, where nothing else is said.
+RECALL = 0.9
 #: Dimensions that 64-byte codes follow well; wider keys are cut to these.
 WIDTH_TO_KEEP = 256
 

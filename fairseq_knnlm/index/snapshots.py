@@ -16,8 +16,16 @@ from typing import Annotated, Any
 import msgspec
 
 from fairseq_knnlm.errors import IndexFileError
-from fairseq_knnlm.files import altered, checksums, chunks_of, publish, read_sealed, write_sealed
-from fairseq_knnlm.index.stored import read_file, write_file
+from fairseq_knnlm.files import (
+    Checksum,
+    altered,
+    checksums,
+    chunks_of,
+    publish,
+    read_sealed,
+    write_sealed,
+)
+from fairseq_knnlm.index.storage import read_file, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +42,7 @@ class _Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plan: dict[str, Any]
     rows: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     bytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
-    chunks: tuple[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")], ...]
+    chunks: tuple[Checksum, ...]
 
 
 class Snapshots:

@@ -37,7 +37,7 @@ FILE_BYTES = 2 * 2**30
 SLOWEST = 20e6
 
 
-def obstacle_to_recipe(factory: str, width: int, metric: int) -> str | None:
+def obstacle_to_recipe(factory: str, width: int, metric: str) -> str | None:
     """Why FAISS cannot make, fill and search an index; None where it can.
 
     Tried on a few random keys, with 4 inverted lists at most. What only a lack of keys or of time
@@ -46,7 +46,7 @@ def obstacle_to_recipe(factory: str, width: int, metric: int) -> str | None:
     Args:
         factory: FAISS's factory string.
         width: dimensions of a key, D.
-        metric: FAISS's number of it.
+        metric: ``"l2"`` or ``"ip"``.
     """
     if not factory.isascii() or not factory.isprintable() or not factory.strip():
         return "an empty string" if not factory.strip() else "characters outside ASCII"
@@ -127,7 +127,8 @@ def _bound_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _try_recipe(faiss: Any, factory: str, width: int, metric: int) -> dict[str, Any]:
+def _try_recipe(faiss: Any, factory: str, width: int, name: str) -> dict[str, Any]:
+    metric = faiss.METRIC_INNER_PRODUCT if name == "ip" else faiss.METRIC_L2
     faiss.index_factory(width, factory, metric)  # as it stands, with room for all its lists
     few_lists = re.sub(r"IVF(\d+)", lambda found: f"IVF{min(int(found[1]), 4)}", factory)
     try:

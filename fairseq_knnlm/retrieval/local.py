@@ -1,10 +1,9 @@
-"""From queries to neighbours, whatever index answers them."""
+"""From queries to neighbours in one datastore on this machine, whatever index answers them."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,42 +13,9 @@ from torch import Tensor
 from fairseq_knnlm.datastore import KEYS, Datastore
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.files import Checking, check_mapped
+from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.distances import GATHER_BYTES, distances_to_rows
-from fairseq_knnlm.index.stored import IndexCard
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """The k nearest entries of each query.
-
-    Attributes:
-        ids: (N, K) int64, rows of the datastore; -1 where missing.
-        distances: (N, K) float32, squared L2, or the negative inner product: in both cases a
-            neighbour's weight is exp(-distance / T); infinite where missing.
-        values: (N, K) int32 or int64 token ids; undefined where missing.
-        valid: (N, K) bool, False where the index found fewer than K.
-        log_weights: (N, K) float32, natural log of the entries that each neighbour stands for;
-            undefined where missing; None where each is one.
-
-    All on the queries' device.
-    """
-
-    ids: Tensor
-    distances: Tensor
-    values: Tensor
-    valid: Tensor
-    log_weights: Tensor | None = None
-
-    def nearest_first(self) -> Neighbours:
-        """The same, in ascending order of their distances; the missing ones at the end."""
-        order, weights = self.distances.argsort(dim=1), self.log_weights
-        return Neighbours(
-            self.ids.gather(1, order),
-            self.distances.gather(1, order),
-            self.values.gather(1, order),
-            self.valid.gather(1, order),
-            None if weights is None else weights.gather(1, order),
-        )
+from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 
 class Searches(Protocol):
@@ -61,7 +27,7 @@ class Searches(Protocol):
         """Distances (N, k) and ids (N, k) of queries (N, D)."""
 
 
-class Retriever:
+class LocalRetriever:
     """Answers queries from an index, with the index's own distances or exact ones.
 
     Args:
@@ -94,6 +60,16 @@ class Retriever:
         """
         self._checking.wait()
         return self._checking.checked
+
+    @property
+    def vocabulary(self) -> int:
+        """Types of the dictionary, V."""
+        return self.store.manifest.origin.vocabulary
+
+    def token_counts(self) -> Tensor:
+        """(V,) int64, how often each token is a value."""
+        counts = np.bincount(self.store.values, minlength=self.vocabulary)
+        return torch.from_numpy(counts)
 
     @property
     def measures_l2(self) -> bool:

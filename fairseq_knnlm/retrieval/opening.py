@@ -7,9 +7,12 @@ from typing import Any
 
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.index.card import read_card
+from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex, gpu_of_torch_alone, load, read_card
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load
+from fairseq_knnlm.retrieval.local import LocalRetriever
 
 
 def open_retriever(
@@ -22,7 +25,7 @@ def open_retriever(
     mapped: bool = False,
     similarity: str = "auto",
     metric: str = "auto",
-) -> Retriever:
+) -> LocalRetriever:
     """Opens the index of a datastore.
 
     Args:
@@ -32,8 +35,8 @@ def open_retriever(
         probe: inverted lists visited a query; as the index was built where left out.
         device: where to search: auto, cpu, cuda or cuda:i,j.
         mapped: map the index's codes instead of reading them into memory.
-        similarity: as ``Retriever`` has it; ``"auto"`` recomputes L2 unless the index loses less
-            than a tenth of the neighbours in its lists, or the keys are not loaded.
+        similarity: as ``LocalRetriever`` has it; ``"auto"`` recomputes L2 unless the index loses
+            less than a tenth of the neighbours in its lists, or the keys are not loaded.
         metric: that the index must have, ``"l2"`` or ``"ip"``; ``"auto"`` for any.
 
     Raises:
@@ -46,7 +49,7 @@ def open_retriever(
     if similarity == "auto":
         settled = found.card.faithful or store.keys is None or found.card.metric == "ip"
         similarity = "do_not_recomp_l2" if settled else "l2"
-    return Retriever(found, store, similarity)
+    return LocalRetriever(found, store, similarity)
 
 
 def _open_index(

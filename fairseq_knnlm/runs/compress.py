@@ -19,13 +19,15 @@ from fairseq_knnlm.datastore import (
     Compression,
     Datastore,
     DatastoreWriter,
+    check_finite,
     check_new,
     check_room,
 )
 from fairseq_knnlm.errors import ConfigError, IndexFileError
 from fairseq_knnlm.files import Claim, check_mapped, partial_prefix, reserve
-from fairseq_knnlm.index import stored as indexes
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.pca import principal_components
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
 
 #: Keys that are read, searched or projected at a time: 64 MiB of float32 at a width of 1,024.
 ROWS_AT_A_TIME = 16_384
@@ -59,7 +61,8 @@ def compress(
         ConfigError: where there is nothing to do, ``pca``, ``merge`` or ``seed`` do not fit, or
             ``out`` lies in the datastore.
         IndexFileError: where ``merge`` finds no index, or one of another datastore or metric.
-        DatastoreError: where the datastore has no keys, ``out`` exists, or the disk is too small.
+        DatastoreError: where the datastore has no keys, or one that is no number, ``out`` exists,
+            or the disk is too small.
     """
     _check(store, pca, merge)
     check_seed(seed)
@@ -106,26 +109,26 @@ def fit_pca(keys: np.ndarray, components: int, seed: int) -> np.ndarray:
     is not taken off, since distances do not see it.
 
     Args:
-        keys: (N, D), of which a sample decides.
+        keys: (N, D), of which a sample of ``PCA_ROWS`` decides, held in memory as float32.
         components: P, at most D.
         seed: of sample and rotation.
 
     Returns:
         (D, P) float32 with orthonormal columns; ``keys @ projection`` are the new keys.
+
+    Raises:
+        DatastoreError: where a key of the sample is no number.
     """
     rng = np.random.default_rng(seed)
     drawn = np.sort(rng.choice(len(keys), min(PCA_ROWS, len(keys)), replace=False))
-    width = keys.shape[1]
-    total, products = np.zeros(width), np.zeros((width, width))
-    for at in _chunks(len(drawn), "principal components"):
+    sample = np.empty((len(drawn), keys.shape[1]), np.float32)
+    for at in _chunks(len(drawn), "reading keys"):
         check_mapped(keys, "keys")
-        some = keys[drawn[at]].astype(np.float64)
-        total += some.sum(axis=0)
-        products += some.T @ some
-    covariance = products / len(drawn) - np.outer(total, total) / len(drawn) ** 2
-    _, directions = np.linalg.eigh(covariance)  # the greatest variance comes last
+        sample[at] = keys[drawn[at]]
+    check_finite(sample)
+    directions = principal_components(sample, components)
     rotation, _ = np.linalg.qr(rng.normal(size=(components, components)))
-    return (directions[:, width - components :] @ rotation).astype(np.float32)
+    return (directions @ rotation).astype(np.float32)
 
 
 def merged_weights(
@@ -215,10 +218,11 @@ def _check(store: Datastore, pca: int | None, merge: int | None) -> None:
             found="neither",
         )
     width = store.manifest.width
-    if pca is not None and not 1 <= pca <= width:
+    most = min(width, len(store))  # so many keys span no more dimensions
+    if pca is not None and not 1 <= pca <= most:
         raise ConfigError(
             "--pca counts dimensions that are kept",
-            expected=f"1 to {width:,}, the width of the keys",
+            expected=f"1 to {most:,}, the {'width' if most == width else 'number'} of the keys",
             found=pca,
         )
     if merge is not None and not 1 <= merge < len(store):
@@ -247,7 +251,7 @@ def _open_index(store: Datastore, index: Path | None, k: int) -> SearchIndex:
             found="nothing",
             do=f"build it: fairseq-knnlm build-index --dstore {store.path}",
         )
-    found = indexes.load(
+    found = load_index(
         path,
         datastore=store.fingerprint,
         rows=len(store),

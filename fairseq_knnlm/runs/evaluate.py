@@ -11,7 +11,7 @@ import numpy as np
 
 from fairseq_knnlm.errors import told
 from fairseq_knnlm.files import write_json
-from fairseq_knnlm.lm.transformer import TargetLM
+from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.report import tell
@@ -74,8 +74,8 @@ class EvaluationRun:
         """
         assert self.saving is not None
         key_type = self.inputs.options.datastores.knn_keytype
-        lm = TargetLM(self.inputs.models[0], self.inputs.vocabulary.pad, key_type)
-        self.saving.learn(lm, self.blocks, batches, to_device)
+        lm = language_model(self.inputs.models[0], key_type)
+        self.saving.learn(lm, self.inputs.vocabulary.pad, self.blocks, batches, to_device)
 
     def finish(self) -> None:
         """Publishes what was written and reports what was measured.

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fairseq_knnlm.experts.contract import Expert
 from fairseq_knnlm.experts.kind import Opened
-from fairseq_knnlm.experts.knn import Expert, KeyExpert, ShapeExpert
-from fairseq_knnlm.lm.transformer import TargetLM, check_finite
+from fairseq_knnlm.experts.lm import KeyExpert, ShapeExpert
+from fairseq_knnlm.lm.fingerprints import check_finite
+from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.mixture.mixers import Mixer
-from fairseq_knnlm.mixture.model import Panel, SkippingPanel
+from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM
 from fairseq_knnlm.runs.inputs import Inputs, several_models
 from fairseq_knnlm.runs.mixing import mixture
 from fairseq_knnlm.runs.opening import Memory
-from fairseq_knnlm.runs.scorer import Blocks, KnnScorer, Listener, Sentences
+from fairseq_knnlm.runs.scorer import Blocks, KnnScorer, Listener, MakeMixture, Sentences
 
 #: Features of the language model's whole distribution.
 SHAPE = {"lm_entropy", "lm_top"}
@@ -48,23 +50,25 @@ def make_scorer(
             check_finite(model)
     elif len(inputs.models) > 1:
         raise several_models(len(inputs.models))
-    panel, source = Panel(), ""
+    make: MakeMixture = MixtureLM
+    source = ""
     if memory is not None:
         for_table = bool(options.writing.score_table and blocks)
-        panel, source = _mixed(inputs, memory, for_table=for_table)
+        make, source = _mixture(inputs, memory, for_table=for_table)
     return KnnScorer(
         inputs.vocabulary.pad,
         inputs.vocabulary.eos,
         blocks=blocks if blocks is not None else Sentences(inputs.vocabulary.bos),
         key_type=options.datastores.knn_keytype if needs_keys else None,
-        panel=panel,
+        mixture=make,
+        others={name: language_model(model) for name, model in inputs.others.items()},
         mixture_from=source,
         listeners=listeners,
     )
 
 
-def _mixed(inputs: Inputs, memory: Memory, *, for_table: bool) -> tuple[Panel, str]:
-    """Experts and mixer, and where the mixer comes from."""
+def _mixture(inputs: Inputs, memory: Memory, *, for_table: bool) -> tuple[MakeMixture, str]:
+    """What makes the mixture of the language model, and where the mixer comes from."""
     for store in memory.stores:
         store.check_origin(model=inputs.model)
     if memory.calibration is not None:
@@ -85,15 +89,15 @@ def _mixed(inputs: Inputs, memory: Memory, *, for_table: bool) -> tuple[Panel, s
         if for_table or name in mixed
     ]
     if needed & SHAPE or (for_table and inputs.options.writing.lm_features):
-        experts.append(ShapeExpert(TargetLM(inputs.models[0], inputs.vocabulary.pad)))
+        experts.append(ShapeExpert(language_model(inputs.models[0])))
     if KEY in needed or (for_table and any(kind.searches for kind in memory.by_kind)):
         experts.append(KeyExpert())
     if skipping is None:
-        return Panel(experts, chosen.mixer), chosen.source
+        return lambda lm: MixtureLM(lm, experts, chosen.mixer), chosen.source
     share = inputs.options.mixing.skip_searches
     assert share is not None
-    panel = SkippingPanel(experts, chosen.mixer, skipping.rest, skipping.skip, share)
-    return panel, chosen.source
+    how = (experts, chosen.mixer, skipping.rest, skipping.skip, share)
+    return lambda lm: SkippingMixtureLM(lm, *how), chosen.source
 
 
 def _wanted(mixer: Mixer) -> tuple[list[Component], set[str]]:

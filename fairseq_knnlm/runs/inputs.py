@@ -9,7 +9,8 @@ from typing import Any
 
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.kind import Models
-from fairseq_knnlm.lm.transformer import check_model, model_fingerprint
+from fairseq_knnlm.lm.fingerprints import model_fingerprint
+from fairseq_knnlm.lm.registry import check_model
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.options import Options
 
@@ -22,13 +23,13 @@ class Vocabulary:
         symbols: its types in order; the place of each is its id.
         pad: the padding token's id.
         eos: the id that ends a line.
-        bos: the id that is put before each block and does not count; None where none is.
+        bos: whether a token that does not count stands before each block.
     """
 
     symbols: Sequence[str]
     pad: int
     eos: int
-    bos: int | None = None
+    bos: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ class Inputs:
         return Models(
             first=self.models[0],
             width=check_model(self.models[0], self.options.datastores.knn_keytype),
-            pad=self.vocabulary.pad,
             eos=self.vocabulary.eos,
             others=self.others,
         )

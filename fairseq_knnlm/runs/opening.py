@@ -11,7 +11,7 @@ from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.kind import Kind, Opened
 from fairseq_knnlm.experts.registry import kind_of
-from fairseq_knnlm.lm.transformer import dictionary_fingerprint
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.mixture.components import searches
 from fairseq_knnlm.mixture.mixers import Mixer, Skip
 from fairseq_knnlm.runs.mixing import check_given, chosen_experts, leaves_open

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fairseq_knnlm.experts.kind import Kind, flag
 from fairseq_knnlm.experts.registry import DEFAULT, find_kind, kinds
-from fairseq_knnlm.lm.transformer import KEY_TYPES
+from fairseq_knnlm.lm.keys import KEY_TYPES
 
 
 @dataclass(frozen=True)

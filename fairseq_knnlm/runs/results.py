@@ -11,7 +11,7 @@ import msgspec
 from fairseq_knnlm.calibration.card import Card
 from fairseq_knnlm.experts.registry import find_kind
 from fairseq_knnlm.mixture.mixers import Fixed
-from fairseq_knnlm.mixture.model import SkippingPanel
+from fairseq_knnlm.mixture.model import SkippingMixtureLM
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.mixing import describe, described, mixed_experts
 from fairseq_knnlm.runs.opening import Memory
@@ -90,25 +90,25 @@ def _power(loss: float | None) -> float | None:
 
 def _mixed(memory: Memory, scorer: KnnScorer) -> dict[str, Any]:
     """What was mixed."""
-    panel = scorer.panel
+    mixture = scorer.mixture
     found: dict[str, Any] = {
         "experts": list(memory.experts),
-        "mixed": mixed_experts(panel.mixer),
-        "mixer": panel.mixer.kind,
-        "mixture": describe(panel.mixer),
+        "mixed": mixed_experts(mixture.mixer),
+        "mixer": mixture.mixer.kind,
+        "mixture": describe(mixture.mixer),
         "mixture_from": scorer.mixture_from,
     }
-    if isinstance(panel.mixer, Fixed):
-        pairs = zip(panel.mixer.components, panel.mixer.weights, strict=True)
+    if isinstance(mixture.mixer, Fixed):
+        pairs = zip(mixture.mixer.components, mixture.mixer.weights, strict=True)
         found["weights"] = [
             {"expert": component.expert, "weight": weight, **component.setting}
             for component, weight in pairs
         ]
     for kind, opened in memory.by_kind.items():
-        experts = [expert for expert in panel.experts if find_kind(expert.name) is kind]
+        experts = [expert for expert in mixture.experts if find_kind(expert.name) is kind]
         found |= kind.results(opened, experts)
-    if isinstance(panel, SkippingPanel):
-        found["searches_skipped"] = 1 - panel.searched / max(panel.tokens, 1)
+    if isinstance(mixture, SkippingMixtureLM):
+        found["searches_skipped"] = 1 - mixture.searched / max(mixture.tokens, 1)
     if memory.stores:
         found |= {
             "datastore": ":".join(str(store.path) for store in memory.stores),
@@ -138,7 +138,7 @@ def table_card(
             "described": described(memory.experts, inputs.loaded),
             "experts": {
                 expert.name: [dict(column) for column in expert.settings]
-                for expert in scorer.panel.experts
+                for expert in scorer.mixture.experts
                 if expert.settings
             },
             "features": sorted(features),

@@ -11,11 +11,14 @@ from tqdm import tqdm
 
 from fairseq_knnlm.background import Behind
 from fairseq_knnlm.datastore import INDEX, DatastoreWriter, Origin
-from fairseq_knnlm.index.build import IndexBuilder, Wishes
+from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
+from fairseq_knnlm.index.device import wants_gpu
 from fairseq_knnlm.index.recipes import choose
-from fairseq_knnlm.index.stored import check_factory, wants_gpu
-from fairseq_knnlm.index.stored import save as save_index
-from fairseq_knnlm.lm.transformer import Scored, TargetLM, dictionary_fingerprint
+from fairseq_knnlm.index.specification import check_factory
+from fairseq_knnlm.index.storage import save as save_index
+from fairseq_knnlm.lm.contexts import Contexts, Encoded
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
+from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.runs.scorer import Batch, Blocks
@@ -41,7 +44,8 @@ class Saving:
 
     def learn(
         self,
-        lm: TargetLM,
+        lm: TransformerLM,
+        pad: int,
         blocks: Blocks,
         batches: Iterable[Any],
         to_device: Callable[[Any], Any],
@@ -50,6 +54,7 @@ class Saving:
 
         Args:
             lm: reads the batches.
+            pad: the padding token's id.
             blocks: where the blocks lie.
             batches: fairseq's, drawn evenly from the split.
             to_device: moves a batch to the model.
@@ -57,14 +62,16 @@ class Saving:
         assert self.builder is not None
         sampled = []
         for sample in tqdm(batches, desc="sampling keys", unit=" batches"):
-            scored = lm.score(to_device(sample))
-            sampled.append(_entries(blocks.rows(sample["id"], scored), scored))
+            sample = to_device(sample)
+            encoded = lm.encode(sample["net_input"], sample["target"].ne(pad))
+            rows = blocks.rows(sample["id"], encoded.mask).cpu().numpy()
+            sampled.append(_entries(rows, encoded))
         rows, keys = _joined(sampled)
         self.builder.train(keys, rows)
 
     def take(self, batch: Batch) -> None:
-        rows, keys = _entries(batch.rows, batch.scored)
-        self._write(rows, keys, batch.scored.targets.cpu().numpy()[batch.rows >= 0])
+        rows, keys = _entries(batch.rows, batch.contexts)
+        self._write(rows, keys, batch.targets.cpu().numpy()[batch.rows >= 0])
         if self.builder is not None:
             self._waiting.append((rows, keys))
             if sum(len(rows) for rows, _ in self._waiting) >= KEYS_AT_A_TIME:
@@ -89,11 +96,11 @@ class Saving:
         builder.add(keys, rows)
 
 
-def _entries(rows: np.ndarray, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+def _entries(rows: np.ndarray, found: Encoded | Contexts) -> tuple[np.ndarray, np.ndarray]:
     """The rows (n,) that count, of (N,) with -1 for those that do not, and their keys (n, D)."""
-    assert scored.keys is not None
+    assert found.keys is not None
     counted = rows >= 0
-    return rows[counted], scored.keys.cpu().numpy()[counted]
+    return rows[counted], found.keys.cpu().numpy()[counted]
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -135,6 +142,6 @@ def _index_builder(options: Options, rows: int, width: int) -> IndexBuilder:
     gpu, budget = wants_gpu(search.knn_device), saving.max_bytes_per_key
     recipe = choose(saving.recipe, rows, width, gpu=gpu, max_bytes=budget, lists=True)
     check_factory(recipe.factory, width)
-    builder = IndexBuilder(recipe, width, rows, Wishes(nprobe=search.probe))
+    builder = IndexBuilder(recipe, width, rows, BuildOptions(nprobe=search.probe))
     builder.check_any_order()
     return builder

@@ -1,15 +1,13 @@
 """What fairseq calls: a batch in, hypotheses out.
 
-The language model says how likely every target is, the panel of experts mixes its word with theirs,
-the mixture is handed to fairseq, and whoever listens (datastore, score table, tally) takes what it
-needs.
+The language model encodes the batch, the mixture says how likely every target is, that is handed to
+fairseq, and whoever listens (datastore, score table, tally) takes what it needs.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +18,11 @@ from torch import Tensor, nn
 
 from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import ModelError
-from fairseq_knnlm.experts.knn import Opinion, Passage
-from fairseq_knnlm.lm.transformer import Scored, TargetLM
-from fairseq_knnlm.mixture.model import Panel
+from fairseq_knnlm.experts.lm import LMExpert, member
+from fairseq_knnlm.lm.contexts import Contexts, Encoded
+from fairseq_knnlm.lm.registry import language_model
+from fairseq_knnlm.lm.transformer import TransformerLM
+from fairseq_knnlm.mixture.model import MixtureLM, Scores
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,24 @@ class Blocks:
 
     Attributes:
         starts: (number of blocks,) int64, row of each block's first token.
-        bos: the id that ``--add-bos-token`` puts before a block and fairseq does not count.
+        bos: whether a token that does not count stands before each block (``--add-bos-token``).
     """
 
     starts: np.ndarray
-    bos: int | None = None
+    bos: bool = False
 
-    def rows(self, ids: Tensor, scored: Scored) -> np.ndarray:
-        """The row of each scored token, (N,) int64; -1 for an added beginning of sentence."""
-        mask = scored.mask
-        offsets = mask.cumsum(dim=1) - (1 if self.bos is None else 2)
+    def rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The row of each scored token, (N,) int64; -1 for an added beginning of sentence.
+
+        Args:
+            ids: (B,) of the blocks.
+            mask: (B, T) bool, the positions that are scored.
+        """
+        offsets = mask.cumsum(dim=1) - (2 if self.bos else 1)
         starts = torch.from_numpy(self.starts[ids.cpu().numpy()]).to(mask.device)
-        rows = (starts[:, None] + offsets)[mask]
-        if self.bos is not None:
-            rows = rows.masked_fill(scored.targets == self.bos, -1)
-        return rows.cpu().numpy()
+        return (starts[:, None] + offsets).masked_fill(offsets < 0, -1)[mask]
 
-    def texts(self, scored: Scored) -> Tensor | None:
+    def texts(self, mask: Tensor) -> Tensor | None:
         """None: all blocks are one text."""
         return None
 
@@ -60,38 +61,42 @@ class Sentences:
         bos: as in ``Blocks``.
     """
 
-    bos: int | None = None
+    bos: bool = False
 
-    def rows(self, ids: Tensor, scored: Scored) -> np.ndarray:
+    def rows(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The row of each scored token, (N,) int64; -1 for an added beginning of sentence."""
-        counted = scored.mask.clone()
-        if self.bos is not None:
-            counted[scored.mask] = scored.targets != self.bos
-        rows = (counted.cumsum(dim=1) - 1).masked_fill(~counted, -1)
-        return rows[scored.mask].cpu().numpy()
+        return (mask.cumsum(dim=1) - (2 if self.bos else 1))[mask]
 
-    def texts(self, scored: Scored) -> Tensor | None:
+    def texts(self, mask: Tensor) -> Tensor | None:
         """The sentence of each scored token, (N,) int64."""
-        return scored.mask.nonzero()[:, 0]
+        return mask.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A scored batch, as listeners see it. Every array has N rows.
+    """A scored batch, as listeners see it.
 
     Attributes:
-        rows: int64 row in the split; -1 where the token does not count.
-        scored: targets, features and keys.
-        base: float32, log p_LM.
-        mixed: float32, log p of the mixture (the same without experts).
-        opinions: what each expert said, by its name.
+        rows: (N,) int64 row in the split; -1 where the token does not count.
+        targets: (N,) int64.
+        contexts: N, with keys where they were captured.
+        scores: of the targets; the language model's own are its first column, ``lm``.
     """
 
     rows: np.ndarray
-    scored: Scored
-    base: Tensor
-    mixed: Tensor
-    opinions: dict[str, Opinion]
+    targets: Tensor
+    contexts: Contexts
+    scores: Scores
+
+    @property
+    def base(self) -> Tensor:
+        """(N,) float32, natural log, log p_LM."""
+        return self.scores.columns["lm"][:, 0]
+
+    @property
+    def mixed(self) -> Tensor:
+        """(N,) float32, natural log, of the mixture; the same without experts."""
+        return self.scores.log_probs
 
 
 class Listener(Protocol):
@@ -112,14 +117,12 @@ class FillsTable:
         self.features: set[str] = set()
 
     def take(self, batch: Batch) -> None:
-        scored = batch.scored
-        columns = {"token": scored.targets.int(), "context": scored.context[:, 0].int()}
-        columns["lm"] = batch.base
-        for name, opinion in batch.opinions.items():
-            self.features |= set(opinion.features)
-            columns |= opinion.features
-            if opinion.log_probs.shape[1]:
-                columns[name] = opinion.log_probs
+        scores = batch.scores
+        self.features |= set(scores.features)
+        columns = {"token": batch.targets.int(), "context": batch.contexts.before[:, 0].int()}
+        columns |= {"lm": batch.base, **scores.features}
+        # Experts that only name features have no columns of their own.
+        columns |= {name: x for name, x in scores.columns.items() if name != "lm" and x.shape[1]}
         counted = batch.rows >= 0
         self.writer.write(
             {"row": batch.rows[counted]}
@@ -146,6 +149,10 @@ class Tally:
         self.impossible += int(torch.isneginf(mixed).sum())
 
 
+#: A mixture around the language model.
+MakeMixture = Callable[[LMExpert], MixtureLM]
+
+
 class KnnScorer:
     """Scores references; has the interface of fairseq's ``SequenceScorer``.
 
@@ -154,7 +161,8 @@ class KnnScorer:
         eos: the id that ends a sentence; ``fairseq-generate`` reads it.
         blocks: where the blocks lie; left out, every sentence is a text of its own.
         key_type: capture these keys, or None for none.
-        panel: experts and their mixer.
+        mixture: makes the mixture of the language model; left out, there are no experts.
+        others: further language models, by the name of their expert.
         mixture_from: where the mixer comes from, in words.
         listeners: told of every batch.
     """
@@ -166,7 +174,8 @@ class KnnScorer:
         *,
         blocks: Blocks | Sentences | None = None,
         key_type: str | None = None,
-        panel: Panel | None = None,
+        mixture: MakeMixture = MixtureLM,
+        others: Mapping[str, TransformerLM] | None = None,
         mixture_from: str = "",
         listeners: Sequence[Listener] = (),
     ) -> None:
@@ -174,10 +183,12 @@ class KnnScorer:
         self.eos = eos
         self.blocks = blocks if blocks is not None else Sentences()
         self.key_type = key_type
-        self.panel = panel if panel is not None else Panel()
         self.mixture_from = mixture_from
         self.tally = Tally()
         self.listeners = (self.tally, *listeners)
+        self.lm = LMExpert()
+        self.mixture = mixture(self.lm)
+        self._others = dict(others or {})
 
     @torch.no_grad()
     def generate(
@@ -197,22 +208,24 @@ class KnnScorer:
             ModelError: where keys are needed of an ensemble, or a probability is none.
         """
         started = time.perf_counter()
-        scored, base = self._base(models, sample)
-        rows = self.blocks.rows(sample["id"], scored)
-        places = torch.from_numpy(rows).to(base.device)
-        passage = Passage(scored, places, sample, self.blocks.texts(scored))
-        verdict = self.panel.judge(base, passage)
-        mixed = verdict.log_probs
-        batch = Batch(rows, scored, base, mixed, verdict.opinions)
+        self.lm.models = self._read(models)
+        target = sample["target"]
+        mask = target.ne(self.pad)
+        contexts, mask = self._contexts(sample, mask)
+        targets = target[:, -mask.shape[1] :][mask]
+        scores = self.mixture.score(contexts, targets)
+        batch = Batch(contexts.rows.cpu().numpy(), targets, contexts, scores)
+        _check_numbers(batch.base)
         for listener in self.listeners:
             listener.take(batch)
         self.tally.seconds += time.perf_counter() - started
+        mixed = scores.log_probs
         if isinstance(self.blocks, Blocks):
             # fairseq-eval-lm would leave out infinite scores, and fail to say so.
             mixed = mixed.clamp_min(torch.finfo(mixed.dtype).min)
-        return _hypotheses(scored, mixed)
+        return _hypotheses(targets, mask, mixed)
 
-    def _base(self, models: Sequence[nn.Module], sample: dict[str, Any]) -> tuple[Scored, Tensor]:
+    def _read(self, models: Sequence[nn.Module]) -> tuple[TransformerLM, ...]:
         if len(models) > 1 and self.key_type is not None:
             raise ModelError(
                 "a datastore belongs to one language model",
@@ -220,26 +233,38 @@ class KnnScorer:
                 found=f"{len(models)}",
                 do="evaluate them one by one",
             )
-        columns = []
-        for model in models:
-            lm = TargetLM(model, self.pad, self.key_type)
-            scored = lm.score(sample)
-            columns.append(lm.target_log_probs(scored))
-        mean = torch.logsumexp(torch.stack(columns), dim=0) - math.log(len(columns))
-        if mean.isnan().any():
-            raise ModelError(
-                "the language model gives probabilities that are no numbers",
-                expected="a probability for each token",
-                found="NaN",
-                do="leave --fp16 out, or check the checkpoint",
-            )
-        return scored, mean
+        return tuple(language_model(model, self.key_type) for model in models)
+
+    def _contexts(self, sample: dict[str, Any], mask: Tensor) -> tuple[Contexts, Tensor]:
+        """The contexts of the scored positions, and the mask as far as these reach."""
+        first, *more = self.lm.models
+        others = self._others | {member("lm", n): lm for n, lm in enumerate(more, start=1)}
+        encoded: Encoded = first.encode(sample["net_input"], mask)
+        contexts = Contexts(
+            encoded.features,
+            encoded.keys,
+            encoded.before,
+            self.blocks.rows(sample["id"], encoded.mask),
+            self.blocks.texts(encoded.mask),
+            {name: lm.encode(sample["net_input"], mask).features for name, lm in others.items()},
+        )
+        return contexts, encoded.mask
 
 
-def _hypotheses(scored: Scored, log_probs: Tensor) -> list[list[dict[str, Any]]]:
+def _check_numbers(log_probs: Tensor) -> None:
+    if log_probs.isnan().any():
+        raise ModelError(
+            "the language model gives probabilities that are no numbers",
+            expected="a probability for each token",
+            found="NaN",
+            do="leave --fp16 out, or check the checkpoint",
+        )
+
+
+def _hypotheses(targets: Tensor, mask: Tensor, log_probs: Tensor) -> list[list[dict[str, Any]]]:
     """Cuts the flat scores into fairseq's hypotheses, one a sentence."""
-    lengths = scored.mask.sum(dim=1).tolist()
-    pairs = zip(scored.targets.split(lengths), log_probs.split(lengths), strict=True)
+    lengths = mask.sum(dim=1).tolist()
+    pairs = zip(targets.split(lengths), log_probs.split(lengths), strict=True)
     return [
         [
             {

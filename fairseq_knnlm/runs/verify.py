@@ -22,7 +22,7 @@ from fairseq_knnlm.datastore import (
 from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.files.arrays import kind_of
-from fairseq_knnlm.index import stored as indexes
+from fairseq_knnlm.index.storage import load as load_index
 
 WRONG = "not as it should be"
 #: What names of temporary files hold, and what is said of them.
@@ -36,12 +36,12 @@ class Finding:
 
     Attributes:
         path: the thing.
-        verdict: in a line.
+        summary: what was found, in a line.
         errors: what is wrong with it.
     """
 
     path: Path
-    verdict: str
+    summary: str
     errors: tuple[KnnlmError, ...] = ()
 
 
@@ -104,10 +104,10 @@ def _arrays(store: Datastore) -> tuple[dict[str, np.ndarray], Finding]:
             continue
         faults = check_numbers(name, arrays[name], manifest.origin.vocabulary)
         errors += [_unsound(store.path / name, fault) for fault in faults]
-    verdict = WRONG
+    summary = WRONG
     if not errors:
-        verdict = f"{len(store):,} entries, every byte as it was written ({', '.join(arrays)})"
-    return arrays, Finding(store.path, verdict, tuple(errors))
+        summary = f"{len(store):,} entries, every byte as it was written ({', '.join(arrays)})"
+    return arrays, Finding(store.path, summary, tuple(errors))
 
 
 def _old_arrays(store: Datastore) -> Finding:
@@ -116,8 +116,8 @@ def _old_arrays(store: Datastore) -> Finding:
         _unsound(store.path.with_name(f"{store.path.name}_keys.npy"), fault)
         for fault in check_numbers(KEYS, store.full_keys(), 0, empty_keys=False)
     ]
-    verdict = WRONG if errors else "of the right length; no checksums"
-    return Finding(store.path, f"{len(store):,} entries, {verdict}", tuple(errors))
+    summary = WRONG if errors else "of the right length; no checksums"
+    return Finding(store.path, f"{len(store):,} entries, {summary}", tuple(errors))
 
 
 def _unsound(file: Path, fault: str) -> DatastoreError:
@@ -130,7 +130,7 @@ def _unsound(file: Path, fault: str) -> DatastoreError:
 
 
 def _index(store: Datastore) -> str:
-    checked = indexes.load(
+    checked = load_index(
         store.index_path,
         datastore=store.fingerprint,
         rows=len(store),

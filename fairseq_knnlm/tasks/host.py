@@ -16,13 +16,10 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import faulthandler
 import logging
 import os
 import signal
 import sys
-import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +32,7 @@ logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 from fairseq.sequence_scorer import SequenceScorer  # noqa: E402
 
 from fairseq_knnlm.errors import KnnlmError, Terminated, told, wants_traceback  # noqa: E402
+from fairseq_knnlm.signals import tell_crashes  # noqa: E402
 from fairseq_knnlm.tasks.stock import in_our_words  # noqa: E402
 
 #: Warnings about fairseq's use of hydra and torch, by the start of their text.
@@ -57,9 +55,7 @@ def settle_in() -> None:
     """Prepares the process; done once, when the package is imported."""
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
-    if sys.stderr is sys.__stderr__ and not faulthandler.is_enabled():
-        with contextlib.suppress(Exception):  # a standard error that is no file
-            faulthandler.enable()
+    tell_crashes()
     logging.getLogger("hydra").setLevel(logging.WARNING)
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=np.int64)  # type: ignore[attr-defined]
@@ -88,21 +84,6 @@ def command() -> str | None:
     spec = getattr(main, "__spec__", None)  # `python -m fairseq_cli.eval_lm`
     running = {*sys.modules, spec.name if spec is not None else ""}
     return next((name for name in COMMANDS if f"fairseq_cli.{name}" in running), None)
-
-
-def end_on_request() -> None:
-    """Lets SIGTERM end the process as Ctrl-C does: in one line, and with everything cleaned up."""
-    main, owner = threading.current_thread() is threading.main_thread(), os.getpid()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return
-
-    def end(*_: object) -> None:
-        if os.getpid() != owner:  # a loader's worker, which has nothing to clean up
-            os._exit(143)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def hand_over(scorer: Any) -> None:

@@ -20,12 +20,13 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.kind import spelled
-from fairseq_knnlm.lm.transformer import check_model, is_supported
+from fairseq_knnlm.lm.registry import check_model, is_supported
 from fairseq_knnlm.runs.evaluate import EvaluationRun
 from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.inputs import Inputs, Vocabulary, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
 from fairseq_knnlm.runs.options import Options
+from fairseq_knnlm.signals import end_on_request
 from fairseq_knnlm.tasks import host, loading, stock
 from fairseq_knnlm.tasks.checks import check
 from fairseq_knnlm.tasks.flags import KnnlmConfig, options_of, whole_run
@@ -174,7 +175,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
 
     def _vocabulary(self) -> Vocabulary:
         types = self.target_dictionary
-        bos = types.bos() if self.args.add_bos_token else None
+        bos = bool(self.args.add_bos_token)
         return Vocabulary(types.symbols, types.pad(), types.eos(), bos)
 
     def _others(self, first: Any) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _check_run(args: Any, options: Options) -> None:
     """
     run, command = whole_run(args), host.command()
     if command is not None:
-        host.end_on_request()
+        end_on_request()
     stock.check_data(args.data)
     inputs: dict[str, list[str]] = {}
     if run is not None:

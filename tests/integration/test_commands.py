@@ -238,7 +238,7 @@ def test_hub_interface_scores_with_neighbours(lab: Lab, datastore: Path) -> None
 
 def test_every_key_type(lab: Lab, tmp_path: Path) -> None:
     """Six representations; the six differ, and those the model lacks are refused."""
-    from fairseq_knnlm.lm.transformer import KEY_TYPES
+    from fairseq_knnlm.lm.keys import KEY_TYPES
 
     lacking = {
         ("prenorm-nofinal", "decoder_output"),

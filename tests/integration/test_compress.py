@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lab, must
-from stores import assert_helps, brute_force, build_index, clustered, write_store
+from stores import assert_helps, brute_force, build_index, clustered, knn_log_probs, write_store
 
 from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError
 from fairseq_knnlm.experts.knn import KnnSetting
-from fairseq_knnlm.index import stored as indexes
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.storage import load as load_index
+from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.mixture.components import Component
-from fairseq_knnlm.mixture.mix import knn_log_probs
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs import compress as module
 from fairseq_knnlm.runs.compress import alike_neighbours, compress, fit_pca, greedy_merge
 
 ROWS, WIDTH, K, SEED = 600, 8, 5, 3
 
 
-def build(store: Datastore, recipe: str = "Flat", **wishes: object) -> None:
+def build(store: Datastore, recipe: str = "Flat", **options: object) -> None:
     """The index of a datastore, in its place."""
-    index, card = build_index(store.full_keys(), recipe, **wishes)  # type: ignore[arg-type]
-    indexes.save(index, card, store.index_path, store.fingerprint)
+    index, card = build_index(store.full_keys(), recipe, **options)  # type: ignore[arg-type]
+    save_index(index, card, store.index_path, store.fingerprint)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def store(tmp_path: Path) -> Datastore:
 
 def search_index(store: Datastore) -> SearchIndex:
     shape = {"rows": len(store), "width": store.manifest.width}
-    return indexes.load(store.index_path, datastore=store.fingerprint, **shape)
+    return load_index(store.index_path, datastore=store.fingerprint, **shape)
 
 
 def plain_merge(store: Datastore, order: list[int], k: int) -> dict[int, int]:
@@ -228,7 +228,7 @@ def test_merged_entries_are_as_good_as_repeated_ones(tmp_path: Path) -> None:
     assert smaller.weights.tolist() == [4] * 40
     asked = torch.from_numpy(rng.normal(size=(20, WIDTH)).astype(np.float32))
     everyone, few = (
-        Retriever(search_index(s), s, "l2").search(asked, len(s)) for s in (store, smaller)
+        LocalRetriever(search_index(s), s, "l2").search(asked, len(s)) for s in (store, smaller)
     )
     assert everyone.log_weights is None
     assert few.log_weights is not None
@@ -304,6 +304,23 @@ BAD: dict[str, tuple[type[KnnlmError], dict[str, object], str]] = {
     "more neighbours than there are": (ConfigError, {"merge": ROWS}, "1 to 599"),
     "no such index": (IndexFileError, {"merge": 1, "index": Path("none")}, "build-index"),
 }
+
+
+def test_more_dimensions_than_keys(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", clustered(5, WIDTH), np.zeros(5, int))
+    with pytest.raises(ConfigError, match="--pca") as caught:
+        compress(store, tmp_path / "out", pca=6)
+    assert "1 to 5, the number of the keys" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert open_datastore(compress(store, tmp_path / "out", pca=5)).manifest.width == 5
+
+
+def test_keys_that_are_no_numbers_have_no_components() -> None:
+    keys = clustered(50)
+    keys[30, 2] = np.nan
+    with pytest.raises(DatastoreError, match="no numbers") as caught:
+        fit_pca(keys, 3, seed=0)
+    assert_helps(caught, "fairseq-knnlm verify")
 
 
 @pytest.mark.parametrize("case", list(BAD))

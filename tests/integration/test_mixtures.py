@@ -320,3 +320,11 @@ def test_several_datastores_are_tuned_together(
     assert alone.best.name == tuned.calibration.best.name
     expected = mixture_losses(read_table(table), stack.mixer).mean() / math.log(2)
     assert found["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("experts", ["knn", "cache"])
+def test_nobody_is_asked_where_nothing_is_mixed(lab: Lab, datastore: Path, experts: str) -> None:
+    """There is no setting to ask an expert for."""
+    memory = ["--knnlm", "--dstore-filename", datastore, "--k", 8, "--experts", experts]
+    found = lab.evaluate("test", *memory, "--mixer", "none")
+    assert found == lab.evaluate("test")

@@ -11,16 +11,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Lab, run
-from stores import assert_helps, brute_force, build_index, random_entries, write_store
+from stores import (
+    Question,
+    ask,
+    asking,
+    assert_helps,
+    brute_force,
+    build_index,
+    contexts,
+    random_entries,
+    write_store,
+)
 
 from fairseq_knnlm import cli
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.knn import KnnSetting, Passage
+from fairseq_knnlm.experts.knn import KnnSetting
 from fairseq_knnlm.experts.pointers import PART_OF_K, RUN, PointerExpert
-from fairseq_knnlm.index.stored import SearchIndex
-from fairseq_knnlm.lm.transformer import CONTEXT, Scored
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.retrieval.local import LocalRetriever
 
 ROWS, WIDTH, TYPES, K, T = 400, 8, 4, 40, 9.0
 #: Rows 30 to 179 of a text, which cross the ends of two runs.
@@ -36,41 +45,37 @@ def store(tmp_path: Path) -> Datastore:
 def expert(store: Datastore, least: int | None, k: int = K, recipe: str = "Flat") -> PointerExpert:
     assert store.keys is not None
     index, card = build_index(store.keys, recipe, nprobe=1)
-    retriever = Retriever(SearchIndex(index, card), store, "l2")
+    retriever = LocalRetriever(SearchIndex(index, card), store, "l2")
     return PointerExpert(retriever, k, [KnnSetting(temperature=T)], least=least)
 
 
-def text(rows: Sequence[int], seed: int = 4) -> Passage:
+def text(rows: Sequence[int], seed: int = 4) -> Question:
     """Random queries and targets at these rows."""
     rng = torch.manual_seed(seed)
     keys = torch.randn(len(rows), WIDTH, generator=rng)
-    return passage(keys, torch.randint(TYPES, (len(rows),), generator=rng), rows)
+    return at_rows(keys, torch.randint(TYPES, (len(rows),), generator=rng), rows)
 
 
-def passage(keys: torch.Tensor, targets: torch.Tensor, rows: Sequence[int]) -> Passage:
-    context = torch.full((len(rows), CONTEXT), -1)
-    mask = torch.ones(1, len(rows), dtype=torch.bool)
-    return Passage(Scored(targets, keys, keys, mask, context), torch.tensor(rows))
+def at_rows(keys: torch.Tensor, targets: torch.Tensor, rows: Sequence[int]) -> Question:
+    """Each comes after the target before it."""
+    return asking(keys, targets, contexts(targets.tolist()), torch.tensor(rows))
 
 
-def batches(whole: Passage, size: int) -> list[Passage]:
-    assert whole.scored.keys is not None
-    columns = (whole.scored.keys, whole.scored.targets, whole.rows)
-    parts = zip(*(column.split(size) for column in columns), strict=True)
-    return [passage(keys, targets, rows.tolist()) for keys, targets, rows in parts]
+def batches(whole: Question, size: int) -> list[Question]:
+    return [whole[start : start + size] for start in range(0, len(whole.targets), size)]
 
 
 def plain(
-    keys: np.ndarray, values: np.ndarray, asked: Passage, least: int | None, k: int = K
+    keys: np.ndarray, values: np.ndarray, asked: Question, least: int | None, k: int = K
 ) -> tuple[list[list[int]], np.ndarray, int]:
     """Candidates and log p of each token, and how many searches they took."""
-    assert asked.scored.keys is not None
-    queries = asked.scored.keys.double().numpy()
+    assert asked.contexts.keys is not None
+    queries = asked.contexts.keys.double().numpy()
     nearest = brute_force(keys, queries, k, "l2")[1].tolist()
     everybody, log_probs, searches = [], [], 0
     before, last = [], -1
     for place, (row, target) in enumerate(
-        zip(asked.rows.tolist(), asked.scored.targets.tolist(), strict=True)
+        zip(asked.contexts.rows.tolist(), asked.targets.tolist(), strict=True)
     ):
         pointers = before if row == last + 1 and row % RUN else []
         found = []
@@ -91,15 +96,14 @@ def plain(
 
 
 def expected(
-    store: Datastore, asked: Passage, least: int | None
+    store: Datastore, asked: Question, least: int | None
 ) -> tuple[list[list[int]], np.ndarray, int]:
     assert store.keys is not None
     return plain(store.keys, store.values, asked, least)
 
 
-def candidates(found: PointerExpert, part: Passage) -> list[list[int]]:
-    assert part.scored.keys is not None
-    near = found.near(part.scored.keys, part.scored.targets, part.rows)
+def candidates(found: PointerExpert, part: Question) -> list[list[int]]:
+    near = found.near(part.contexts)
     return [sorted(ids[valid].tolist()) for ids, valid in zip(near.ids, near.valid, strict=True)]
 
 
@@ -114,17 +118,9 @@ def test_candidates_and_probabilities_are_retomatons(
     one, other = expert(store, least), expert(store, least)
     parts = batches(asked, size)
     assert [row for part in parts for row in candidates(one, part)] == everybody
-    found = torch.cat([other.opinion(part).log_probs for part in parts])
+    found = torch.cat([ask(other, part).log_probs for part in parts])
     np.testing.assert_allclose(found[:, 0].numpy(), log_probs, atol=1e-4)
     assert (one.queries, one.searches) == (len(TEXT), searches)
-
-
-def test_parts_of_a_batch_are_as_good(store: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fairseq_knnlm.experts.knn.QUERIES_AT_A_TIME", 11)
-    asked = text(TEXT)
-    for least in MODES:
-        found = expert(store, least).opinion(asked).log_probs[:, 0]
-        np.testing.assert_allclose(found.numpy(), expected(store, asked, least)[1], atol=1e-4)
 
 
 def test_too_few_pointers_are_joined(store: Datastore) -> None:
@@ -156,8 +152,11 @@ def test_nothing_leaks_across_gaps(store: Datastore, rows: list[int], size: int)
 
 def test_a_pointer_does_not_know_its_target(store: Datastore) -> None:
     """Other targets from some token on leave the candidates as they were up to that token."""
-    asked, other = text(TEXT), text(TEXT)
-    other.scored.targets[70:] = (other.scored.targets[70:] + 1) % TYPES
+    asked = text(TEXT)
+    assert asked.contexts.keys is not None
+    targets = asked.targets.clone()
+    targets[70:] = (targets[70:] + 1) % TYPES
+    other = at_rows(asked.contexts.keys, targets, TEXT)
     for least in MODES:
         one, two = (candidates(expert(store, least), each) for each in (asked, other))
         assert one[:71] == two[:71]
@@ -168,7 +167,7 @@ def test_repeated_text_is_searched_once_a_run(tmp_path: Path) -> None:
     """The text stands in the datastore word for word."""
     keys, values = random_entries(ROWS, WIDTH)
     store = write_store(tmp_path / "store", keys, values)
-    asked = passage(
+    asked = at_rows(
         torch.from_numpy(keys[100:300] + 0.01), torch.from_numpy(values[100:300]), range(64, 264)
     )
     follower = expert(store, 1)
@@ -180,9 +179,7 @@ def test_repeated_text_is_searched_once_a_run(tmp_path: Path) -> None:
 def test_missing_neighbours_and_pointers_stay_missing(store: Datastore) -> None:
     """An index that finds about ten of 40: what is missing counts nothing and leads nowhere."""
     asked = text(TEXT)
-    keys, targets = asked.scored.keys, asked.scored.targets
-    assert keys is not None
-    near = expert(store, None, recipe="IVF32,Flat").near(keys, targets, asked.rows)
+    near = expert(store, None, recipe="IVF32,Flat").near(asked.contexts)
     assert not near.valid.all()
     assert torch.equal(near.valid, near.ids >= 0)
     assert torch.equal(near.valid, near.distances.isfinite())
@@ -214,7 +211,7 @@ def test_a_run_is_retomaton(
     train, valid = open_datastore(datastore), open_datastore(tmp_path / "valid")
     assert train.keys is not None and valid.keys is not None
     keys, targets = np.array(valid.keys), valid.values.astype(np.int64)
-    asked = passage(torch.from_numpy(keys), torch.from_numpy(targets), range(len(valid)))
+    asked = at_rows(torch.from_numpy(keys), torch.from_numpy(targets), range(len(valid)))
     table, out = tmp_path / "table.npz", tmp_path / "results.json"
     caplog.set_level(logging.INFO)
     for mode, least in (("join", None), ("replace", 2), ("replace", 1000)):

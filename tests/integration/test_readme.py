@@ -1,8 +1,7 @@
-"""What README tells a reader to type, typed in order on a tiny text with a tiny model."""
+"""What README and the guide tell a reader to type, typed in order on a tiny text and model."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -12,9 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_corpus
 
-from fairseq_knnlm.cli import main
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 #: Sizes that a test has no time for. Each has to be there, so that none slips through unscaled.
 SCALED = {
     "--decoder-layers 4": "--decoder-layers 1",
@@ -24,15 +22,15 @@ SCALED = {
     "--decoder-ffn-embed-dim 1024": "--decoder-ffn-embed-dim 64",
     "--warmup-updates 200": "--warmup-updates 5",
     "--max-update 4000": "--max-update 30",
-    "--pca 128": "--pca 16",
 }
+SCALED_IN_GUIDE = {"--pca 128": "--pca 16"}
 #: How the blocks of a shell begin; others show what a command prints.
 COMMANDS = ("fairseq-", "python ", "READ=")
 
 
-def section(title: str) -> str:
+def section(title: str, page: str = README) -> str:
     """What stands under a heading, up to the next one."""
-    _, text = README.split(f"## {title}\n")
+    _, text = page.split(f"## {title}\n")
     return re.split(r"^#+ ", text, flags=re.MULTILINE)[0]
 
 
@@ -42,12 +40,13 @@ def blocks(text: str, language: str = "") -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    return [block for block in blocks(text) if block.startswith(COMMANDS)]
+    """Blocks to be typed as they are; those with brackets are patterns."""
+    return [block for block in blocks(text) if block.startswith(COMMANDS) and "[" not in block]
 
 
-def scaled(script: str) -> str:
-    for large, small in SCALED.items():
-        assert large in script, f"{large} is not in README any more: mend SCALED"
+def scaled(script: str, sizes: dict[str, str]) -> str:
+    for large, small in sizes.items():
+        assert large in script, f"{large} is not typed any more: mend the table of sizes"
         script = script.replace(large, small)
     return script
 
@@ -70,6 +69,10 @@ def run_as_typed(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
+def run_script(script: str, place: Path) -> str:
+    return run_as_typed("bash", "-euo", "pipefail", "-c", script, cwd=place)
+
+
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A place like the clone in which all was typed, and what was printed there."""
@@ -78,8 +81,8 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         (place / folder).symlink_to(ROOT / folder)
     (place / "text").mkdir()
     write_corpus(place / "text", held_out=200)
-    script = scaled("\n".join(commands(section("The same with your own text"))))
-    return place, run_as_typed("bash", "-euo", "pipefail", "-c", script, cwd=place)
+    script = scaled("\n".join(commands(section("The same with your own text"))), SCALED)
+    return place, run_script(script, place)
 
 
 @pytest.mark.slow
@@ -91,7 +94,24 @@ def test_the_commands_for_your_own_text_work_in_order(typed: tuple[Path, str]) -
         assert re.search(re.escape(start.split(" 1024,")[0]) + ".*", said), line
     for made in ("valid.npz", "calibration.json", "knn.index", "ngram.npz"):
         assert (place / "dstore" / made).is_file()
-    for made in ("streamed/knn.index", "smaller/knn.index", "test.json"):
+    assert (place / "test.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_first_screen_work(typed: tuple[Path, str]) -> None:
+    place, _ = typed
+    first, _ = README.split("## The idea\n")
+    said = run_script("\n".join(commands(first)), place)
+    assert "(calibrated on valid)" in said
+    assert (place / "memory" / "calibration.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guide_work_in_order(typed: tuple[Path, str]) -> None:
+    place, _ = typed
+    said = run_script(scaled("\n".join(commands(GUIDE)), SCALED_IN_GUIDE), place)
+    assert "fitted on valid" in said
+    for made in ("streamed/knn.index", "smaller/knn.index", "test.npz"):
         assert (place / made).is_file()
 
 
@@ -107,37 +127,25 @@ def test_the_checkpoint_does_not_need_the_plugin(typed: tuple[Path, str]) -> Non
 @pytest.mark.slow
 def test_what_is_written_in_python_works(typed: tuple[Path, str]) -> None:
     place, _ = typed
-    found = blocks(section("From Python"), "python")
+    found = blocks(section("From Python", GUIDE), "python")
     assert len(found) == 2
     run_as_typed("python", "-c", "\n".join(found), cwd=place)
 
 
-def test_every_flag_is_in_the_table() -> None:
-    from fairseq.tasks.language_modeling import LanguageModelingConfig
-
-    from fairseq_knnlm.tasks.flags import KnnlmConfig
-
-    def flags(cls: type) -> set[str]:
-        return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls)}
-
-    ours = flags(KnnlmConfig) - flags(LanguageModelingConfig)
-    table, _ = section("Flags").split("The command `fairseq-knnlm`")
-    rows = re.findall(r"^\| (`--.*?) \|", table, flags=re.MULTILINE)
-    assert set(re.findall(r"--[a-z0-9-]+", " ".join(rows))) <= ours
-    assert ours <= set(re.findall(r"--[a-z0-9-]+", table))
-
-
-def test_every_subcommand_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    there = re.findall(r"^    ([a-z-]+)\b", capsys.readouterr().out, flags=re.MULTILINE)
-    named = re.findall(r"^\| `([a-z][a-z-]*) ", section("Flags"), flags=re.MULTILINE)
-    assert sorted(named) == sorted(there)
+def test_the_picture_shows_the_table() -> None:
+    """docs/figures/results.py draws it from README; here, that it was drawn since."""
+    picture = (ROOT / "docs" / "figures" / "results.svg").read_text(encoding="utf-8")
+    shown = re.findall(r">([0-9]+\.[0-9]{2})</text>", picture)
+    table = re.findall(r"^\| .* \|$", section("What you get"), flags=re.MULTILINE)
+    assert shown == re.findall(r"\b[0-9]+\.[0-9]{2}\b", "\n".join(table))
+    assert len(shown) == 3 * 3
 
 
 def test_links_lead_somewhere() -> None:
-    """In README and the other documents: to files that are there and headings that they have."""
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]:
+    """To files that are there and headings that they have."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]
+    assert len(pages) > 10
+    for document in pages:
         text = document.read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith("http"):

@@ -163,15 +163,15 @@ PEAK = """
 import re, torch
 from pathlib import Path
 from fairseq_knnlm.experts.cache import CacheExpert, CacheSetting
-from fairseq_knnlm.experts.knn import Passage
-from fairseq_knnlm.lm.transformer import CONTEXT, Scored
+from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 def peak(window, width=64):
     expert = CacheExpert([CacheSetting(window=window, theta=0.1)], 2)
     for start in (0, 300):
         keys, targets = torch.randn(300, width), torch.randint(50, (300,))
-        context = torch.randint(50, (300, CONTEXT))
-        scored = Scored(targets, keys, keys, torch.ones(1, 300, dtype=torch.bool), context)
-        expert.opinion(Passage(scored, torch.arange(start, start + 300)))
+        before = torch.randint(50, (300, CONTEXT))
+        contexts = Contexts(keys, keys, before, torch.arange(start, start + 300))
+        expert.predict(contexts).log_prob(targets)
+        expert.observe(targets)
     status = Path("/proc/self/status").read_text()  # getrusage counts the parent's peak, too
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
 small = peak(10)

@@ -11,7 +11,8 @@ from conftest import ROOT, Lab, must, run
 
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError
-from fairseq_knnlm.index.stored import load, read_card
+from fairseq_knnlm.index.card import read_card
+from fairseq_knnlm.index.storage import load
 
 KNN = ["--k", 64, "--lmbda", 0.3, "--knn-temp", 2.0]
 STREAM = ["--save-knnlm-dstore", "--no-save-keys", "--dstore-mmap"]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BLOCKS, Lab, must, run
-from stores import assert_helps
+from stores import Question, asking, assert_helps
 from torch import Tensor
 
 from fairseq_knnlm.calibration.losses import tensors
@@ -24,11 +24,14 @@ from fairseq_knnlm.calibration.skipping import SHARES, skipped, skipping_lines
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.knn import KeyExpert, KnnSetting, Opinion, Passage
-from fairseq_knnlm.lm.transformer import CONTEXT, Scored
+from fairseq_knnlm.experts.contract import Timeless
+from fairseq_knnlm.experts.dense import DensePrediction
+from fairseq_knnlm.experts.knn import KnnSetting
+from fairseq_knnlm.experts.lm import KeyExpert
+from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.mixture.components import LM, Component
-from fairseq_knnlm.mixture.mixers import Fixed, Gate, Skip
-from fairseq_knnlm.mixture.model import Panel, SkippingPanel
+from fairseq_knnlm.mixture.mixers import ALONE, Fixed, Gate, Skip
+from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM
 from fairseq_knnlm.runs.opening import find_skipping
 from fairseq_knnlm.tasks.checks import check
 from fairseq_knnlm.tasks.flags import KnnlmConfig
@@ -154,7 +157,7 @@ def gate_on_the_first_number(experts: Sequence[str] = ("knn", "cache")) -> Gate:
     return gate.eval()
 
 
-class Speaker:
+class Softmax(Timeless):
     """An expert whose distribution is a softmax of the key; remembers what it was asked."""
 
     def __init__(self, name: str, seed: int) -> None:
@@ -163,82 +166,90 @@ class Speaker:
         self.asked: list[Tensor] = []
         self.weights = torch.randn(WIDTH, TYPES, generator=torch.manual_seed(seed))
 
-    def opinion(self, passage: Passage) -> Opinion:
-        scored = passage.scored
-        assert scored.keys is not None
-        assert int(scored.mask.sum()) == len(scored.targets) == len(scored.context)
-        self.asked.append(passage.rows)
-        found = self.of(scored.keys, scored.targets)
-        return Opinion(found[:, None], {f"{self.name}_first": scored.keys[:, 0]})
+    def predict(self, contexts: Contexts) -> DensePrediction:
+        assert contexts.keys is not None
+        assert len(contexts) == len(contexts.keys) == len(contexts.before)
+        self.asked.append(contexts.rows)
+        found = (contexts.keys @ self.weights).log_softmax(dim=1)
+        return DensePrediction(
+            lambda tokens: found.gather(1, tokens[:, None])[:, 0],
+            lambda: found,
+            {f"{self.name}_first": contexts.keys[:, 0]},
+        )
 
-    def of(self, keys: Tensor, targets: Tensor) -> Tensor:
-        return (keys @ self.weights).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+
+class Uniform(Timeless):
+    """A language model that knows nothing."""
+
+    name, settings = "lm", [{}]
+
+    def predict(self, contexts: Contexts) -> DensePrediction:
+        found = torch.full((len(contexts), TYPES), -math.log(TYPES))
+        return DensePrediction(lambda tokens: found[:, 0], lambda: found)
 
 
-def passage(targets: Tensor | None = None) -> Passage:
-    """80 tokens in a batch of 4 sentences with holes."""
+def text() -> Question:
+    """80 tokens."""
     rng = torch.manual_seed(3)
-    mask = torch.zeros(4, 30, dtype=torch.bool)
-    mask[:, 10:] = True
     keys = torch.randn(80, WIDTH, generator=rng).half().float()
-    if targets is None:
-        targets = torch.randint(TYPES, (80,), generator=rng)
-    context = torch.zeros(80, CONTEXT, dtype=torch.int64)
-    return Passage(Scored(targets, keys, keys, mask, context), torch.arange(80) + 1000)
+    targets = torch.randint(TYPES, (80,), generator=rng)
+    return asking(keys, targets, rows=torch.arange(80) + 1000)
 
 
-def panels(share: float) -> tuple[Panel, Panel, SkippingPanel, Speaker]:
-    """All experts, all but the neighbours, and a panel that skips; and the neighbours."""
-    knn, cache = Speaker("knn", 1), Speaker("cache", 2)
+def mixtures(share: float) -> tuple[MixtureLM, MixtureLM, SkippingMixtureLM, Softmax]:
+    """Of all experts, of all but the neighbours, and one that skips; and the neighbours."""
+    knn, cache, lm = Softmax("knn", 1), Softmax("cache", 2), Uniform()
     experts = [knn, cache, KeyExpert()]
     gate = Gate([LM, KNN, CACHE], ["cache_first", "knn_first"], 2, hidden=(3,))
     torch.nn.init.normal_(gate.layers[-1].weight, generator=torch.manual_seed(5))
     rest = Fixed((LM, CACHE), (0.4, 0.6))
     skip = Skip(gate_on_the_first_number(), ())
-    features = {"lm_key": passage().scored.keys}
+    features = {"lm_key": text().contexts.keys}
     quantiles = np.quantile(skip.scores(features).numpy(), np.linspace(0, 1, 101)).tolist()
     skip = replace(skip, quantiles=quantiles)
-    skipping = SkippingPanel(experts, gate.eval(), rest, skip, share)
-    return Panel(experts, gate), Panel([cache], rest), skipping, knn
-
-
-BASE = torch.full((80,), -math.log(TYPES))
+    skipping = SkippingMixtureLM(lm, experts, gate.eval(), rest, skip, share)
+    return MixtureLM(lm, experts, gate), MixtureLM(lm, [cache], rest), skipping, knn
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9, 1.0])
 def test_only_what_promises_to_help_is_searched(share: float) -> None:
-    everything, rest, skipping, knn = panels(share)
-    text = passage()
-    assert text.scored.keys is not None
-    verdict = skipping.judge(BASE, text)
+    everything, rest, skipping, knn = mixtures(share)
+    asked = text()
+    assert asked.contexts.keys is not None
+    found = skipping.score(asked.contexts, asked.targets)
     # What promises most is what has the greatest first number, whatever the others.
-    chosen = text.scored.keys[:, 0].argsort()[round(share * 80) :].sort().values
+    chosen = asked.contexts.keys[:, 0].argsort()[round(share * 80) :].sort().values
     assert [rows.tolist() for rows in knn.asked] == (
         [(chosen + 1000).tolist()] if share < 1 else []
     )
     assert (skipping.tokens, skipping.searched) == (80, len(chosen))
-    expected = rest.judge(BASE, text).log_probs.clone()
-    expected[chosen] = everything.judge(BASE, text).log_probs[chosen]
-    torch.testing.assert_close(verdict.log_probs, expected)
+    expected = rest.score(asked.contexts, asked.targets).log_probs.clone()
+    expected[chosen] = everything.score(asked.contexts, asked.targets).log_probs[chosen]
+    torch.testing.assert_close(found.log_probs, expected)
 
 
 def test_it_stays_a_distribution() -> None:
     """Whatever token comes, the same searches are made, and probabilities sum to 1."""
-    skipping = panels(0.5)[2]
+    skipping, contexts = mixtures(0.5)[2], text().contexts
     total = torch.zeros(80)
     for token in range(TYPES):
-        total += skipping.judge(BASE, passage(torch.full((80,), token))).log_probs.exp()
+        total += skipping.score(contexts, torch.full((80,), token)).log_probs.exp()
     torch.testing.assert_close(total, torch.ones(80))
     assert skipping.searched == 40 * TYPES
+    every = skipping.predict(contexts).log_probs()
+    torch.testing.assert_close(every.exp().sum(dim=1), torch.ones(80))
+    one = skipping.predict(contexts).score(torch.full((80,), 2)).log_probs
+    torch.testing.assert_close(every[:, 2], one)
 
 
 def test_neighbours_alone_leave_the_language_model() -> None:
-    knn = Speaker("knn", 1)
+    knn, asked = Softmax("knn", 1), text()
     skip = Skip(gate_on_the_first_number(["knn"]), [0.0] * 101)
-    panel = SkippingPanel(
-        [knn, KeyExpert()], Fixed((LM, KNN), (0.5, 0.5)), Fixed((LM,), (1.0,)), skip, 1.0
+    mixture = SkippingMixtureLM(
+        Uniform(), [knn, KeyExpert()], Fixed((LM, KNN), (0.5, 0.5)), ALONE, skip, 1.0
     )
-    assert panel.judge(BASE, passage()).log_probs is BASE
+    found = mixture.score(asked.contexts, asked.targets)
+    assert torch.equal(found.log_probs, torch.full((80,), -math.log(TYPES)))
     assert not knn.asked
 
 

@@ -10,13 +10,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from stores import assert_helps, contexts, passage
+from stores import Answer, Question, ask, asking, assert_helps, contexts, joined
 from torch import Tensor
 
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts import cache as module
 from fairseq_knnlm.experts.cache import CacheExpert, CacheSetting, cache_grid
-from fairseq_knnlm.experts.knn import Opinion, Passage, joined
 
 TOKENS, WIDTH, VOCABULARY, EOS = 130, 8, 6, 0
 EVERY = [
@@ -42,15 +41,9 @@ def features(seed: int = 1) -> Tensor:
     return 2 * torch.randn(TOKENS, WIDTH, generator=torch.manual_seed(seed))
 
 
-def whole() -> Passage:
+def whole() -> Question:
     """The text as one batch."""
-    return passage(features(), torch.tensor(text()), contexts(text()))
-
-
-def part(of: Passage, rows: Tensor | slice) -> Passage:
-    """Some of a batch's tokens, in the order given."""
-    scored = of.scored
-    return passage(scored.features[rows], scored.targets[rows], scored.context[rows], of.rows[rows])
+    return asking(features(), torch.tensor(text()), contexts(text()))
 
 
 def documents(tokens: Sequence[int]) -> list[int]:
@@ -62,9 +55,9 @@ def documents(tokens: Sequence[int]) -> list[int]:
     return found
 
 
-def earlier(question: Passage, place: int, setting: CacheSetting, *, reset: bool) -> list[int]:
+def earlier(question: Question, place: int, setting: CacheSetting, *, reset: bool) -> list[int]:
     """The positions that count."""
-    tokens, context = question.scored.targets.tolist(), question.scored.context.tolist()
+    tokens, context = question.targets.tolist(), question.contexts.before.tolist()
     ours = context[place][: setting.suffix]
     number = documents(tokens) if reset else [0] * len(tokens)
     return [
@@ -74,14 +67,14 @@ def earlier(question: Passage, place: int, setting: CacheSetting, *, reset: bool
     ]
 
 
-def products(question: Passage) -> np.ndarray:
-    vectors = question.scored.features.double().numpy()
+def products(question: Question) -> np.ndarray:
+    vectors = question.contexts.features.double().numpy()
     return vectors @ vectors.T
 
 
-def plain(question: Passage, settings: Sequence[CacheSetting], *, reset: bool = False) -> Tensor:
+def plain(question: Question, settings: Sequence[CacheSetting], *, reset: bool = False) -> Tensor:
     """(N, S) float64: Grave et al.'s formula, position by position."""
-    scores, tokens = products(question), question.scored.targets.numpy()
+    scores, tokens = products(question), question.targets.numpy()
     found = torch.full((len(tokens), len(settings)), torch.nan, dtype=torch.float64)
     for place in range(len(tokens)):
         for column, setting in enumerate(settings):
@@ -98,9 +91,9 @@ def expert(settings: Sequence[CacheSetting] = EVERY, **how: bool) -> CacheExpert
     return CacheExpert(settings, EOS, **how)
 
 
-def in_batches(speaker: CacheExpert, question: Passage, cuts: Sequence[int] = CUTS) -> Opinion:
+def in_batches(cache: CacheExpert, question: Question, cuts: Sequence[int] = CUTS) -> Answer:
     slices = [slice(*pair) for pair in pairwise(cuts)]
-    return joined([speaker.opinion(part(question, one)) for one in slices])
+    return joined([ask(cache, question[one]) for one in slices])
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -111,7 +104,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     )
 
 
-def assert_same(found: Opinion, expected: Opinion) -> None:
+def assert_same(found: Answer, expected: Answer) -> None:
     assert_close(found.log_probs, expected.log_probs)
     assert set(found.features) == set(expected.features)
     for name, feature in expected.features.items():
@@ -122,23 +115,23 @@ def assert_same(found: Opinion, expected: Opinion) -> None:
 def test_every_setting_is_the_formula(reset: bool) -> None:
     """Windows, thetas and suffixes, all at once and in any order."""
     settings = random.Random(1).sample(EVERY, len(EVERY))
-    speaker = expert(settings, reset=reset)
-    found = speaker.opinion(whole()).log_probs
+    cache = expert(settings, reset=reset)
+    found = ask(cache, whole()).log_probs
     assert found.shape == (TOKENS, len(EVERY))
     assert found.dtype == torch.float32
     assert_close(found, plain(whole(), settings, reset=reset))
     assert found.isnan().any() and found.isneginf().any() and found.isfinite().any()
-    assert speaker.settings[0] == vars(settings[0])
+    assert cache.settings[0] == vars(settings[0])
 
 
 @pytest.mark.parametrize("setting", EVERY[::7])
 def test_a_setting_alone_says_the_same(setting: CacheSetting) -> None:
     """Whatever larger windows are kept for others."""
-    assert_close(expert([setting]).opinion(whole()).log_probs, plain(whole(), [setting]))
+    assert_close(ask(expert([setting]), whole()).log_probs, plain(whole(), [setting]))
 
 
 def test_settings_may_come_twice() -> None:
-    found = expert([EVERY[2], EVERY[9], EVERY[2]]).opinion(whole()).log_probs
+    found = ask(expert([EVERY[2], EVERY[9], EVERY[2]]), whole()).log_probs
     assert torch.equal(found[1:, 0], found[1:, 2])
 
 
@@ -147,7 +140,7 @@ def test_settings_may_come_twice() -> None:
 def test_batches_of_any_size_are_one_text(
     reset: bool, queries_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = expert(reset=reset, features=True).opinion(whole())
+    expected = ask(expert(reset=reset, features=True), whole())
     monkeypatch.setattr(module, "QUERIES_AT_A_TIME", queries_at_a_time)
     assert_same(in_batches(expert(reset=reset, features=True), whole()), expected)
 
@@ -161,11 +154,11 @@ def test_a_small_window_forgets_across_batches(window: int) -> None:
 
 
 def test_rows_may_come_in_any_order_within_a_batch() -> None:
-    expected = expert(features=True).opinion(whole())
-    speaker, rng = expert(features=True), torch.manual_seed(2)
+    expected = ask(expert(features=True), whole())
+    cache, rng = expert(features=True), torch.manual_seed(2)
     for cut in (slice(0, 60), slice(60, TOKENS)):
         order = torch.randperm(len(range(TOKENS)[cut]), generator=rng) + cut.start
-        found = speaker.opinion(part(whole(), order))
+        found = ask(cache, whole()[order])
         assert_close(found.log_probs, expected.log_probs[order])
         for name, feature in expected.features.items():
             assert_close(found.features[name], feature[order])
@@ -174,13 +167,13 @@ def test_rows_may_come_in_any_order_within_a_batch() -> None:
 def test_what_comes_later_changes_nothing() -> None:
     """Tokens and features from a position on: what is said before it stays the same."""
     question = whole()
-    expected = expert(features=True, reset=True).opinion(question)
+    expected = ask(expert(features=True, reset=True), question)
     for place in (1, 40, 101, TOKENS - 1):
         vectors, tokens = features().clone(), torch.tensor(text())
         vectors[place:] = features(seed=9)[place:]
         tokens[place:] = (tokens[place:] + 1) % VOCABULARY
         context = contexts(tokens.tolist())
-        found = expert(features=True, reset=True).opinion(passage(vectors, tokens, context))
+        found = ask(expert(features=True, reset=True), asking(vectors, tokens, context))
         torch.testing.assert_close(
             found.log_probs[:place], expected.log_probs[:place], equal_nan=True
         )
@@ -201,7 +194,7 @@ def test_a_token_that_only_comes_later_is_impossible(cuts: list[int]) -> None:
     for asked in (1, 30, place - 1, place, place + 1, place + 35, place + 45):
         targets = torch.tensor(tokens)
         targets[asked] = planted
-        question = passage(vectors, targets, context)
+        question = asking(vectors, targets, context)
         found = in_batches(expert(settings), question, cuts).log_probs[asked].exp()
         expected = [1 <= asked - place <= setting.window for setting in settings]
         assert (found > 0).tolist() == expected
@@ -212,38 +205,39 @@ def test_a_token_that_only_comes_later_is_impossible(cuts: list[int]) -> None:
 @pytest.mark.parametrize("place", [0, 1, 5, 31, 32, 33, 60, 103, 104, TOKENS - 1])
 def test_a_vocabulary_sums_to_one(place: int, reset: bool) -> None:
     """Every token in turn at one position; features do not know which. Also after empty lines."""
-    question = part(whole(), slice(0, place + 1))
+    question = whole()[slice(0, place + 1)]
     said = []
     for token in range(VOCABULARY):
-        targets = question.scored.targets.clone()
+        targets = question.targets.clone()
         targets[-1] = token
-        other = replace(question, scored=replace(question.scored, targets=targets))
-        said.append(expert(reset=reset, features=True).opinion(other))
+        other = replace(question, targets=targets)
+        said.append(ask(expert(reset=reset, features=True), other))
     probs = torch.stack([opinion.log_probs[-1] for opinion in said]).exp()
-    silent = probs.isnan()
-    assert torch.equal(silent.any(dim=0), silent.all(dim=0))
-    torch.testing.assert_close(probs.sum(dim=0)[~silent[0]], torch.ones(int((~silent[0]).sum())))
+    abstains = probs.isnan()
+    assert torch.equal(abstains.any(dim=0), abstains.all(dim=0))
+    speaks = ~abstains[0]
+    torch.testing.assert_close(probs.sum(dim=0)[speaks], torch.ones(int(speaks.sum())))
     for name, feature in said[0].features.items():
-        assert all(torch.equal(opinion.features[name][-1], feature[-1]) for opinion in said)
+        assert all(torch.equal(answer.features[name][-1], feature[-1]) for answer in said)
 
 
-def test_nothing_seen_is_silence() -> None:
+def test_where_nothing_was_seen_it_abstains() -> None:
     """At the beginning of all text, and where nobody shares the suffix."""
-    found = expert().opinion(whole()).log_probs
+    found = ask(expert(), whole()).log_probs
     assert found[0].isnan().all()
     assert not found[1:, [setting.suffix == 0 for setting in EVERY]].isnan().any()
     tokens = torch.arange(20)
-    found = expert().opinion(passage(features()[:20], tokens, contexts(tokens.tolist())))
+    found = ask(expert(), asking(features()[:20], tokens, contexts(tokens.tolist())))
     assert found.log_probs[1:].isneginf().any()
     assert found.log_probs[:, [setting.suffix > 0 for setting in EVERY]].isnan().all()
 
 
 @pytest.mark.parametrize("cuts", [[0, TOKENS], CUTS, [0, 31, 32, 33, TOKENS]])
 def test_reset_forgets_at_empty_lines(cuts: list[int]) -> None:
-    """Wherever batches are cut, and though the model saw one token of context or none."""
+    """Wherever batches are cut, and though the model saw one token of context."""
     settings = [CacheSetting(0, theta, window) for theta in (0.0, 0.4) for window in (3, 4000)]
-    for seen in (0, 1, 4):
-        question = passage(features(), torch.tensor(text()), contexts(text(), seen))
+    for seen in (1, 4):
+        question = asking(features(), torch.tensor(text()), contexts(text(), seen))
         found = in_batches(expert(settings, reset=True), question, cuts).log_probs
         assert_close(found, plain(question, settings, reset=True))
         assert found[32:34].isnan().all()
@@ -253,24 +247,24 @@ def test_reset_forgets_at_empty_lines(cuts: list[int]) -> None:
 
 
 def test_an_unknown_context_is_shared_with_nobody() -> None:
-    question = passage(features(), torch.tensor(text()))
-    found = expert().opinion(question).log_probs
+    question = asking(features(), torch.tensor(text()), contexts(text(), seen=1))
+    found = ask(expert(), question).log_probs
     assert_close(found, plain(question, EVERY))
-    assert found[:, [setting.suffix > 0 for setting in EVERY]].isnan().all()
+    assert found[:, [setting.suffix > 1 for setting in EVERY]].isnan().all()
 
 
 def test_what_is_no_text_gets_no_answer_and_is_not_remembered() -> None:
     """Rows of -1, as an added beginning of sentence has."""
-    expected = expert(features=True).opinion(whole())
+    expected = ask(expert(features=True), whole())
     places = torch.tensor([0, 17, 17, 80, TOKENS])  # each stands before the row of that number
     tokens = torch.cat([torch.tensor(text()), torch.full((len(places),), 3)])
     vectors = torch.cat([features(), 30 * torch.ones(len(places), WIDTH)])
     context = torch.cat([contexts(text()), torch.full((len(places), 4), 3)])
     rows = torch.cat([torch.arange(TOKENS), torch.full((len(places),), -1)])
     order = torch.cat([torch.arange(TOKENS) * 1.0, places - 0.5]).argsort()
-    question = passage(vectors[order], tokens[order], context[order], rows[order])
-    found = expert(features=True).opinion(question)
-    text_rows = question.rows >= 0
+    question = asking(vectors[order], tokens[order], context[order], rows[order])
+    found = ask(expert(features=True), question)
+    text_rows = question.contexts.rows >= 0
     assert found.log_probs[~text_rows].isnan().all()
     assert_close(found.log_probs[text_rows], expected.log_probs)
     for name, feature in found.features.items():
@@ -280,29 +274,29 @@ def test_what_is_no_text_gets_no_answer_and_is_not_remembered() -> None:
 
 def test_a_batch_without_text() -> None:
     """As where rows are not known at all."""
-    nothing = replace(whole(), rows=torch.full((TOKENS,), -1))
-    speaker = expert(features=True)
-    found = speaker.opinion(nothing)
+    nothing = asking(features(), torch.tensor(text()), rows=torch.full((TOKENS,), -1))
+    cache = expert(features=True)
+    found = ask(cache, nothing)
     assert found.log_probs.shape == (TOKENS, len(EVERY))
     assert found.log_probs.isnan().all()
-    assert_same(speaker.opinion(whole()), expert(features=True).opinion(whole()))
+    assert_same(ask(cache, whole()), ask(expert(features=True), whole()))
 
 
 @pytest.mark.parametrize("start", [0, 59])
 def test_a_batch_that_goes_back_is_refused(start: int) -> None:
-    speaker = expert()
-    speaker.opinion(part(whole(), slice(0, 60)))
+    cache = expert()
+    ask(cache, whole()[slice(0, 60)])
     with pytest.raises(ConfigError, match="text in its order") as caught:
-        speaker.opinion(part(whole(), slice(start, 70)))
+        ask(cache, whole()[slice(start, 70)])
     assert_helps(caught, "tokens after row 59", f"row {start}")
-    speaker.opinion(part(whole(), slice(60, 70)))
+    ask(cache, whole()[slice(60, 70)])
 
 
 def test_features_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes of the cache at two thetas and windows, and positions that share 0, 1 and 2 tokens."""
     windows = (5, 60)
     monkeypatch.setattr(module, "FEATURE_WINDOWS", windows)
-    found = expert(EVERY[:1], features=True).opinion(whole()).features
+    found = ask(expert(EVERY[:1], features=True), whole()).features
     scores = products(whole()) / WIDTH**0.5
     sizes, shared = [], []
     for place in range(TOKENS):
@@ -325,16 +319,16 @@ def test_features_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(found["cache_shared"], torch.tensor(shared).log1p())
 
 
-def test_features_are_left_out_and_change_no_opinion() -> None:
-    silent, talking = expert().opinion(whole()), expert(features=True).opinion(whole())
-    assert silent.features == {}
-    assert_close(silent.log_probs, talking.log_probs)
+def test_features_are_left_out_and_change_no_prediction() -> None:
+    plain, featured = ask(expert(), whole()), ask(expert(features=True), whole())
+    assert plain.features == {}
+    assert_close(plain.log_probs, featured.log_probs)
 
 
 def test_large_products_do_not_overflow() -> None:
     """Where exp(theta h.h) is no number. What is less likely than a float32 says is impossible."""
     settings = [CacheSetting(0, 10.0, 4000)]
-    found = expert(settings).opinion(whole()).log_probs
+    found = ask(expert(settings), whole()).log_probs
     expected = plain(whole(), settings)
     likely = expected > -80
     assert likely.any()
@@ -345,10 +339,10 @@ def test_large_products_do_not_overflow() -> None:
 
 def test_half_precision_features() -> None:
     question = whole()
-    half = replace(question.scored, features=question.scored.features.half())
-    rounded = replace(question.scored, features=half.features.float())
+    half = replace(question.contexts, features=question.contexts.features.half())
+    rounded = replace(question.contexts, features=half.features.float())
     found, expected = (
-        expert().opinion(replace(question, scored=scored)) for scored in (half, rounded)
+        ask(expert(), replace(question, contexts=contexts)) for contexts in (half, rounded)
     )
     assert torch.equal(found.log_probs.nan_to_num(9), expected.log_probs.nan_to_num(9))
 

@@ -28,7 +28,7 @@ from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
 from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import fingerprint, write_sealed
-from fairseq_knnlm.lm.transformer import CONTEXT
+from fairseq_knnlm.lm.contexts import CONTEXT
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Skip
 
@@ -262,13 +262,13 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {here!r}]
 from test_calibration import more
-from fairseq_knnlm import files
 from fairseq_knnlm.calibration.stored import write_calibration
-flushed = files.flush_to_disk
+from fairseq_knnlm.files import publishing
+flushed = publishing.flush_to_disk
 def kill(path):
     flushed(path)
     os.kill(os.getpid(), 9)
-files.flush_to_disk = kill
+publishing.flush_to_disk = kill
 write_calibration(Path({path!r}), more())
 """
 

@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,17 @@ from stores import (
     write_store,
 )
 
-from fairseq_knnlm import datastore as module
 from fairseq_knnlm import files
 from fairseq_knnlm.datastore import (
+    FORMAT,
     VERSION,
     Compression,
     DatastoreWriter,
+    check_numbers,
     datastore_bytes,
     open_datastore,
+    outline,
+    reader,
     value_dtype,
 )
 from fairseq_knnlm.errors import DatastoreError
@@ -215,7 +220,7 @@ def test_a_disk_too_small_is_seen_before_the_work(
     assert datastore_bytes(1000, 8, "float16", 50) == 18_000
     free = [17_999]
     usage = type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**6, 0, free[0]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, free[0]))
     with pytest.raises(DatastoreError, match="cannot hold") as caught:
         DatastoreWriter(tmp_path / "store", 1000, 8, origin())
     assert_helps(caught, "17.6 KiB free")
@@ -269,7 +274,7 @@ def test_arrays_of_another_shape_are_told(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a manifest and its files agree with each other, and not with the datastore."""
-    monkeypatch.setattr(module, "altered", lambda *_, **__: False)
+    monkeypatch.setattr(reader, "altered", lambda *_, **__: False)
     store = write_compressed(tmp_path / "store")
     array = np.load(store.path / name)
     np.save(store.path / name, array.reshape(-1, 2))
@@ -316,7 +321,7 @@ def test_a_datastore_is_of_the_oldest_version_that_can_say_it(tmp_path: Path) ->
 def test_verify_reads_what_opening_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "CHUNK_BYTES", 16)
+    monkeypatch.setattr("fairseq_knnlm.files.integrity.CHUNK_BYTES", 16)
     store = write_store(tmp_path / "store", *random_entries(1000, 6))
     file = store.path / "keys.npy"
     content = bytearray(file.read_bytes())
@@ -384,7 +389,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     change(manifest)
     version = manifest.pop("version")
     fields = {key: manifest[key] for key in manifest if key not in ("format", "fingerprint")}
-    files.write_sealed(path / "manifest.json", module.FORMAT, version, fields)
+    files.write_sealed(path / "manifest.json", FORMAT, version, fields)
 
 
 def put(value: object, *where: str | int) -> Callable[[dict[str, Any]], object]:
@@ -551,10 +556,10 @@ def test_an_outline_reads_no_arrays(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", *random_entries(10, 4))
     for name in ("keys.npy", "values.npy"):
         (store.path / name).unlink()
-    outline = module.outline(store.path)
-    assert (outline.manifest, outline.fingerprint) == (store.manifest, store.fingerprint)
-    assert outline.keys is None
-    assert outline.nbytes == 0
+    found = outline(store.path)
+    assert (found.manifest, found.fingerprint) == (store.manifest, store.fingerprint)
+    assert found.keys is None
+    assert found.nbytes == 0
 
 
 def test_a_datastore_of_nothing_is_not_begun(tmp_path: Path) -> None:
@@ -567,9 +572,9 @@ def test_a_datastore_of_nothing_is_not_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 10, 1000])
 def test_numbers_that_no_datastore_holds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of fault once, with its first row and how many there are, also across chunks."""
-    monkeypatch.setattr(module, "CHECKED_ROWS", rows)
+    monkeypatch.setattr(reader, "CHECKED_ROWS", rows)
     keys, values = random_entries(100, 4)
-    check = module.check_numbers
+    check = check_numbers
     assert not list(check("keys.npy", keys, 50, empty_keys=False))
     assert not list(check("values.npy", values, 50))
     assert not list(check("weights.npy", np.ones(100, np.int32), 50))
@@ -589,3 +594,16 @@ def test_numbers_that_no_datastore_holds(rows: int, monkeypatch: pytest.MonkeyPa
     assert said == "a weight below 1 in 1 of 3 rows, first in row 2"
     (said,) = check("projection.npy", np.array([[1, np.nan]], np.float32), 50)
     assert "first in row 0" in said
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["fairseq_knnlm.datastore", "fairseq_knnlm.datastore.legacy", "fairseq_knnlm.files.arrays"],
+)
+def test_a_datastore_can_be_read_where_there_is_nothing_heavy(module: str) -> None:
+    """Reading one needs NumPy; torch, fairseq and FAISS take seconds to load, or are not there."""
+    code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "fairseq", "fairseq_cli", "faiss", "omegaconf", "hydra"}

@@ -9,7 +9,7 @@ from stores import brute_force, build_index, random_entries
 
 from fairseq_knnlm.index import exact as module
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex
+from fairseq_knnlm.index.search import SearchIndex
 
 ROWS, WIDTH, K = 700, 16, 25
 DEVICES = [

@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 from stores import (
+    Answer,
+    Question,
+    ask,
+    asking,
     brute_force,
     build_index,
     contexts,
-    passage,
+    joined,
     random_entries,
     write_compressed,
     write_store,
@@ -24,7 +28,6 @@ from stores import (
 from torch import Tensor, nn
 
 from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.experts import knn as module
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.experts.knn import (
     DISTANCE_RANKS,
@@ -33,17 +36,14 @@ from fairseq_knnlm.experts.knn import (
     TEMPERATURES,
     KnnExpert,
     KnnSetting,
-    ModelExpert,
-    NGramExpert,
-    Opinion,
-    Passage,
-    ShapeExpert,
-    joined,
     knn_grid,
 )
-from fairseq_knnlm.index.stored import SearchIndex
-from fairseq_knnlm.lm.transformer import CONTEXT, TargetLM
-from fairseq_knnlm.retrieval.local import Retriever
+from fairseq_knnlm.experts.lm import LMExpert, ShapeExpert
+from fairseq_knnlm.experts.ngram import NGramExpert
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.lm.contexts import CONTEXT
+from fairseq_knnlm.lm.transformer import TransformerLM
+from fairseq_knnlm.retrieval.local import LocalRetriever
 
 ROWS, WIDTH, TOKENS, VOCABULARY = 300, 12, 40, 5
 EVERY = [
@@ -61,19 +61,19 @@ def store(tmp_path: Path) -> Datastore:
     )
 
 
-def asked(width: int = WIDTH) -> Passage:
+def asked(width: int = WIDTH) -> Question:
     """Tokens whose contexts neighbours often share; a few contexts are unknown, or in part."""
     rng = torch.manual_seed(4)
     keys = torch.randn(TOKENS, width, generator=rng)
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=rng)
     context = torch.randint(VOCABULARY, (TOKENS, CONTEXT), generator=rng)
     context[:3], context[3:6, 1:] = -1, -1
-    return passage(keys, targets, context)
+    return asking(keys, targets, context)
 
 
-def retriever(store: Datastore, recipe: str = "Flat", **how: int) -> Retriever:
+def retriever(store: Datastore, recipe: str = "Flat", **how: int) -> LocalRetriever:
     index, card = build_index(store.full_keys(), recipe, **how)
-    return Retriever(SearchIndex(index, card), store, "l2")
+    return LocalRetriever(SearchIndex(index, card), store, "l2")
 
 
 def expert(
@@ -93,8 +93,8 @@ def shared(text: list[int], entry: int, context: list[int]) -> int:
 class Plain:
     """Nearest entries by brute force, or those given, and what follows from them."""
 
-    def __init__(self, store: Datastore, question: Passage, near: Tensor | int) -> None:
-        keys = question.scored.keys
+    def __init__(self, store: Datastore, question: Question, near: Tensor | int) -> None:
+        keys = question.contexts.keys
         assert keys is not None
         queries = keys.double().numpy()
         if store.projection is not None:
@@ -108,8 +108,8 @@ class Plain:
             apart = ((store.full_keys().astype(np.float64) - query) ** 2).sum(axis=1)
             ids = sorted((i for i in found[row] if i >= 0), key=apart.__getitem__)
             self.queries.append((ids, apart[ids]))
-        self.targets = question.scored.targets.tolist()
-        self.context = question.scored.context.tolist()
+        self.targets = question.targets.tolist()
+        self.context = question.contexts.before.tolist()
         self.merged = store.manifest.merged
 
     def shared(self, entry: int, row: int) -> int:
@@ -164,7 +164,7 @@ def assert_close(found: Tensor, expected: Any, tolerance: float = 1e-4) -> None:
     )
 
 
-def assert_same(found: Opinion, expected: Opinion) -> None:
+def assert_same(found: Answer, expected: Answer) -> None:
     torch.testing.assert_close(found.log_probs, expected.log_probs, equal_nan=True)
     assert list(found.features) == list(expected.features)
     for name, feature in found.features.items():
@@ -178,11 +178,11 @@ def assert_same(found: Opinion, expected: Opinion) -> None:
 def test_every_setting_is_brute_force(store: Datastore, k: int) -> None:
     """All at once, in any order."""
     settings = random.Random(k).sample(EVERY, len(EVERY))
-    speaker = expert(store, k, settings)
-    found, plain = speaker.opinion(asked()).log_probs, Plain(store, asked(), k)
+    one = expert(store, k, settings)
+    found, plain = ask(one, asked()).log_probs, Plain(store, asked(), k)
     assert found.shape == (TOKENS, len(EVERY))
     assert found.dtype == torch.float32
-    assert speaker.settings == [
+    assert one.settings == [
         {"suffix": s.suffix, "k": s.k, "temperature": s.temperature} for s in settings
     ]
     for column, setting in zip(found.T, settings, strict=True):
@@ -193,13 +193,13 @@ def test_every_setting_is_brute_force(store: Datastore, k: int) -> None:
 
 @pytest.mark.parametrize("setting", EVERY[::5])
 def test_a_setting_alone_says_the_same(store: Datastore, setting: KnnSetting) -> None:
-    alone = expert(store, 20, [setting]).opinion(asked()).log_probs
-    together = expert(store, 20).opinion(asked()).log_probs[:, [EVERY.index(setting)]]
+    alone = ask(expert(store, 20, [setting]), asked()).log_probs
+    together = ask(expert(store, 20), asked()).log_probs[:, [EVERY.index(setting)]]
     torch.testing.assert_close(alone, together, equal_nan=True)
 
 
 def test_settings_may_come_twice(store: Datastore) -> None:
-    found = expert(store, 20, [EVERY[1], EVERY[30], EVERY[1]]).opinion(asked()).log_probs
+    found = ask(expert(store, 20, [EVERY[1], EVERY[30], EVERY[1]]), asked()).log_probs
     assert torch.equal(found[:, 0], found[:, 2])
 
 
@@ -209,8 +209,8 @@ def test_of_what_an_approximate_index_finds(
 ) -> None:
     """One list of some ten entries, so many are missing; and distances in another order."""
     searcher = retriever(store, recipe, nprobe=nprobe)
-    near = searcher.search(asked().scored.keys, k)
-    said = KnnExpert(searcher, k, EVERY, features=True).opinion(asked())
+    near = searcher.search(asked().contexts.keys, k)
+    said = ask(KnnExpert(searcher, k, EVERY, features=True), asked())
     plain = Plain(store, asked(), near.ids)
     for column, setting in zip(said.log_probs.T, EVERY, strict=True):
         assert_close(column, plain.log_probs(setting))
@@ -221,7 +221,7 @@ def test_of_what_an_approximate_index_finds(
 def test_merged_entries_count_as_often_as_they_were(tmp_path: Path) -> None:
     """Also where fewer than k count. Their text is gone, so none shares a suffix."""
     store = write_compressed(tmp_path / "store")
-    found = expert(store, 20).opinion(asked(9)).log_probs
+    found = ask(expert(store, 20), asked(9)).log_probs
     plain = Plain(store, asked(9), 20)
     for column, setting in zip(found.T, EVERY, strict=True):
         assert_close(column, plain.log_probs(setting))
@@ -231,31 +231,30 @@ def test_merged_entries_count_as_often_as_they_were(tmp_path: Path) -> None:
 def test_what_is_unknown_is_shared_with_nobody(tmp_path: Path) -> None:
     """Neither the first entry, before which nothing stands, nor an unknown context matches."""
     store = write_store(tmp_path / "store", np.zeros((2, WIDTH), np.float32), np.array([3, 3]))
-    question = passage(
+    question = asking(
         torch.zeros(2, WIDTH), torch.tensor([3, 3]), torch.tensor([[-1] * 4, [3, -1, -1, -1]])
     )
-    found = expert(store, 2, [KnnSetting(suffix) for suffix in range(4)]).opinion(question)
+    found = ask(expert(store, 2, [KnnSetting(suffix) for suffix in range(4)]), question)
     assert_close(found.log_probs, [[0.0, *[math.nan] * 3], [0.0, 0.0, math.nan, math.nan]])
 
 
-def test_queries_at_a_time_change_nothing(
-    store: Datastore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    together = expert(store, 20, features=True).opinion(asked())
-    monkeypatch.setattr(module, "QUERIES_AT_A_TIME", 7)
-    assert_same(expert(store, 20, features=True).opinion(asked()), together)
+def test_queries_at_a_time_change_nothing(store: Datastore) -> None:
+    together = ask(expert(store, 20, features=True), asked())
+    knn = expert(store, 20, features=True)
+    parts = [ask(knn, asked()[start : start + 7]) for start in range(0, TOKENS, 7)]
+    assert_same(joined(parts), together)
 
 
 def test_the_search_is_timed(store: Datastore) -> None:
-    speaker = expert(store, 20)
-    assert speaker.search_seconds == 0
-    speaker.opinion(asked())
-    assert speaker.search_seconds > 0
+    one = expert(store, 20)
+    assert one.search_seconds == 0
+    ask(one, asked())
+    assert one.search_seconds > 0
 
 
 @pytest.mark.parametrize("k", [5, 20, 100])
 def test_features_are_plain_loops(store: Datastore, k: int) -> None:
-    found = expert(store, k, features=True).opinion(asked()).features
+    found = ask(expert(store, k, features=True), asked()).features
     expected = Plain(store, asked(), k).features(k)
     assert set(found) == set(expected)
     for name, feature in expected.items():
@@ -266,22 +265,22 @@ def test_features_are_plain_loops(store: Datastore, k: int) -> None:
 def test_features_do_not_depend_on_the_settings(
     store: Datastore, settings: list[KnnSetting]
 ) -> None:
-    found = expert(store, 20, settings, features=True).opinion(asked()).features
-    expected = expert(store, 20, features=True).opinion(asked()).features
+    found = ask(expert(store, 20, settings, features=True), asked()).features
+    expected = ask(expert(store, 20, features=True), asked()).features
     for name, feature in expected.items():
         assert torch.equal(found[name].nan_to_num(-1), feature.nan_to_num(-1))
 
 
-def test_features_are_left_out_and_change_no_opinion(store: Datastore) -> None:
-    silent = expert(store, 20).opinion(asked())
-    assert silent.features == {}
-    talking = expert(store, 20, features=True).opinion(asked())
-    torch.testing.assert_close(silent.log_probs, talking.log_probs, equal_nan=True)
+def test_features_are_left_out_and_change_no_prediction(store: Datastore) -> None:
+    plain = ask(expert(store, 20), asked())
+    assert plain.features == {}
+    featured = ask(expert(store, 20, features=True), asked())
+    torch.testing.assert_close(plain.log_probs, featured.log_probs, equal_nan=True)
 
 
 def test_a_second_datastore_has_its_own_names(store: Datastore) -> None:
     second = KnnExpert(retriever(store), 20, EVERY[:1], features=True, name="knn2")
-    assert all(name.startswith("knn2_") for name in second.opinion(asked()).features)
+    assert all(name.startswith("knn2_") for name in ask(second, asked()).features)
 
 
 @pytest.mark.parametrize("k", [1, 8, 1024])
@@ -305,27 +304,28 @@ def counted(order: int = CONTEXT + 1) -> NGramModel:
     return NGramModel.count(np.array(text()), VOCABULARY + 1, order, progress=False)
 
 
-def read(tokens: list[int]) -> Passage:
-    return passage(torch.zeros(len(tokens), 1), torch.tensor(tokens), contexts(tokens))
+def read(tokens: list[int]) -> Question:
+    return asking(torch.zeros(len(tokens), 1), torch.tensor(tokens), contexts(tokens))
 
 
 @pytest.mark.parametrize("order", [1, 3, 5])
 def test_ngrams_are_scored_as_the_text_is(order: int) -> None:
     tokens = text(500)[300:]
-    found = NGramExpert(counted(order), features=True).opinion(read(tokens))
-    expected = counted(order).score(np.array(tokens))
+    found = ask(NGramExpert(counted(order), features=True), read(tokens))
+    windows = contexts(tokens).flip(1).numpy()
+    after = counted(order).after(windows)
     assert found.log_probs.shape == (len(tokens), 1)
-    assert found.log_probs[:, 0].tolist() == expected.log_probs.tolist()
-    assert found.features["ngram_length"].tolist() == expected.lengths.tolist()
-    assert found.features["ngram_count"].tolist() == expected.counts.tolist()
-    assert found.features["ngram_types"].tolist() == expected.types.tolist()
+    assert found.log_probs[:, 0].tolist() == after.log_prob(np.array(tokens)).tolist()
+    assert found.features["ngram_length"].tolist() == after.lengths.tolist()
+    assert found.features["ngram_count"].tolist() == after.counts.tolist()
+    assert found.features["ngram_types"].tolist() == after.types.tolist()
 
 
 def test_ngrams_without_features() -> None:
-    silent = NGramExpert(counted()).opinion(read(text(50)))
-    talking = NGramExpert(counted(), features=True).opinion(read(text(50)))
-    assert silent.features == {}
-    assert torch.equal(silent.log_probs, talking.log_probs)
+    plain = ask(NGramExpert(counted()), read(text(50)))
+    featured = ask(NGramExpert(counted(), features=True), read(text(50)))
+    assert plain.features == {}
+    assert torch.equal(plain.log_probs, featured.log_probs)
     assert NGramExpert(counted(3)).settings == [{"order": 3}]
 
 
@@ -334,68 +334,58 @@ def test_ngrams_longer_than_the_context_are_a_mistake() -> None:
         NGramExpert(counted(CONTEXT + 2))
 
 
-def softmax_lm() -> TargetLM:
+def softmax_lm() -> TransformerLM:
     """A language model that is nothing but its output layer."""
     torch.manual_seed(0)
     model = nn.Module()
     model.decoder = nn.Module()
     model.decoder.adaptive_softmax = None
     model.decoder.output_layer = nn.Linear(WIDTH, VOCABULARY)
-    return TargetLM(model, pad=-1)
+    return TransformerLM(model)
 
 
-def test_the_shape_expert_has_features_and_no_opinion() -> None:
-    found = ShapeExpert(softmax_lm()).opinion(asked())
-    entropy, top = softmax_lm().shape(asked().scored)
+def test_the_shape_expert_has_features_alone() -> None:
+    found = ask(ShapeExpert(softmax_lm()), asked())
+    with torch.no_grad():
+        layer = softmax_lm().decoder.output_layer
+        probs = layer(asked().contexts.features).double().softmax(dim=1)
     assert ShapeExpert.settings == ()
     assert found.log_probs.shape == (TOKENS, 0)
-    assert torch.equal(found.features["lm_entropy"], entropy)
-    assert torch.equal(found.features["lm_top"], top)
+    assert_close(found.features["lm_entropy"], (-(probs * probs.log()).sum(dim=1)).tolist())
+    assert_close(found.features["lm_top"], probs.amax(dim=1).log().tolist())
 
 
-def test_a_second_model_is_asked_for_the_whole_batch() -> None:
-    class Second(TargetLM):
-        def score(self, sample: dict[str, Any]) -> Any:
-            return sample["seen by the second"]
-
-    question, theirs = asked(), passage(torch.ones(TOKENS, WIDTH), asked().scored.targets)
-    lm = softmax_lm()
-    second = Second(lm.model, lm.pad)
-    question = replace(question, sample={"seen by the second": theirs.scored})
-    found = ModelExpert(second).opinion(question)
+def test_a_second_model_goes_by_features_of_its_own() -> None:
+    question = asked()
+    theirs = torch.randn(TOKENS, WIDTH, generator=torch.manual_seed(8))
+    contexts = replace(question.contexts, others={"lm2": theirs})
+    found = ask(LMExpert(softmax_lm(), name="lm2"), replace(question, contexts=contexts))
+    with torch.no_grad():
+        expected = softmax_lm().decoder.output_layer(theirs).double().log_softmax(dim=1)
     assert found.log_probs.shape == (TOKENS, 1)
-    assert torch.equal(found.log_probs[:, 0], lm.target_log_probs(theirs.scored))
+    assert_close(
+        found.log_probs, expected.gather(1, question.targets[:, None]).tolist(), tolerance=1e-5
+    )
     assert found.features == {}
-    assert list(ModelExpert.settings) == [{}]
+    assert list(LMExpert.settings) == [{}]
 
 
 @pytest.mark.parametrize("kind", ["knn", "ngram", "lm_shape"])
 def test_features_do_not_know_the_target(store: Datastore, kind: str) -> None:
     """Whatever the targets are, a mixer sees the same."""
-    speaker = {
+    one = {
         "knn": lambda: expert(store, 20, features=True),
         "ngram": lambda: NGramExpert(counted(), features=True),
         "lm_shape": lambda: ShapeExpert(softmax_lm()),
     }[kind]()
     question = asked()
-    expected = speaker.opinion(question)
+    expected = ask(one, question)
     assert expected.features
     for shift in range(1, VOCABULARY):
-        targets = (question.scored.targets + shift) % VOCABULARY
-        other = replace(question, scored=replace(question.scored, targets=targets))
-        found = speaker.opinion(other)
+        targets = (question.targets + shift) % VOCABULARY
+        other = replace(question, targets=targets)
+        found = ask(one, other)
         if kind != "lm_shape":
             assert not torch.equal(found.log_probs, expected.log_probs)
         for name, feature in expected.features.items():
             assert torch.equal(found.features[name].nan_to_num(-1), feature.nan_to_num(-1))
-
-
-def test_joined_is_one_after_the_other() -> None:
-    whole = Opinion(torch.randn(9, 3), {"a": torch.randn(9), "b": torch.randn(9, 2)})
-    cuts = [slice(0, 4), slice(4, 4), slice(4, 9)]
-    parts = [
-        Opinion(whole.log_probs[cut], {name: x[cut] for name, x in whole.features.items()})
-        for cut in cuts
-    ]
-    assert_same(joined(parts), whole)
-    assert_same(joined([whole]), whole)

@@ -16,7 +16,6 @@ import msgspec
 import pytest
 from stores import alter
 
-from fairseq_knnlm import files
 from fairseq_knnlm.errors import BusyError, OutputError
 from fairseq_knnlm.files import (
     Claim,
@@ -25,6 +24,7 @@ from fairseq_knnlm.files import (
     checksums,
     fingerprint,
     human_bytes,
+    integrity,
     parse_json,
     publish,
     read_sealed,
@@ -135,7 +135,7 @@ def test_fingerprint_ignores_the_order_of_keys_and_nothing_else() -> None:
 @pytest.fixture
 def chunked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of 100 chunks of 8 bytes, the last one short."""
-    monkeypatch.setattr(files, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(integrity, "CHUNK_BYTES", 8)
     file = tmp_path / "bytes"
     file.write_bytes(bytes(number % 251 for number in range(8 * 99 + 3)))
     return file
@@ -169,14 +169,14 @@ def test_opening_reads_an_even_sample_with_both_ends(chunked: Path) -> None:
         chunked.write_bytes(bytes(changed))
         if altered(chunked, expected):
             noticed.append(chunk)
-    assert len(noticed) == files.CHUNKS_ON_OPEN
+    assert len(noticed) == integrity.CHUNKS_ON_OPEN
     assert (noticed[0], noticed[-1]) == (0, 99)
     gaps = {after - before for before, after in itertools.pairwise(noticed)}
     assert gaps <= {3, 4}
 
 
 def test_a_file_of_few_chunks_is_read_whole(chunked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "CHUNKS_ON_OPEN", 100)
+    monkeypatch.setattr(integrity, "CHUNKS_ON_OPEN", 100)
     expected = checksums(chunked)
     alter(chunked)
     assert altered(chunked, expected)

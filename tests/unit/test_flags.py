@@ -1,77 +1,84 @@
-"""The flags of ``knn_lm`` as people know them, and the way from fairseq's object to options."""
+"""docs/flags.md says what the code says."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import pickle
-from enum import Enum
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+import re
+import sys
 
+import pytest
 from conftest import ROOT
-from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.tasks.language_modeling import LanguageModelingConfig
-from omegaconf import OmegaConf
 
-from fairseq_knnlm.runs.options import Options
-from fairseq_knnlm.tasks.flags import KnnlmConfig, options_of
+from fairseq_knnlm.cli import main
 
-#: Every flag of version 0.1: its type (or choices), default and help.
-KNOWN: dict[str, dict[str, Any]] = json.loads(
-    (ROOT / "tests" / "unit" / "flags.json").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "tools"))
+import flags
+
+PAGE = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+TASK, COMMAND = PAGE.split("## The command `fairseq-knnlm`\n")
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of each flag's row."""
+    found = re.findall(r"^\| `(.*) \|$", text, flags=re.MULTILINE)
+    return [re.split(r" \| ", row.replace("` |", " |", 1)) for row in found]
+
+
+def test_the_page_is_what_the_generator_prints() -> None:
+    assert "\n".join(flags.page()) + "\n" == PAGE, "python tools/flags.py > docs/flags.md"
+
+
+def test_every_flag_of_the_task_is_there_once() -> None:
+    from fairseq.tasks.language_modeling import LanguageModelingConfig
+
+    from fairseq_knnlm.tasks.flags import KnnlmConfig
+
+    def names(cls: type) -> set[str]:
+        return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls)}
+
+    there = [name for name, *_ in rows(TASK)]
+    assert sorted(there) == sorted(names(KnnlmConfig) - names(LanguageModelingConfig))
+
+
+def test_every_row_says_what_its_flag_does() -> None:
+    for name, value, default, what in rows(PAGE):
+        assert what, name
+        assert value or default == "off", name
+
+
+def test_every_subcommand_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    there = re.findall(r"^    ([a-z-]+)\b", capsys.readouterr().out, flags=re.MULTILINE)
+    assert re.findall(r"^### (.*)$", COMMAND, flags=re.MULTILINE) == there
+
+
+@pytest.mark.parametrize("name", re.findall(r"^### (.*)$", COMMAND, flags=re.MULTILINE))
+def test_every_flag_of_a_subcommand_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    said = capsys.readouterr().out.split("options:")[1].split("example:")[0]
+    ours = COMMAND.split(f"### {name}\n")[1].split("###")[0]
+    there = {flag for flag, *_ in rows(ours) if flag.startswith("--")}
+    assert there == set(re.findall(r"^  (--[a-z0-9-]+)", said, flags=re.MULTILINE))
+
+
+def test_a_flag_that_no_group_knows_goes_to_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = flags.task_flags()
+    new = flags.Flag("--oracle-lmbda", "`X`", "0.1", "weight of the oracle")
+    monkeypatch.setattr(flags, "task_flags", lambda: {**known, "oracle_lmbda": new})
+    _, text = "\n".join(flags.page()).split("### Experts and their mixture\n")
+    assert new.row() in text.split("###")[0].splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("one (default: 3)", ("one", "3")),
+        ("one (default: 3); more", ("one; more", "3")),
+        ("default: l2", ("", "l2")),
+        ("one", ("one", "")),
+    ],
 )
-
-
-def type_in_words(kind: Any) -> str | list[str]:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return [member.value for member in kind]
-    return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
-def test_flags_are_what_they_were() -> None:
-    stock = {one.name for one in dataclasses.fields(LanguageModelingConfig)}
-    found = {
-        one.name: {
-            "type": type_in_words(one.type),
-            "default": one.default,
-            "help": one.metadata["help"],
-        }
-        for one in dataclasses.fields(KnnlmConfig)
-        if one.name not in stock
-    }
-    assert found == KNOWN
-
-
-def parsed(*words: str) -> Any:
-    """Flags as fairseq makes them of what is typed."""
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    gen_parser_from_dataclass(parser, KnnlmConfig())
-    values = vars(parser.parse_args(["data", *words]))
-    return OmegaConf.merge(OmegaConf.structured(KnnlmConfig), values)
-
-
-def test_what_is_typed_becomes_an_option() -> None:
-    words = "--knnlm --k 8 --lmbda 0.5 --mixer gate --pointers join --cache-reset".split()
-    options = options_of(parsed(*words, "--score-table", "t.npz", "--dstore-filename", "a:b"))
-    assert options.mixing.knnlm is True
-    assert (options.knn.k, options.knn.lmbda, options.knn.pointers) == (8, 0.5, "join")
-    assert type(options.mixing.mixer) is str and options.mixing.mixer == "gate"
-    assert options.experts["cache"].cache_reset is True
-    assert options.writing.score_table == "t.npz"
-    assert options.named_experts is None
-    assert options.default_experts == ["knn", "knn2"]
-
-
-def test_what_is_left_out_is_as_the_options_say() -> None:
-    assert options_of(parsed()) == options_of(SimpleNamespace(**vars(KnnlmConfig()))) == Options()
-
-
-def test_the_flags_can_be_sent_to_another_process() -> None:
-    """As loaders and fairseq's own launchers do."""
-    found = pickle.loads(pickle.dumps(KnnlmConfig(k=8)))
-    assert found.k == 8
-    assert Path(KnnlmConfig.__module__.replace(".", "/")) == Path("fairseq_knnlm/tasks/flags")
+def test_defaults_are_told_from_what_a_flag_does(text: str, found: tuple[str, str]) -> None:
+    assert flags._without_default(text) == found

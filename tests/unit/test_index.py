@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,19 +29,13 @@ from stores import (
 
 from fairseq_knnlm.errors import ConfigError, IndexFileError
 from fairseq_knnlm.files import seal, write_sealed
-from fairseq_knnlm.index import stored as module
+from fairseq_knnlm.index import device as module
 from fairseq_knnlm.index import trial
-from fairseq_knnlm.index.stored import (
-    IndexCard,
-    SearchIndex,
-    card_path,
-    check_factory,
-    gpu_obstacle,
-    load,
-    place,
-    read_card,
-    save,
-)
+from fairseq_knnlm.index.card import IndexCard, card_path, read_card
+from fairseq_knnlm.index.device import gpu_obstacle, place
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.specification import check_factory
+from fairseq_knnlm.index.storage import load, save
 
 ROWS, WIDTH, K = 1000, 8, 10
 OURS = "d" * 64
@@ -178,7 +173,7 @@ def test_a_card_of_other_types_or_numbers_is_refused(
         loaded(saved)
 
 
-@pytest.mark.parametrize("fails", ["write_file", "checksums", "seal"])
+@pytest.mark.parametrize("fails", ["storage.write_file", "storage.checksums", "card.seal"])
 def test_saving_that_fails_leaves_the_old_index_and_card(
     saved: Path, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +182,7 @@ def test_saving_that_fails_leaves_the_old_index_and_card(
 
     before = saved.read_bytes()
     index, card = made("Flat")
-    monkeypatch.setattr(module, fails, fail)
+    monkeypatch.setattr(f"fairseq_knnlm.index.{fails}", fail)
     with pytest.raises(OSError, match="disk full"):
         save(index, card, saved, OURS)
     assert saved.read_bytes() == before
@@ -201,7 +196,7 @@ def test_a_full_disk_is_told_at_the_last_byte(tmp_path: Path) -> None:
     program = (
         "import pathlib, resource, sys\n"
         "import faiss\n"
-        "from fairseq_knnlm.index.stored import write_file\n"
+        "from fairseq_knnlm.index.storage import write_file\n"
         "index = faiss.IndexFlatL2(8)\n"
         "index.add(__import__('numpy').zeros((1000, 8), 'f4'))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
@@ -332,7 +327,7 @@ def test_a_mapped_index_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     save(index, IndexCard("IVF1,SQ8", "l2", rows, 1024, 1, False), path, OURS)
     program = (
         "import sys, pathlib\n"
-        "from fairseq_knnlm.index.stored import load\n"
+        "from fairseq_knnlm.index.storage import load\n"
         "def memory():\n"
         "    status = pathlib.Path('/proc/self/status').read_text()\n"
         "    return int(status.split('RssAnon:')[1].split()[0])\n"
@@ -507,3 +502,11 @@ def test_a_copy_is_as_good(saved: Path, tmp_path: Path) -> None:
     other.mkdir()
     shutil.copy(saved, other / saved.name)
     assert loaded(other / "knn.index").card == loaded(saved).card
+
+
+@pytest.mark.parametrize("module", ["card", "recipes", "specification"])
+def test_what_an_index_is_can_be_read_without_faiss(module: str) -> None:
+    """Nor torch: both take seconds to load."""
+    code = f"import sys, fairseq_knnlm.index.{module}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(run.stdout.split()) & {"torch", "fairseq", "faiss"}

@@ -1,4 +1,4 @@
-"""Building an index: what it finds, how it is examined, how a build that was stopped goes on."""
+"""Building an index: what it finds, how that is measured, how a build that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from fairseq_knnlm.errors import IndexFileError
 from fairseq_knnlm.files import write_sealed
 from fairseq_knnlm.index import build as module
 from fairseq_knnlm.index import snapshots
-from fairseq_knnlm.index.build import IndexBuilder, Wishes, build, plan
-from fairseq_knnlm.index.recall import Exam
+from fairseq_knnlm.index.build import BuildOptions, IndexBuilder, build, plan
+from fairseq_knnlm.index.card import IndexCard
+from fairseq_knnlm.index.recall import TrueNeighbours
 from fairseq_knnlm.index.recipes import choose
+from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.snapshots import Snapshots
-from fairseq_knnlm.index.stored import IndexCard, SearchIndex
 
 ROWS, WIDTH, K = 1000, 8, 10
 
@@ -39,13 +40,13 @@ def made(recipe: str, **how: Any) -> tuple[Any, IndexCard]:
     return build_index(keys(), recipe, **{"queries": 20, "k": K, **how})
 
 
-def exam_of(xb: np.ndarray, asked: int, metric: str = "l2", step: int = 333) -> Exam:
-    """An exam that has seen all keys, a few at a time and not in their order."""
+def truth_of(xb: np.ndarray, asked: int, metric: str = "l2", step: int = 333) -> TrueNeighbours:
+    """What is true of all keys, which are shown a few at a time and not in their order."""
     drawn = np.random.default_rng(0).choice(len(xb), asked, replace=False)
-    exam = Exam(xb[drawn], drawn, K, metric)
+    truth = TrueNeighbours(xb[drawn], drawn, K, metric)
     for start in reversed(range(0, len(xb), step)):
-        exam.see(xb[start : start + step], np.arange(start, min(start + step, len(xb))))
-    return exam
+        truth.see(xb[start : start + step], np.arange(start, min(start + step, len(xb))))
+    return truth
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -95,26 +96,26 @@ def test_more_than_there_is_comes_back_as_minus_one() -> None:
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 @pytest.mark.parametrize("recipe", ["IVF16,Flat", "IVF16,PQ4x4fs", "SQ4"])
-def test_the_exam_is_recall_against_brute_force(recipe: str, metric: str) -> None:
+def test_recall_is_that_of_brute_force(recipe: str, metric: str) -> None:
     """All keys are asked, so that no sample stands between; each without itself."""
     index, card = made(recipe, metric=metric, nprobe=2)
     searcher = SearchIndex(index, card)
-    exam = exam_of(keys(), ROWS, metric)
+    truth = truth_of(keys(), ROWS, metric)
     _, true = brute_force(keys(), keys(), K + 1, metric)
     _, found = searcher.search(torch.from_numpy(keys()), K + 1)
     shares = [
         len(set([r for r in t if r != row][:K]) & set(f)) / K
         for row, (t, f) in enumerate(zip(true.tolist(), found.tolist(), strict=True))
     ]
-    assert exam.recall(searcher) == pytest.approx(np.mean(shares), abs=1e-3)
-    assert exam.recall(searcher) < 1
+    assert truth.recall(searcher) == pytest.approx(np.mean(shares), abs=1e-3)
+    assert truth.recall(searcher) < 1
 
 
-def test_an_exact_index_passes_the_exam() -> None:
+def test_an_exact_index_finds_all() -> None:
     index, card = made("Flat")
     assert card.recall == 1.0
-    exam = exam_of(keys(), 50)
-    assert exam.recall(SearchIndex(index, card)) == 1.0
+    truth = truth_of(keys(), 50)
+    assert truth.recall(SearchIndex(index, card)) == 1.0
 
 
 @pytest.mark.parametrize("recipe", ["IVF64,Flat", "PCAR8,IVF64,Flat", "IVF64,Flat,Refine(Flat)"])
@@ -122,12 +123,12 @@ def test_coverage_is_the_recall_of_full_keys(recipe: str) -> None:
     """Where keys are not compressed, what lies in the visited lists is what is found."""
     xb = clustered()
     index, card = build_index(xb, recipe)
-    exam = exam_of(xb, 100)
-    coverage = exam.coverage(index)
+    truth = truth_of(xb, 100)
+    coverage = truth.coverage(index)
     assert coverage.shape == (64,)
     assert coverage[-1] == 1.0
     for nprobe in (1, 2, 7, 64):
-        found = exam.recall(SearchIndex(index, replace(card, nprobe=nprobe)))
+        found = truth.recall(SearchIndex(index, replace(card, nprobe=nprobe)))
         assert found == pytest.approx(coverage[nprobe - 1], abs=1e-3)
 
 
@@ -147,7 +148,7 @@ def test_the_chosen_nprobe_covers_what_is_asked_and_no_more(
         assert fewer.coverage < recall
 
 
-def test_an_index_that_is_not_examined_has_the_papers_nprobe() -> None:
+def test_an_index_of_unknown_recall_has_the_papers_nprobe() -> None:
     _, card = build_index(clustered(), "IVF64,Flat")
     assert (card.nprobe, card.recall, card.coverage) == (32, None, None)
 
@@ -193,7 +194,7 @@ def test_what_faiss_refuses_is_told_without_its_source(recipe: str) -> None:
 def test_rows_in_any_order_give_the_same_neighbours() -> None:
     """As when an index is filled from a forward pass that does not follow the text."""
     xb, recipe = keys(), choose("IVF16,PQ4x4fsr", ROWS, WIDTH)
-    builder = IndexBuilder(recipe, WIDTH, ROWS, Wishes(queries=20, k=K, nprobe=4))
+    builder = IndexBuilder(recipe, WIDTH, ROWS, BuildOptions(queries=20, k=K, nprobe=4))
     everything = np.arange(ROWS)
     builder.train(xb, everything)
     for rows in np.array_split(np.random.default_rng(2).permutation(ROWS), 9):
@@ -212,10 +213,10 @@ class Stopped(Exception):
 
 
 def build_in_parts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int | None, **wishes: Any
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int | None, **how: Any
 ) -> tuple[Any, IndexCard]:
     """Builds with a snapshot after each of ten chunks, and perhaps stops before the next."""
-    recipe, wish = choose("IVF16,PQ4x4fsr", ROWS, WIDTH), Wishes(queries=20, k=K, **wishes)
+    recipe, options = choose("IVF16,PQ4x4fsr", ROWS, WIDTH), BuildOptions(queries=20, k=K, **how)
     monkeypatch.setattr(module, "CHUNK_BYTES", 100 * WIDTH * 4)
     monkeypatch.setattr(snapshots, "INTERVAL", 0.0)
     add, done = IndexBuilder.add, []
@@ -227,9 +228,9 @@ def build_in_parts(
         add(self, xb, rows)
 
     monkeypatch.setattr(IndexBuilder, "add", add_and_stop)
-    shots = Snapshots(folder, plan(recipe, wish, "a" * 64))
+    shots = Snapshots(folder, plan(recipe, options, "a" * 64))
     try:
-        return build(keys(), recipe, wish, snapshots=shots, progress=False)
+        return build(keys(), recipe, options, snapshots=shots, progress=False)
     finally:
         monkeypatch.setattr(IndexBuilder, "add", add)
 

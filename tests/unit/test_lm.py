@@ -15,35 +15,26 @@ from fairseq.modules import AdaptiveSoftmax
 from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
+from fairseq_knnlm.experts.lm import ShapeExpert
 from fairseq_knnlm.lm import transformer as module
-from fairseq_knnlm.lm.transformer import (
-    CONTEXT,
-    KEY_TYPES,
-    Scored,
-    TargetLM,
-    check_model,
-    dictionary_fingerprint,
-    is_supported,
-    model_fingerprint,
-)
+from fairseq_knnlm.lm.contexts import CONTEXT, Contexts, Encoded
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint, model_fingerprint
+from fairseq_knnlm.lm.keys import KEY_TYPES
+from fairseq_knnlm.lm.registry import check_model, is_supported
+from fairseq_knnlm.lm.transformer import TransformerLM
 
 WIDTH, VOCABULARY = 16, 64
 CUTOFFS = [[20], [20, 40], [5, 6, 63], [64]]
 
 
-def head_only(output: nn.Module) -> TargetLM:
+def head_only(output: nn.Module) -> TransformerLM:
     """A language model that is nothing but its output layer."""
     model = nn.Module()
     adaptive = output if isinstance(output, AdaptiveSoftmax) else None
     model.decoder = nn.Module()
     model.decoder.adaptive_softmax = adaptive
     model.decoder.output_layer = output
-    return TargetLM(model, pad=1)
-
-
-def scored(features: Tensor, targets: Tensor) -> Scored:
-    mask = torch.ones(1, len(targets), dtype=torch.bool)
-    return Scored(targets, features, None, mask, torch.full((len(targets), CONTEXT), -1))
+    return TransformerLM(model)
 
 
 def features(rows: int, seed: int = 0) -> Tensor:
@@ -64,7 +55,7 @@ def test_plain_softmax(rows: int) -> None:
     x, y = features(rows), torch.randint(VOCABULARY, (rows,))
     with torch.no_grad():
         expected = torch.log_softmax(layer(x), dim=1).gather(1, y[:, None]).squeeze(1)
-    found = head_only(layer).target_log_probs(scored(x, y))
+    found = head_only(layer).log_prob(x, y)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 
@@ -79,7 +70,7 @@ def test_adaptive_softmax(cutoff: list[int], rows: int) -> None:
     with torch.no_grad():
         full = adaptive.get_log_prob(x[None], None)[0]
     torch.testing.assert_close(full.exp().sum(dim=1), torch.ones(rows))
-    found = head_only(adaptive).target_log_probs(scored(x, y))
+    found = head_only(adaptive).log_prob(x, y)
     torch.testing.assert_close(found, full.gather(1, y[:, None]).squeeze(1))
 
 
@@ -91,13 +82,19 @@ def test_clusters_without_any_target(cutoff: list[int], token: int) -> None:
     x, y = features(9), torch.full((9,), token)
     with torch.no_grad():
         expected = adaptive.get_log_prob(x[None], None)[0, :, token]
-    torch.testing.assert_close(head_only(adaptive).target_log_probs(scored(x, y)), expected)
+    torch.testing.assert_close(head_only(adaptive).log_prob(x, y), expected)
+
+
+def shape(lm: TransformerLM, x: Tensor) -> tuple[Tensor, Tensor]:
+    before = torch.full((len(x), CONTEXT), -1)
+    found = ShapeExpert(lm).predict(Contexts(x, None, before, torch.arange(len(x)))).features
+    return found["lm_entropy"], found["lm_top"]
 
 
 def test_a_batch_of_nothing() -> None:
     adaptive = AdaptiveSoftmax(VOCABULARY, WIDTH, [20, 40], dropout=0.0, factor=2.0)
-    nothing = scored(features(0), torch.zeros(0, dtype=torch.long))
-    assert head_only(adaptive).target_log_probs(nothing).shape == (0,)
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert head_only(adaptive).log_prob(features(0), nothing).shape == (0,)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -105,7 +102,7 @@ def test_large_logits_do_not_overflow() -> None:
     x, y = 1e4 * features(20), torch.arange(20)
     with torch.no_grad():
         expected = torch.log_softmax(layer(x).double(), dim=1)[y, y]
-    found = head_only(layer).target_log_probs(scored(x, y))
+    found = head_only(layer).log_prob(x, y)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-2)
 
 
@@ -121,7 +118,7 @@ def test_the_shape_is_that_of_the_full_softmax(kind: str, rows: int) -> None:
             full = layer(x).double().log_softmax(dim=1)
         else:
             full = adaptive.get_log_prob(x[None], None)[0].double()
-    entropy, top = head_only(layer).shape(scored(x, torch.zeros(rows, dtype=torch.long)))
+    entropy, top = shape(head_only(layer), x)
     assert entropy.dtype == top.dtype == torch.float32
     assert entropy.shape == top.shape == (rows,)
     expected = -(full.exp() * full).sum(dim=1)
@@ -133,7 +130,7 @@ def test_a_certain_model_has_no_entropy() -> None:
     """p log p of p = 0 is 0."""
     layer = nn.Linear(WIDTH, VOCABULARY)
     x = 1e4 * features(20)
-    entropy, top = head_only(layer).shape(scored(x, torch.zeros(20, dtype=torch.long)))
+    entropy, top = shape(head_only(layer), x)
     torch.testing.assert_close(entropy, torch.zeros(20))
     torch.testing.assert_close(top, torch.zeros(20))
 
@@ -198,22 +195,27 @@ def batch() -> dict[str, Any]:
 def test_a_batch_is_scored_as_fairseq_scores_it(kind: str) -> None:
     model, sample = decoder(**DECODERS[kind]), batch()
     target = sample["target"]
-    reader = TargetLM(model, PAD, "last_ffn_input")
-    found = reader.score(sample)
+    reader = TransformerLM(model, "last_ffn_input")
+    found = reader.encode(sample["net_input"], sample["target"].ne(PAD))
     with torch.no_grad():
         out = model(**sample["net_input"])
         full = model.get_normalized_probs(out, log_probs=True, sample=None)
     mask = target.ne(PAD)
     assert torch.equal(found.mask, mask)
-    assert torch.equal(found.targets, target[mask])
     expected = full.gather(2, target[..., None]).squeeze(2)[mask]
-    torch.testing.assert_close(reader.target_log_probs(found), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        reader.log_prob(found.features, target[mask]), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def encode(model: nn.Module, sample: dict[str, Any], key_type: str | None = None) -> Encoded:
+    return TransformerLM(model, key_type).encode(sample["net_input"], sample["target"].ne(PAD))
 
 
 def keys(model: TransformerLanguageModel, key_type: str) -> Tensor:
-    found = TargetLM(model, PAD, key_type).score(batch())
+    found = encode(model, batch(), key_type)
     assert found.keys is not None
-    assert found.keys.shape == (len(found.targets), WIDTH)
+    assert found.keys.shape == (len(found.features), WIDTH)
     return found.keys
 
 
@@ -236,7 +238,7 @@ def test_keys_of_a_post_norm_decoder() -> None:
     torch.testing.assert_close(keys(model, "decoder_output_before_norm"), before)
     output = keys(model, "decoder_output")
     torch.testing.assert_close(last.final_layer_norm(before), output)
-    torch.testing.assert_close(TargetLM(model, PAD).score(batch()).features, output)
+    torch.testing.assert_close(encode(model, batch()).features, output)
     below = model.decoder.layers[-2].final_layer_norm
     torch.testing.assert_close(
         below(keys(model, "last_attn_input_before_norm")), keys(model, "last_attn_input")
@@ -253,7 +255,7 @@ def test_keys_of_a_pre_norm_decoder() -> None:
     torch.testing.assert_close(keys(model, "decoder_output_before_norm"), before)
     output = keys(model, "decoder_output")
     torch.testing.assert_close(model.decoder.layer_norm(before), output)
-    torch.testing.assert_close(TargetLM(model, PAD).score(batch()).features, output)
+    torch.testing.assert_close(encode(model, batch()).features, output)
     torch.testing.assert_close(
         last.self_attn_layer_norm(keys(model, "last_attn_input_before_norm")),
         keys(model, "last_attn_input"),
@@ -263,11 +265,11 @@ def test_keys_of_a_pre_norm_decoder() -> None:
 def test_a_key_belongs_to_its_position() -> None:
     """Changing what follows a position leaves its key alone; changing the position does not."""
     model, sample = decoder(), batch()
-    reader = TargetLM(model, PAD, "last_ffn_input")
-    before = reader.score(sample).keys
+    reader = TransformerLM(model, "last_ffn_input")
+    before = reader.encode(sample["net_input"], sample["target"].ne(PAD)).keys
     sample["net_input"]["src_tokens"] = sample["net_input"]["src_tokens"].clone()
     sample["net_input"]["src_tokens"][2, 6] = 4
-    after = reader.score(sample).keys
+    after = reader.encode(sample["net_input"], sample["target"].ne(PAD)).keys
     assert before is not None
     assert after is not None
     rows = len(before) - 10 + 6  # the third sentence is scored whole
@@ -293,14 +295,13 @@ def test_the_last_layer_without_the_context_gives_the_same(
     model.decoder.layers[-1].fc1.register_forward_pre_hook(
         lambda _, args: worked_on.append(len(args[0]))
     )
-    reader = TargetLM(model, PAD, key_type)
-    found = reader.score(sample)
+    reader = TransformerLM(model, key_type)
+    found = reader.encode(sample["net_input"], sample["target"].ne(PAD))
     monkeypatch.setattr(module, "PLAIN_LAYERS", set())
-    expected = reader.score(sample)
+    expected = reader.encode(sample["net_input"], sample["target"].ne(PAD))
     assert worked_on == [6, 10]
     assert found.mask.shape == (3, 6)
     assert torch.equal(found.mask, expected.mask[:, 4:])
-    assert torch.equal(found.targets, expected.targets)
     torch.testing.assert_close(found.features, expected.features, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.keys, expected.keys, rtol=1e-5, atol=1e-5)
 
@@ -321,11 +322,11 @@ def test_the_context_is_what_the_model_saw_before(
 ) -> None:
     """Of blocks that begin with the first scored token, and of those with a window before it."""
     sample = make()
-    found = TargetLM(decoder(**DECODERS[kind]), PAD).score(sample)
-    assert found.context.shape == (len(found.targets), CONTEXT)
-    assert found.context.dtype == torch.int64
-    assert found.context.tolist() == plain_context(sample)
-    unknown = bool((found.context < 0).any())
+    found = encode(decoder(**DECODERS[kind]), sample)
+    assert found.before.shape == (len(found.features), CONTEXT)
+    assert found.before.dtype == torch.int64
+    assert found.before.tolist() == plain_context(sample)
+    unknown = bool((found.before < 0).any())
     assert unknown is (make is batch)
 
 
@@ -336,7 +337,7 @@ def test_reading_leaves_no_hook_behind() -> None:
     sample = batch_with_context()
     sample["net_input"]["src_tokens"] = torch.full((3, 10), 10**6)  # not in the embedding
     with pytest.raises(IndexError):
-        TargetLM(model, PAD, "last_ffn_input").score(sample)
+        encode(model, sample, "last_ffn_input")
     for part in model.modules():
         assert not part._forward_hooks
         assert not part._forward_pre_hooks
@@ -368,7 +369,7 @@ def test_half_precision_and_evaluation_change_no_fingerprint() -> None:
     before = model_fingerprint(model)
     assert model_fingerprint(copy.deepcopy(model).train()) == before
     assert model_fingerprint(copy.deepcopy(model).half()) == before
-    TargetLM(model, PAD, "last_ffn_input").score(batch())
+    encode(model, batch(), "last_ffn_input")
     assert model_fingerprint(model) == before
 
 

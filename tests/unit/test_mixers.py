@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stores import build_index, contexts, passage, write_store
 from torch import Tensor
 
-from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.experts.cache import CacheExpert, CacheSetting
-from fairseq_knnlm.experts.kneser_ney import NGramModel
-from fairseq_knnlm.experts.knn import Expert, KnnExpert, KnnSetting, NGramExpert
-from fairseq_knnlm.index.stored import SearchIndex
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import FAR, Bins, Fixed, Gate, Mixer, first_column, gathered
-from fairseq_knnlm.mixture.model import Panel
-from fairseq_knnlm.retrieval.local import Retriever
 
 COMPONENTS = [LM, Component("knn", {"temperature": 2.0}), Component("cache", {"theta": 0.5})]
 EDGES = (1.0, 4.0, 9.0)
@@ -147,77 +138,3 @@ def test_features_that_nobody_knows_do_not_matter() -> None:
     gate.standardize(torch.tensor([[1.0, math.nan], [3.0, math.nan]]))
     assert gate(torch.tensor([[2.0, math.nan]])).isfinite().all()
     assert gate.scale.isfinite().all()
-
-
-# Mixtures over a whole vocabulary
-
-VOCABULARY, WIDTH, EOS, TOKENS = 6, 8, 0, 60
-
-
-def text(seed: int) -> list[int]:
-    """With empty lines."""
-    tokens = np.random.default_rng(seed).integers(VOCABULARY, size=TOKENS).tolist()
-    tokens[20:22] = tokens[40:43] = [EOS] * 3
-    return tokens
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Datastore:
-    values = np.array(text(1) * 3)
-    keys = np.random.default_rng(2).normal(size=(len(values), WIDTH)).astype(np.float32)
-    return write_store(tmp_path / "store", keys, values, vocabulary=VOCABULARY)
-
-
-def experts(store: Datastore) -> list[Expert]:
-    """As new: the cache has read nothing."""
-    index, card = build_index(store.full_keys(), "Flat")
-    near = [KnnSetting(suffix, k, 2.0) for suffix, k in ((0, 0), (0, 4), (1, 0), (2, 8))]
-    recent = [CacheSetting(suffix, 0.5, window) for suffix, window in ((0, 40), (0, 3), (1, 40))]
-    counts = NGramModel.count(store.values, VOCABULARY, progress=False)
-    return [
-        KnnExpert(Retriever(SearchIndex(index, card), store, "l2"), 16, near, features=True),
-        CacheExpert(recent, EOS, reset=True, features=True),
-        NGramExpert(counts, features=True),
-    ]
-
-
-FEATURES = ["cache_shared", "knn_distances", "knn_shared", "ngram_length"]
-
-
-@pytest.mark.parametrize("place", [0, 1, 2, 21, 22, 23, 42, 43, TOKENS - 1])
-@pytest.mark.parametrize("kind", ["fixed", "bins", "gate", "fixed, lm", "bins, lm", "gate, lm"])
-def test_the_whole_mixture_sums_to_one(store: Datastore, kind: str, place: int) -> None:
-    """LM, neighbours, cache and n-grams, several of which are silent: every token in turn.
-
-    Also at the beginning of the text and after empty lines, where the cache forgets.
-    """
-    tokens = text(7)[: place + 1]
-    rng = torch.manual_seed(5)
-    keys = torch.randn(len(tokens), WIDTH, generator=rng)
-    lm = torch.randn(VOCABULARY, generator=rng).log_softmax(dim=0)
-    total, silent = 0.0, set()
-    for token in range(VOCABULARY):
-        asked = experts(store)
-        every = [Component(e.name, dict(s)) for e in asked for s in e.settings]
-        components = [LM, *every]
-        weights = torch.rand(4, len(components), generator=torch.manual_seed(6)) + 0.1
-        weights = (weights / weights.sum(dim=1, keepdim=True)).tolist()
-        mixer: Mixer = {
-            "fixed": lambda c=components, w=weights: Fixed(c, w[0]),
-            "bins": lambda c=components, w=weights: Bins(c, (6.0, 9.0, 12.0), w),
-            "gate": lambda c=components: random_gate(c, FEATURES, 13),
-        }[kind.removesuffix(", lm")]()
-        if kind.endswith("lm"):
-            object.__setattr__(mixer, "abstain", "lm")
-        # The text before is as it is; only the last token, which is to be predicted, changes.
-        targets = torch.tensor([*tokens[:-1], token])
-        base = torch.full((len(tokens),), -1.0)
-        base[-1] = lm[token]
-        verdict = Panel(asked, mixer).judge(base, passage(keys, targets, contexts(tokens)))
-        total += math.exp(float(verdict.log_probs[-1]))
-        said = torch.cat([opinion.log_probs for opinion in verdict.opinions.values()], dim=1)
-        silent.add(tuple(said[-1].isnan().tolist()))
-    assert total == pytest.approx(1.0, abs=1e-5)
-    assert len(silent) == 1
-    if place in (0, 22, 43):
-        assert sum(*silent) >= 3  # all of the cache

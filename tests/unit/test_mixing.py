@@ -7,8 +7,9 @@ from typing import Literal
 
 import pytest
 import torch
+from stores import knn_log_probs
 
-from fairseq_knnlm.mixture.mix import knn_log_probs, mix, safe_log
+from fairseq_knnlm.mixture.mix import mix, safe_log
 
 Rows = list[list[float]]
 

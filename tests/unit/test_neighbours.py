@@ -16,8 +16,9 @@ from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.index import distances as module
 from fairseq_knnlm.index.exact import ExactSearch
-from fairseq_knnlm.index.stored import SearchIndex
-from fairseq_knnlm.retrieval.local import Neighbours, Retriever
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.retrieval.local import LocalRetriever
+from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 ROWS, WIDTH, K = 300, 12, 20
 
@@ -65,7 +66,9 @@ def test_recomputed_distances_are_numpys(
     """Whatever the index says, and whatever fits into memory at a time."""
     monkeypatch.setattr(module, "GATHER_BYTES", gather_bytes)
     asked = queries()
-    found = Retriever(searcher(store, "IVF4,PQ2x4", nprobe=4), store, similarity).search(asked, K)
+    found = LocalRetriever(searcher(store, "IVF4,PQ2x4", nprobe=4), store, similarity).search(
+        asked, K
+    )
     assert found.valid.all()
     expected = np.take_along_axis(distance_to_all(store, asked, kind), found.ids.numpy(), axis=1)
     np.testing.assert_allclose(found.distances.numpy(), expected, rtol=1e-5, atol=1e-5)
@@ -76,7 +79,9 @@ def test_recomputed_distances_are_numpys(
 def test_an_exact_index_finds_the_nearest(store: Datastore, metric: str) -> None:
     """Its own distances; an inner product comes back negative, so that less is nearer."""
     asked = queries()
-    found = Retriever(searcher(store, metric=metric), store, "do_not_recomp_l2").search(asked, K)
+    found = LocalRetriever(searcher(store, metric=metric), store, "do_not_recomp_l2").search(
+        asked, K
+    )
     everything = distance_to_all(store, asked, metric)
     nearest = np.argsort(everything, axis=1)[:, :K]
     assert [set(row) for row in found.ids.tolist()] == [set(row) for row in nearest.tolist()]
@@ -90,7 +95,7 @@ def test_values_are_those_of_the_ids(store: Datastore, dtype: str) -> None:
     """Also those above 32,767, which urvashik/knnlm's int16 made negative."""
     values = np.random.default_rng(0).integers(np.iinfo(dtype).max, size=ROWS).astype(dtype)
     store = of_many_types(store, values)
-    found = Retriever(searcher(store), store, "l2").search(queries(), K)
+    found = LocalRetriever(searcher(store), store, "l2").search(queries(), K)
     assert np.array_equal(found.values.numpy(), values[found.ids.numpy()])
 
 
@@ -98,7 +103,7 @@ def test_values_are_those_of_the_ids(store: Datastore, dtype: str) -> None:
 def test_what_an_index_does_not_find_is_missing(store: Datastore, similarity: str) -> None:
     """One list of a handful of entries is visited, and more neighbours are asked for."""
     index = searcher(store, "IVF32,Flat", nprobe=1)
-    found = Retriever(index, store, similarity).search(queries(), 100)
+    found = LocalRetriever(index, store, similarity).search(queries(), 100)
     assert torch.equal(found.valid, found.ids >= 0)
     assert found.valid[:, 0].all()
     assert not found.valid[:, -1].any()
@@ -111,13 +116,13 @@ def test_what_an_index_does_not_find_is_missing(store: Datastore, similarity: st
 
 
 def test_more_neighbours_than_entries(store: Datastore) -> None:
-    found = Retriever(searcher(store), store, "l2").search(queries(3), ROWS + 5)
+    found = LocalRetriever(searcher(store), store, "l2").search(queries(3), ROWS + 5)
     assert found.valid.sum(dim=1).tolist() == [ROWS] * 3
     assert found.ids[:, :ROWS].sort(dim=1).values.tolist() == [list(range(ROWS))] * 3
 
 
 def test_half_precision_queries_and_none_at_all(store: Datastore) -> None:
-    retriever = Retriever(searcher(store), store, "l2")
+    retriever = LocalRetriever(searcher(store), store, "l2")
     half = queries().half()
     found, same = retriever.search(half, K), retriever.search(half.float(), K)
     assert torch.equal(found.ids, same.ids)
@@ -133,7 +138,7 @@ def test_queries_are_projected_and_weights_gathered(tmp_path: Path, similarity: 
     flat = searcher(store)
     asked = torch.randn(15, 9, generator=torch.manual_seed(4))
     for index in (flat, ExactSearch(store.full_keys(), flat.card, "cpu")):
-        found = Retriever(index, store, similarity).search(asked.half(), 101)
+        found = LocalRetriever(index, store, similarity).search(asked.half(), 101)
         projected = asked.half().float() @ torch.from_numpy(np.array(store.projection))
         kind = "ip" if similarity == "dot" else "l2"
         ids = found.ids[:, :100].numpy()
@@ -146,14 +151,14 @@ def test_queries_are_projected_and_weights_gathered(tmp_path: Path, similarity: 
 
 
 def test_without_weights_there_are_none(store: Datastore) -> None:
-    assert Retriever(searcher(store), store, "l2").search(queries(), K).log_weights is None
+    assert LocalRetriever(searcher(store), store, "l2").search(queries(), K).log_weights is None
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_tokens_before_are_those_of_the_text(store: Datastore, steps: int) -> None:
     """In any shape; the first entries and missing neighbours have none."""
     ids = torch.tensor([[0, 1, 2], [3, 57, -1], [ROWS - 1, steps, steps - 1]])
-    found = Retriever(searcher(store), store, "l2").tokens_before(ids, steps)
+    found = LocalRetriever(searcher(store), store, "l2").tokens_before(ids, steps)
     text = store.values.tolist()
     expected = [[text[i - steps] if i >= steps else -1 for i in row] for row in ids.tolist()]
     assert found.tolist() == expected
@@ -162,14 +167,16 @@ def test_tokens_before_are_those_of_the_text(store: Datastore, steps: int) -> No
 def test_tokens_before_are_no_negative_numbers(store: Datastore) -> None:
     """Above 32,767, where int16 would make them; -1 stays what says that there are none."""
     store = of_many_types(store, np.full(ROWS, 65535, np.uint16))
-    found = Retriever(searcher(store), store, "l2").tokens_before(torch.tensor([0, 1, 9]), 1)
+    found = LocalRetriever(searcher(store), store, "l2").tokens_before(torch.tensor([0, 1, 9]), 1)
     assert found.tolist() == [-1, 65535, 65535]
 
 
 def test_a_merged_datastore_has_no_text(tmp_path: Path) -> None:
     """What stands one row before an entry was not before it in the text."""
     store = write_compressed(tmp_path / "store")
-    found = Retriever(searcher(store), store, "l2").tokens_before(torch.arange(6).view(2, 3), 1)
+    found = LocalRetriever(searcher(store), store, "l2").tokens_before(
+        torch.arange(6).view(2, 3), 1
+    )
     assert found.tolist() == [[-1] * 3] * 2
 
 
@@ -204,7 +211,7 @@ def test_the_report_says_what_the_distances_are(store: Datastore) -> None:
     flat, coarse = searcher(store), searcher(store, "IVF4,PQ2x4", metric="ip")
     dtype = store.manifest.key_dtype
     assert [
-        Retriever(index, store, similarity).distances
+        LocalRetriever(index, store, similarity).distances
         for index, similarity in (
             *((flat, "l2"), (flat, "dot")),
             *((flat, "do_not_recomp_l2"), (coarse, "do_not_recomp_l2")),
@@ -237,7 +244,7 @@ def test_an_index_that_names_other_entries_is_refused(
 ) -> None:
     index = Names(searcher(store), ids)
     with pytest.raises(IndexFileError, match="entries that the datastore does not have") as caught:
-        Retriever(index, store, similarity).search(queries(), 2)
+        LocalRetriever(index, store, similarity).search(queries(), 2)
     assert_helps(caught, f"{ROWS - 1}")
 
 
@@ -251,11 +258,11 @@ def test_keys_that_are_no_numbers_are_found(store: Datastore, bad: float) -> Non
     broken = replace(store, keys=keys)
     for similarity in ("l2", "dot"):
         with pytest.raises(DatastoreError, match="NaN or infinite") as caught:
-            Retriever(index, broken, similarity).search(queries(), 3)
+            LocalRetriever(index, broken, similarity).search(queries(), 3)
         assert_helps(caught, "verify")
     index.distance = bad
     with pytest.raises(DatastoreError, match="distances that are no numbers"):
-        Retriever(index, store, "do_not_recomp_l2").search(queries(), 3)
+        LocalRetriever(index, store, "do_not_recomp_l2").search(queries(), 3)
 
 
 def test_queries_that_are_no_numbers_are_refused(store: Datastore) -> None:
@@ -263,7 +270,7 @@ def test_queries_that_are_no_numbers_are_refused(store: Datastore) -> None:
     asked = queries()
     asked[3, 2] = torch.nan
     with pytest.raises(ModelError, match="NaN or infinite"):
-        Retriever(searcher(store), store, "l2").search(asked, 3)
+        LocalRetriever(searcher(store), store, "l2").search(asked, 3)
 
 
 @pytest.mark.parametrize("bad", [50, 40_000, 65_535])
@@ -272,14 +279,14 @@ def test_values_beyond_the_vocabulary_are_found(store: Datastore, bad: int) -> N
     values[7] = bad
     index = Names(searcher(store), [0, 7, 5])
     with pytest.raises(DatastoreError, match="no tokens of the dictionary") as caught:
-        Retriever(index, replace(store, values=values), "l2").search(queries(), 3)
+        LocalRetriever(index, replace(store, values=values), "l2").search(queries(), 3)
     assert_helps(caught, f"{bad:,}")
 
 
 @pytest.mark.parametrize("name", ["keys.npy", "values.npy"])
 def test_a_file_that_shrinks_is_told_before_it_is_read(store: Datastore, name: str) -> None:
     """Reading a map behind the end of its file would kill the process."""
-    retriever = Retriever(searcher(store), store, "l2")
+    retriever = LocalRetriever(searcher(store), store, "l2")
     assert retriever.search(queries(), K).valid.all()
     os.truncate(store.path / name, 200)
     with pytest.raises(DatastoreError, match="cut off while they were read") as caught:
@@ -291,8 +298,8 @@ def test_keys_that_opening_left_unread_are_checked_while_they_are_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every chunk in turn is damaged; the sample on opening sees but a few of them."""
-    monkeypatch.setattr("fairseq_knnlm.files.CHUNK_BYTES", 1000)
-    monkeypatch.setattr("fairseq_knnlm.files.CHUNKS_ON_OPEN", 3)
+    monkeypatch.setattr("fairseq_knnlm.files.integrity.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("fairseq_knnlm.files.integrity.CHUNKS_ON_OPEN", 3)
     path = write_store(tmp_path / "store", *random_entries(ROWS, WIDTH)).path
     whole = (path / "keys.npy").read_bytes()
     chunks = -(-len(whole) // 1000)
@@ -307,14 +314,14 @@ def test_keys_that_opening_left_unread_are_checked_while_they_are_used(
         except DatastoreError:
             continue
         unseen += 1
-        retriever = Retriever(searcher(store), store, "l2")
+        retriever = LocalRetriever(searcher(store), store, "l2")
         with pytest.raises(DatastoreError, match="is damaged") as caught:
             retriever.check_files()
         assert_helps(caught, "keys.npy", "checksums differ")
         with pytest.raises(DatastoreError, match="is damaged"):
             retriever.search(queries(), 3)
-        Retriever(searcher(store), store, "do_not_recomp_l2").check_files()
+        LocalRetriever(searcher(store), store, "do_not_recomp_l2").check_files()
     assert unseen == chunks - 3
     (path / "keys.npy").write_bytes(whole)
     store = open_datastore(path)
-    assert Retriever(searcher(store), store, "l2").check_files() == chunks - 3
+    assert LocalRetriever(searcher(store), store, "l2").check_files() == chunks - 3

@@ -7,9 +7,11 @@ import pytest
 from stores import assert_helps, random_entries
 
 from fairseq_knnlm.errors import IndexFileError
-from fairseq_knnlm.index.build import Wishes, build
+from fairseq_knnlm.index.build import BuildOptions, build
+from fairseq_knnlm.index.card import IndexCard
+from fairseq_knnlm.index.device import gpu_obstacle
+from fairseq_knnlm.index.library import METRICS
 from fairseq_knnlm.index.recipes import Recipe, choose, lists_of
-from fairseq_knnlm.index.stored import METRICS, IndexCard, gpu_obstacle
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_automatic_recipes_find_most_of_what_is_near(width: int) -> None:
     """Whatever the width: nearly all lists are visited, so codes alone may err."""
     xb = random_entries(3000, width)[0]
     recipe = choose("auto", len(xb), width, lists=True)
-    _, card = build(xb, recipe, Wishes(k=50, recall=0.99), progress=False)
+    _, card = build(xb, recipe, BuildOptions(k=50, recall=0.99), progress=False)
     assert card.recall is not None
     assert card.recall > 0.6
 

@@ -429,10 +429,10 @@ def _l2(stage: Stage, *, rows: int, width: int, k: int, queries: int) -> str:
         import torch
 
         from fairseq_knnlm.datastore import DatastoreWriter, Origin, open_datastore
-        from fairseq_knnlm.index.build import Wishes, build
+        from fairseq_knnlm.index.build import BuildOptions, build
         from fairseq_knnlm.index.recipes import choose
-        from fairseq_knnlm.index.stored import SearchIndex
-        from fairseq_knnlm.retrieval.local import Retriever
+        from fairseq_knnlm.index.search import SearchIndex
+        from fairseq_knnlm.retrieval.local import LocalRetriever
 
         rng = np.random.default_rng(1)
         keys = rng.standard_normal((rows, width), np.float32).astype(np.float16)
@@ -440,8 +440,10 @@ def _l2(stage: Stage, *, rows: int, width: int, k: int, queries: int) -> str:
         writer = DatastoreWriter(stage.folder / "wide", rows, width, origin, "float16")
         writer.write(np.arange(rows), keys, np.zeros(rows, np.int64))
         store = open_datastore(writer.publish())
-        index, card = build(keys, choose("Flat", rows, width), Wishes(queries=0), progress=False)
-        retriever = Retriever(SearchIndex(index, card), store, "l2")
+        index, card = build(
+            keys, choose("Flat", rows, width), BuildOptions(queries=0), progress=False
+        )
+        retriever = LocalRetriever(SearchIndex(index, card), store, "l2")
         asked = torch.from_numpy(rng.standard_normal((queries, width), np.float32))
         retriever.search(asked[:2], k)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -42,8 +42,8 @@ def _search(stage: Stage, *, offset: float, metric: str) -> str:
     def search() -> int:
         import torch
 
+        from fairseq_knnlm.index.card import IndexCard
         from fairseq_knnlm.index.exact import ExactSearch
-        from fairseq_knnlm.index.stored import IndexCard
 
         keys, queries = _keys(offset)
         card = IndexCard("Flat", metric, ENTRIES, keys.shape[1], 0, True)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from fairseq_knnlm.experts.contract import Timeless
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
-from fairseq_knnlm.experts.knn import Opinion, Passage
 from fairseq_knnlm.experts.registry import register
+from fairseq_knnlm.lm.contexts import Contexts
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,29 @@ class UnigramSetting:
     smoothing: float = 1.0
 
 
-class UnigramExpert:
-    """log p of each target, from counts (V,)."""
+@dataclass(frozen=True)
+class UnigramPrediction:
+    """The same for each of N contexts.
+
+    Attributes:
+        table: (V, S) float32, log p of every token in each setting.
+        size: N.
+        features: by name, (N,).
+    """
+
+    table: torch.Tensor
+    size: int
+    features: Mapping[str, torch.Tensor]
+
+    def log_prob(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table[tokens]
+
+    def log_probs(self, setting: int) -> torch.Tensor:
+        return self.table[:, setting].expand(self.size, -1)
+
+
+class UnigramExpert(Timeless):
+    """Predicts from counts (V,) alone."""
 
     name = "unigram"
 
@@ -43,13 +65,13 @@ class UnigramExpert:
         self.settings = [asdict(setting) for setting in settings]
         added = torch.tensor([setting.smoothing for setting in settings], dtype=torch.float64)
         smoothed = counts[:, None] + added
-        self.log_probs = (smoothed / smoothed.sum(dim=0)).log().float()  # (V, S)
+        self.table = (smoothed / smoothed.sum(dim=0)).log().float()
 
-    def opinion(self, passage: Passage) -> Opinion:
-        targets, before = passage.scored.targets, passage.scored.context[:, 0]
-        self.asked += len(targets)
-        counts = self.counts[before.clamp_min(0)].float().log1p()
-        return Opinion(self.log_probs[targets], {"unigram_before": counts} if self.features else {})
+    def predict(self, contexts: Contexts) -> UnigramPrediction:
+        self.asked += len(contexts)
+        known = self.counts[contexts.before[:, 0].clamp_min(0)].float().log1p()
+        features = {"unigram_before": known} if self.features else {}
+        return UnigramPrediction(self.table, len(contexts), features)
 
 
 class UnigramKind(Kind):

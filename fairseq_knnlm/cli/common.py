@@ -1,0 +1,65 @@
+"""What several subcommands share: naming a datastore, and running ``fairseq-eval-lm``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fairseq_knnlm.bounds import MOST_ENTRIES, check_range
+from fairseq_knnlm.datastore import Datastore, outline
+from fairseq_knnlm.datastore.legacy import is_legacy
+from fairseq_knnlm.files import check_outputs
+from fairseq_knnlm.runs.places import check_new_datastore
+from fairseq_knnlm.runs.stores import name_foreign, open_store
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a datastore to read."""
+    parser.add_argument(
+        "--dstore", required=True, type=Path, help="datastore folder, or PREFIX of urvashik/knnlm"
+    )
+    parser.add_argument("--dstore-size", type=int, help="entries, for files of urvashik/knnlm")
+    parser.add_argument(
+        "--dstore-fp16", action="store_true", help="those files are float16 and int16"
+    )
+
+
+def check_store(args: argparse.Namespace) -> None:
+    """Refuses sizes that no datastore has."""
+    check_range("--dstore-size", args.dstore_size, 1, MOST_ENTRIES, "counts entries")
+
+
+def opened(args: argparse.Namespace, vocabulary: int | None = None) -> Datastore:
+    """The datastore that the arguments name."""
+    if not is_legacy(args.dstore):
+        name_foreign(args.dstore_size, args.dstore_fp16)
+    return open_store(
+        args.dstore, rows=args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary
+    )
+
+
+def outlined(args: argparse.Namespace) -> Datastore:
+    """The same, whose arrays may be damaged."""
+    return opened(args) if is_legacy(args.dstore) else outline(args.dstore)
+
+
+def check_new(flag: str, path: Path) -> None:
+    """Refuses a place where no datastore can be made."""
+    check_new_datastore(flag, path, {})
+    check_outputs({flag: path})
+
+
+def evaluate(data: str, flags: Sequence[str]) -> None:
+    """Runs ``fairseq-eval-lm`` in this process, with this package's task."""
+    import fairseq_knnlm.tasks  # noqa: F401  before fairseq, of which it keeps noise off the screen
+
+    from fairseq_cli import eval_lm  # isort: skip
+
+    for name in ("fairseq", "fairseq_cli"):  # whose log begins with every flag there is
+        logging.getLogger(name).setLevel(logging.WARNING)
+    package = Path(__file__).resolve().parents[1]
+    sys.argv = ["fairseq-eval-lm", data, "--user-dir", str(package), "--task", "knn_lm", *flags]
+    eval_lm.cli_main()

@@ -1,0 +1,92 @@
+"""``fairseq-knnlm info``: what a datastore is, and what lies beside it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
+from fairseq_knnlm.cli.common import add_store, check_store, outlined
+from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.errors import KnnlmError
+from fairseq_knnlm.experts.kneser_ney import describe
+from fairseq_knnlm.files import human_bytes
+from fairseq_knnlm.index.card import read_card
+
+HELP = "say what a datastore and its index are"
+EXAMPLE = "--dstore DSTORE"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A datastore."""
+    add_store(parser)
+
+
+def check(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Refuses sizes that no datastore has."""
+    check_store(args)
+
+
+def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    """Prints what the manifest says, then a line for each part."""
+    store = outlined(args)
+    _print_manifest(store)
+    parts = {"arrays": _arrays, "index": _index, "n-grams": _ngrams, "calibration": _calibration}
+    for name, look in parts.items():
+        try:
+            said = look(store)
+        except KnnlmError as error:  # the other parts are none the worse for it
+            said = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+        print(f"  {name:<12} {said}")
+
+
+def _print_manifest(store: Datastore) -> None:
+    manifest = store.manifest
+    origin = manifest.origin
+    print(f"{store.path}: {manifest.rows:,} entries of width {manifest.width}")
+    print(f"  keys         {manifest.key_dtype or 'in the index only'}, {origin.key_type}")
+    print(f"  values       {manifest.value_dtype}, below {origin.vocabulary:,}")
+    for step in manifest.compressions:
+        print(f"  compressed   {step.describe()}")
+    context = [f"{name} {value}" for name, value in (origin.context or {}).items()]
+    print(f"  split        {', '.join([origin.split or 'unknown', *context])}")
+    print(f"  model        {origin.model or 'unknown'}")
+    print(f"  dictionary   {origin.dictionary or 'unknown'}")
+    print(f"  fingerprint  {store.fingerprint}")
+    if total := sum(file.bytes for file in manifest.files.values()):
+        print(f"  on disk      {human_bytes(total)}")
+
+
+def _arrays(store: Datastore) -> str:
+    if not store.manifest.files:
+        return "of the right length; no checksums"
+    names = open_datastore(store.path).manifest.files
+    return f"as they were written ({', '.join(names)}); `fairseq-knnlm verify` reads every byte"
+
+
+def _index(store: Datastore) -> str:
+    if not store.index_path.exists():
+        return "none; build it with `fairseq-knnlm build-index`"
+    card = read_card(store.index_path)
+    assert card is not None  # only with --indexfile
+    return card.describe()
+
+
+def _ngrams(store: Datastore) -> str:
+    if not store.ngram_path.exists():
+        return "none; counted when they are first asked for"
+    return describe(store.ngram_path, store.fingerprint)
+
+
+def _calibration(store: Datastore) -> str:
+    record = read_record(store.calibration_path, [store.fingerprint])
+    if record is None:
+        found = "none; fit it with `fairseq-knnlm tune`"
+    else:
+        best, fitted = record.best, record.fitted_on
+        found = (
+            f"{best.name}, fitted on {fitted.split}, {fitted.tokens:,} tokens; perplexity "
+            f"{record.base_perplexity:.2f} -> {best.perplexity:.2f}"
+        )
+    others = calibrated_sets(store.calibration_path, but=[store.fingerprint])
+    return "\n".join([found, *(f"  calibration  also of {line}" for line in others)])

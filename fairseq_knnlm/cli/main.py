@@ -1,0 +1,121 @@
+"""From words to a subcommand, and from its failures to a message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+from fairseq_knnlm.cli import build_index, compress, import_, info, report, save, tune, verify
+from fairseq_knnlm.errors import ConfigError, told, wants_traceback
+from fairseq_knnlm.signals import end_on_request, tell_crashes
+
+
+class Command(Protocol):
+    """What a file of a subcommand has in it.
+
+    Attributes:
+        HELP: what the subcommand does, in a line.
+        EXAMPLE: what to type behind its name.
+    """
+
+    HELP: str
+    EXAMPLE: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Says what can be typed."""
+
+    def check(self, args: argparse.Namespace, rest: Sequence[str]) -> None:
+        """Refuses what can be refused before anything is opened."""
+
+    def run(self, args: argparse.Namespace, rest: Sequence[str]) -> None:
+        """Does it, and prints what came of it; ``rest`` are flags for ``fairseq-eval-lm``."""
+
+
+COMMANDS: dict[str, Command] = {
+    "save": save,
+    "build-index": build_index,
+    "tune": tune,
+    "report": report,
+    "info": info,
+    "verify": verify,
+    "compress": compress,
+    "import": import_,
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: arguments, the process's own where left out.
+        prog: the command's name in ``--help``.
+
+    Returns:
+        The exit code: 0, or 1 after a message on standard error.
+    """
+    # Where fairseq was imported before, it has set the log to DEBUG, in a format of its own.
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
+    end_on_request()
+    tell_crashes()
+    parser = command_parser(prog)
+    args, rest = parser.parse_known_args(argv)
+    # Who reads data runs fairseq-eval-lm on it, and passes on what is not ours.
+    if rest and not getattr(args, "data", None):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    command = COMMANDS[args.command]
+    try:
+        _check_words(sys.argv[1:] if argv is None else argv)
+        command.check(args, rest)
+        command.run(args, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `fairseq-knnlm info ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if wants_traceback():
+            raise
+        text, code = told(_in_our_words(error))
+        print(text, file=sys.stderr)
+        return code
+    return 0
+
+
+def command_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command and all its subcommands."""
+    parser = argparse.ArgumentParser(
+        prog=prog or "fairseq-knnlm", description="Datastores and indexes of kNN language models."
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        what = command.HELP
+        sub = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example: fairseq-knnlm {name} {command.EXAMPLE}",
+        )
+        command.add_arguments(sub)
+    return parser
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuses empty ones, which a variable that is not set leaves behind."""
+    for flag, word in pairwise(["the first argument", *words]):
+        if not word or re.fullmatch(r"--[\w-]+=", word):
+            name = word.rstrip("=") or flag
+            raise ConfigError(f"{name} is empty", expected="a name or number", found="''")
+
+
+def _in_our_words(error: BaseException) -> BaseException:
+    """A failure within fairseq, where that was loaded, as a user can mend it."""
+    if "fairseq" not in sys.modules:
+        return error
+    from fairseq_knnlm.tasks.stock import in_our_words
+
+    return in_our_words(error)

@@ -1,0 +1,263 @@
+"""The prediction of an expert that goes by entries: neighbours, pointers, the recent text.
+
+With the entries i that a setting counts, their scores s_i, the sharpness a of the setting, and n_i
+the number of merged entries that one stands for,
+
+    p(w) = sum over i with token w of n_i exp(a s_i) / sum over all i of n_i exp(a s_i).
+
+For neighbours -s is a squared L2 distance and 1/a the temperature (Khandelwal et al., 2020,
+equation 2, where it is 1); for a cache s is a product of features and a is theta (Grave et al.,
+2017). A setting may count some of the columns only, such as the nearest k or the last few, and of
+these only entries that come after the same last tokens as the context.
+
+Sums are kept as logs relative to the best entry. What is far below the best of many columns may be
+the best of a few, so each ring of columns has a best of its own, and the sums over nested extents
+are the running sums over rings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq_knnlm.experts.contract import Distribution
+
+
+class SparseSetting(NamedTuple):
+    """How entries become a distribution.
+
+    Attributes:
+        suffix: count only entries that come after the same last ``suffix`` tokens.
+        extent: which of the extents counts.
+        sharpness: multiplies the scores.
+    """
+
+    suffix: int
+    extent: int
+    sharpness: float
+
+
+class Extents:
+    """Nested parts of K columns: each is the one before it and a ring of further columns.
+
+    Args:
+        rings: disjoint, together all columns.
+    """
+
+    def __init__(self, rings: Sequence[slice]) -> None:
+        self.rings = list(rings)
+        columns = max(ring.stop for ring in rings)
+        self._ring_of = torch.empty(columns, dtype=torch.int64)
+        for number, ring in enumerate(self.rings):
+            self._ring_of[ring] = number
+
+    def __len__(self) -> int:
+        return len(self.rings)
+
+    def ring_of(self, device: torch.device) -> Tensor:
+        """(K,) int64, the ring of each column."""
+        self._ring_of = self._ring_of.to(device)
+        return self._ring_of
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What N contexts have to go by, K entries each.
+
+    Attributes:
+        tokens: (N, K) ids; anything where an entry does not count.
+        scores: (N, K) float32, the larger the likelier.
+        shared: (N, K) bool for 0, 1, ... tokens: the entry counts, and comes after the same last
+            tokens as the context.
+        extents: of the columns.
+        log_weights: (N, K) float32, natural log of the entries that each stands for, 0 or more;
+            None where each is one.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    shared: Sequence[Tensor]
+    extents: Extents
+    log_weights: Tensor | None = None
+
+
+class SparsePrediction:
+    """Distributions over the tokens of entries.
+
+    Args:
+        entries: K for each of N contexts.
+        settings: S of them, a column each.
+        features: by name, (N,) or (N, M).
+        every: of these entries, where it is there already.
+    """
+
+    def __init__(
+        self,
+        entries: Entries,
+        settings: Sequence[SparseSetting],
+        features: Mapping[str, Tensor] | None = None,
+        every: Many | None = None,
+    ) -> None:
+        self.entries = entries
+        self.settings = settings
+        self.features = dict(features or {})
+        self._suffixes = {setting.suffix for setting in settings}
+        sums: dict[int, Sums] = {
+            suffix: Few.of(entries, entries.shared[suffix]) for suffix in self._suffixes - {0}
+        }
+        if 0 in self._suffixes:
+            sums[0] = Many.of(entries) if every is None else every
+        self._totals = _columns(settings, sums)
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        """log p of one token (N,) each: (N, S) float32, natural log.
+
+        -inf where no entry that counts has the token, NaN where none counts.
+        """
+        entries = self.entries
+        if not self.settings:
+            return entries.scores.new_empty((len(tokens), 0))
+        same = entries.tokens == tokens[:, None]
+        some: dict[int, Sums] = {
+            suffix: Few.of(entries, entries.shared[suffix] & same) for suffix in self._suffixes
+        }
+        found = _columns(self.settings, some)
+        columns = [
+            (one - total).where(~total.isneginf(), torch.nan)
+            for one, total in zip(found, self._totals, strict=True)
+        ]
+        return torch.stack(columns, dim=1)
+
+    def log_probs(self, setting: int) -> Distribution:
+        """log p of the entries' tokens, an entry each, which add up where tokens are the same."""
+        entries, (suffix, extent, sharpness) = self.entries, self.settings[setting]
+        shares = entries.scores * sharpness - self._totals[setting][:, None]
+        if entries.log_weights is not None:
+            shares += entries.log_weights
+        counted = entries.shared[suffix] & (
+            entries.extents.ring_of(shares.device) <= extent
+        )  # (N, K)
+        shares = shares.masked_fill(~counted, -torch.inf)
+        nobody = self._totals[setting].isneginf()[:, None]
+        return Distribution(entries.tokens.where(counted, 0), shares.masked_fill(nobody, torch.nan))
+
+
+class Sums:
+    """Sums over entries at any sharpness."""
+
+    def log_sums(self, sharpness: float) -> Tensor:
+        """log of the sum of exp(sharpness score) over each extent, (N, extents)."""
+        raise NotImplementedError
+
+
+def _columns(settings: Sequence[SparseSetting], sums: Mapping[int, Sums]) -> list[Tensor]:
+    """(N,) for each setting; those of a suffix and sharpness share their sums."""
+    found = {
+        (suffix, sharpness): sums[suffix].log_sums(sharpness).unbind(1)
+        for suffix, sharpness in dict.fromkeys((one.suffix, one.sharpness) for one in settings)
+    }
+    return [found[one.suffix, one.sharpness][one.extent] for one in settings]
+
+
+@dataclass(frozen=True)
+class Many(Sums):
+    """Of all entries that count, at their places; what was summed once is kept.
+
+    Attributes:
+        scores: (N, K) float32, each less the best of its ring; -inf where an entry does not count.
+        tops: (N, rings) float32, the best of each; any number where none counts.
+        extents: of the columns.
+        log_weights: as in ``Entries``, 0 where an entry does not count.
+    """
+
+    scores: Tensor
+    tops: Tensor
+    extents: Extents
+    log_weights: Tensor | None
+    _known: dict[float, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, entries: Entries) -> Many:
+        """Of all that count."""
+        counted = entries.shared[0]
+        rings, weights = entries.extents.rings, entries.log_weights
+        scores = entries.scores.masked_fill(~counted, -torch.inf)
+        nobody = scores.new_full((len(scores),), -torch.inf)  # of a ring without columns
+        tops = torch.stack(
+            [scores[:, ring].amax(dim=1) if ring.start < ring.stop else nobody for ring in rings],
+            dim=1,
+        )
+        best = tops.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0)
+        tops = tops.where(~tops.isneginf(), best)
+        for ring, top in zip(rings, tops.unbind(1), strict=True):
+            scores[:, ring] -= top[:, None]
+        if weights is not None:
+            weights = weights.masked_fill(~counted, 0.0)
+        return cls(scores, tops, entries.extents, weights)
+
+    def log_sums(self, sharpness: float) -> Tensor:
+        """log of the sum of exp(sharpness score) over each extent, (N, extents)."""
+        if sharpness not in self._known:
+            self._known[sharpness] = self._log_sums(sharpness)
+        return self._known[sharpness]
+
+    def _log_sums(self, sharpness: float) -> Tensor:
+        if sharpness == 0:  # times -inf is no number
+            weights = torch.zeros_like(self.scores).where(~self.scores.isneginf(), -torch.inf)
+        else:
+            weights = self.scores * sharpness
+        if self.log_weights is None:
+            weights.exp_()
+            rings = [weights[:, ring].sum(dim=1).log_() for ring in self.extents.rings]
+        else:  # then the best need not be the heaviest
+            weights += self.log_weights
+            rings = [weights[:, ring].logsumexp(dim=1) for ring in self.extents.rings]
+        return (torch.stack(rings, dim=1) + sharpness * self.tops).logcumsumexp(dim=1)
+
+
+@dataclass(frozen=True)
+class Few(Sums):
+    """Of few of the entries: those of one token, or after the same tokens as the context.
+
+    Attributes:
+        scores: (P,) float32, each less the best of its ring.
+        cells: (P,) int64, context and ring in one number.
+        tops: (N, rings) float32; 0 where there are none.
+        log_weights: (P,) float32; None where each is one.
+    """
+
+    scores: Tensor
+    cells: Tensor
+    tops: Tensor
+    log_weights: Tensor | None
+
+    @classmethod
+    def of(cls, entries: Entries, counted: Tensor) -> Few:
+        """Of those that are ``counted``, (N, K)."""
+        rows, places = counted.nonzero(as_tuple=True)
+        rings = len(entries.extents)
+        cells = rows * rings + entries.extents.ring_of(rows.device)[places]
+        values, weights = entries.scores[rows, places], entries.log_weights
+        nothing = values.new_full((len(counted) * rings,), -torch.inf)
+        tops = nothing.scatter_reduce(0, cells, values, "amax").nan_to_num_(neginf=0.0)
+        return cls(
+            values - tops[cells],
+            cells,
+            tops.view(-1, rings),
+            None if weights is None else weights[rows, places],
+        )
+
+    def log_sums(self, sharpness: float) -> Tensor:
+        """log of the sum of exp(sharpness score) over each extent, (N, extents)."""
+        weights, tops = self.scores * sharpness, torch.zeros_like(self.tops).view(-1)
+        if self.log_weights is not None:  # then the best need not be the heaviest
+            weights += self.log_weights
+            tops = tops.scatter_reduce(0, self.cells, weights, "amax", include_self=False)
+            weights -= tops[self.cells]
+        sums = torch.zeros_like(tops).index_add_(0, self.cells, weights.exp_())
+        rings = (sums.log_() + tops).view_as(self.tops) + sharpness * self.tops
+        return rings.logcumsumexp(dim=1)

@@ -1,0 +1,220 @@
+"""An index on the disk: written with its card, read once it is known to be as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msgspec.structs import replace
+
+from fairseq_knnlm.errors import ConfigError, IndexFileError
+from fairseq_knnlm.files import altered, checksums, publish
+from fairseq_knnlm.index.card import (
+    BUILD,
+    IndexCard,
+    card_path,
+    damaged,
+    of_another,
+    read_card,
+    trailer,
+)
+from fairseq_knnlm.index.device import place
+from fairseq_knnlm.index.foreign import foreign_card
+from fairseq_knnlm.index.library import METRICS, faiss, has_lists, innermost, is_exact
+from fairseq_knnlm.index.search import SearchIndex
+from fairseq_knnlm.index.trial import reason
+
+T = TypeVar("T")
+
+
+def save(index: Any, card: IndexCard, path: Path, datastore: str) -> IndexCard:
+    """Writes an index and its card as one file, atomically.
+
+    Args:
+        index: a FAISS index in the CPU's memory.
+        card: from ``build``.
+        path: the index file.
+        datastore: fingerprint of the datastore it was built of.
+
+    Raises:
+        OSError: where the disk is full, or cannot be written to; what was there stays.
+    """
+    with publish(path) as temporary:
+        write_file(index, temporary)
+        card = replace(
+            card,
+            datastore=datastore,
+            bytes=temporary.stat().st_size,
+            chunks=tuple(checksums(temporary)),
+        )
+        with temporary.open("ab") as file:
+            file.write(trailer(card))
+    beside = card_path(path)
+    if beside.is_file() or beside.is_symlink():
+        beside.unlink()  # of the index that was there before
+    return card
+
+
+def write_file(index: Any, path: Path) -> None:
+    """Writes a FAISS index that is in the CPU's memory.
+
+    By way of Python, since FAISS itself passes over what fails at the end of a file.
+
+    Raises:
+        OSError: where that fails.
+    """
+    with path.open("wb", buffering=0) as file:
+
+        def write(some: Any) -> None:
+            left = memoryview(some)
+            while left:
+                left = left[file.write(left) :]
+
+        # Its type stubs leave this class out.
+        writer: Any = faiss.PyCallbackIOWriter(write, 2**20)  # type: ignore[attr-defined]
+        faiss.write_index(index, writer)
+
+
+def load(
+    path: Path,
+    *,
+    datastore: str,
+    rows: int,
+    width: int,
+    device: str = "cpu",
+    nprobe: int | None = None,
+    k: int = 1,
+    mapped: bool = False,
+    foreign: bool = False,
+    everything: bool = False,
+) -> SearchIndex:
+    """Reads an index, checks that it belongs to the datastore, and places it.
+
+    Args:
+        path: the index file.
+        datastore: fingerprint of the datastore.
+        rows: its entries.
+        width: its keys' dimensions.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0,1``.
+        nprobe: lists visited a query, where not the card's.
+        k: neighbours that will be asked for.
+        mapped: leave the keys' codes in the file, mapped, so that they take no memory of their own.
+        foreign: take an index without a card too, checked for what can be.
+        everything: compare all bytes, also of a large file.
+
+    Raises:
+        IndexFileError: where it is missing, damaged, without its card, of another datastore, or
+            cannot be mapped or searched on the device.
+        ConfigError: where the device does not exist, or nprobe exceeds the lists.
+    """
+
+    def read() -> tuple[Any, IndexCard]:
+        card = read_card(path, foreign=foreign)
+        if card is None:
+            card = foreign_card(path, rows, width)
+        else:
+            _check_file(path, card, datastore, everything=everything)
+        index = _map_file(path, card.exact) if mapped else read_file(path)
+        if index.ntotal != rows or index.d != width:
+            raise of_another(path, rows, width, index.ntotal, index.d)
+        if card.datastore:  # one of ours
+            _check_card(path, card, index)
+        return index, card
+
+    index, card = _settled(path, read)
+    if nprobe is not None:
+        card = replace(card, nprobe=_checked_nprobe(index, nprobe))
+    return place(index, card, device, k)
+
+
+def _settled(path: Path, read: Callable[[], T]) -> T:
+    """What ``read`` makes of a file that nobody replaced meanwhile."""
+    while True:
+        before = _identity(path)
+        try:
+            found = read()
+        except IndexFileError:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return found
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _check_file(path: Path, card: IndexCard, datastore: str, *, everything: bool) -> None:
+    if card.datastore != datastore:
+        raise IndexFileError(
+            f"{path} is an index of another datastore",
+            expected=f"datastore {datastore[:12]}...",
+            found=f"datastore {card.datastore[:12]}...",
+            do=BUILD,
+        )
+    if altered(path, card.chunks, everything=everything, size=card.bytes):
+        raise damaged(path, "the bytes that were written", "other ones (checksums differ)")
+
+
+def _check_card(path: Path, card: IndexCard, index: Any) -> None:
+    """Refuses a card that says of its index what is not so."""
+    lists = faiss.extract_index_ivf(index).nlist if has_lists(index) else 0
+    metric = METRICS[card.metric]
+    for name, said, ok in (
+        ("rows", card.rows, card.rows == index.ntotal),
+        ("width", card.width, card.width == index.d),
+        ("metric", card.metric, index.metric_type == metric),
+        ("exact", card.exact, card.exact == is_exact(index)),
+        ("nprobe", card.nprobe, min(1, lists) <= card.nprobe <= lists),
+    ):
+        if not ok:
+            raise damaged(path, "a card that fits the index", f"{name} {said}")
+
+
+def _checked_nprobe(index: Any, nprobe: int) -> int:
+    if not has_lists(index):
+        return 0
+    lists = faiss.extract_index_ivf(index).nlist
+    if not 1 <= nprobe <= lists:
+        raise ConfigError(
+            "--probe does not fit the index",
+            expected=f"1 to {lists:,}, its inverted lists",
+            found=nprobe,
+            do="leave --probe out to use the value chosen when the index was built",
+        )
+    return nprobe
+
+
+def read_file(path: Path, flags: int = 0) -> Any:
+    """Reads a FAISS index, with FAISS's flags for reading.
+
+    Raises:
+        IndexFileError: where FAISS cannot.
+    """
+    try:
+        return faiss.read_index(str(path), flags)
+    except (RuntimeError, MemoryError) as error:
+        raise damaged(path, "an index that FAISS reads", reason(error)) from None
+
+
+def _map_file(path: Path, exact: bool) -> Any:
+    """An index whose codes stay in the file; ``exact`` where its card says that it is."""
+    if exact:
+        return read_file(path, faiss.IO_FLAG_MMAP_IFC)
+    index = read_file(path, faiss.IO_FLAG_MMAP)
+    lists: Any = faiss.extract_index_ivf(index).invlists if has_lists(index) else None
+    if not isinstance(lists and faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists):
+        raise IndexFileError(
+            f"{path} cannot be mapped",
+            expected="an index whose codes lie in the file as they are searched: Flat, or IVF..,PQ "
+            "of 8 bits, such as --recipe paper",
+            found=type(innermost(index)).__name__,
+            do="leave --mmap-index out, or build another index",
+        )
+    return index
