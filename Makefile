@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 10000
 SHARED ?= ../shared
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format faults bench bench-scale clean
+.PHONY: help setup demo test test-unit check format faults bench bench-scale clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -24,8 +24,11 @@ setup: ## make .venv with everything in it (the other targets do so themselves)
 demo: setup ## train an LM on Python's own documentation and give it a memory (minutes)
 	@$(BIN)/python examples/demo.py
 
-test: setup ## run the tests
+test: setup ## run all tests (some 20 minutes)
 	@$(BIN)/python -m pytest
+
+test-unit: setup ## run the tests of single modules (under a minute)
+	@$(BIN)/python -m pytest tests/unit -m "not slow"
 
 check: setup ## what CI runs: lint, format, types and tests
 	@$(BIN)/ruff check .
@@ -40,7 +43,7 @@ format: setup ## put the code in the house format
 faults: setup ## plant a thousand faults and check what happens (minutes)
 	@$(BIN)/python tools/faults.py
 
-bench: setup ## measure against the stock scorer and the published search (40 minutes)
+bench: setup ## measure speed, memory and disk against other searches and the stock scorer (40 minutes)
 	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/bench.py --shared "$(SHARED)"
 
 bench-scale: setup ## measure how the index grows, to ten million keys (15 minutes)

@@ -16,17 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Also from a checkout that is not installed; and the demo, whose material may be used.
+# Also from a checkout that is not installed; and the demo, whose material and runner are used.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import faiss
 import torch
-from commands import BenchError, Shell
-from demo_steps import StepError, clock
+from common.commands import RunError, clock
+from figures import FIGURES, Bench, Repeats
 from material import ROOT, Choice, Material, find_source
-from measure import default_threads, keep, machine, table
-from targets import TARGETS, Bench, Repeats
+from measure import default_threads, keep, machine, show_entries
+from shell import Shell
 
 from fairseq_knnlm.errors import KnnlmError
 
@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     option("--shared", type=Path, default=shared, help="has data/wikitext-2 and ckpt/wt2-small.pt")
     option("--demo", type=Path, default=ROOT / "demo", help="the demo's folder, used without them")
     option("--out", type=Path, default=ROOT / "bench", help="folder of all that is made")
-    option("--only", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
+    option("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     option("--fresh", action="store_true", help="make everything anew")
     option("--full", action="store_true", help="time commands on the entire test split")
     option("--lines", type=int, default=1500, help="lines of test that commands are timed on")
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Measures what is wanted; True where all of it could be, whether or not targets are met."""
+    """Measures what was asked for; True where all of it could be."""
     out, work = args.out.resolve(), args.out.resolve() / "work"
     if args.fresh:
         shutil.rmtree(work, ignore_errors=True)
@@ -79,8 +79,9 @@ def run(args: argparse.Namespace) -> bool:
         everything.update(keep(out / "results.json", entries, **about))
 
     whole = bench.measure(args.only, done)
-    print(f"\n{table({name: everything[name] for name in TARGETS if name in everything})}\n")
-    print(f"Rates, perplexities and the machine are in {out / 'results.json'}")
+    print()
+    show_entries({name: everything[name] for name in FIGURES if name in everything})
+    print(f"\nRates, perplexities and the machine are in {out / 'results.json'}")
     return whole
 
 
@@ -89,7 +90,7 @@ def main() -> int:
     os.chdir(ROOT)  # the demo's commands are relative to it
     try:
         whole = run(args)
-    except (BenchError, KnnlmError, StepError) as error:
+    except (KnnlmError, RunError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

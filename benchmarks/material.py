@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from commands import Shell
 from demo import Demo, make_room
+from shell import Shell
 from torch import Tensor
 
 from fairseq_knnlm.calibration.table import read_table
@@ -222,7 +222,7 @@ class Material:
     def _recipe(self, name: str) -> Any:
         return choose(name, len(self.store), self.store.manifest.width)
 
-    def _wishes(self, queries: int, recall: float) -> BuildOptions:
+    def _options(self, queries: int, recall: float) -> BuildOptions:
         return BuildOptions(queries=queries, k=self.choice.k, recall=recall)
 
     def build(self, name: str, queries: int, recall: float = RECALL) -> tuple[Any, IndexCard]:
@@ -234,11 +234,11 @@ class Material:
             recall: share of the true neighbours that these lists should hold.
         """
         keys = self.store.full_keys()
-        return build(keys, self._recipe(name), self._wishes(queries, recall))
+        return build(keys, self._recipe(name), self._options(queries, recall))
 
     def index_file(self, name: str, queries: int, recall: float = RECALL) -> Path:
         """The file of such an index. Its name changes with anything that the index depends on."""
-        decided = plan(self._recipe(name), self._wishes(queries, recall), self.store.fingerprint)
+        decided = plan(self._recipe(name), self._options(queries, recall), self.store.fingerprint)
         digest = hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:8]
         path = self.folder / f"{name}-{digest}.index"
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Fair timing, and what is kept of it: rivals in turn, paired ratios, targets, the machine."""
+"""Fair timing, and what is kept of it: rivals in turn, paired ratios, the machine."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import faiss
-from demo_steps import usable_cores
+from common.commands import usable_cores
+from common.tables import show
 from tqdm import tqdm
 
 from fairseq_knnlm.files import write_json
@@ -60,35 +61,22 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a figure should be: a ratio of two rivals, or one rival's own.
+class Figure:
+    """What is measured: a ratio of two rivals, or one rival's own.
 
     Attributes:
         kind: how it is measured.
         over: whose figure it is.
         under: whom it is compared with; empty for nobody.
         unit: of what is measured.
-        at_least: the figure should not be below this.
-        at_most: the figure should not be above this.
-        within: a search, another, and the share by which its perplexity may be above that one's.
+        led_to: two searches, the perplexities that they lead to being compared.
     """
 
     kind: str
     over: str
     under: str
     unit: str
-    at_least: float | None = None
-    at_most: float | None = None
-    within: tuple[str, str, float] | None = None
-
-    @property
-    def bound(self) -> dict[str, float]:
-        bounds = {"at_least": self.at_least, "at_most": self.at_most}
-        return {name: bound for name, bound in bounds.items() if bound is not None}
-
-    def met(self, value: float) -> bool:
-        high_enough = self.at_least is None or value >= self.at_least
-        return high_enough and (self.at_most is None or value <= self.at_most)
+    led_to: tuple[str, str] | None = None
 
     def entry(self, rates: Rates) -> dict[str, Any]:
         """What ``results.json`` says of it, perplexities aside."""
@@ -97,8 +85,6 @@ class Target:
         ratio = Ratio.of(pairs[0], pairs[1] if self.under else [1.0] * len(pairs[0]))
         return {
             "value": ratio.value,
-            "target": self.bound,
-            "met": self.met(ratio.value),
             "spread": [ratio.low, ratio.high],
             "unit": self.unit,
             "rates": {name: summary(rates[name]) for name in rivals},
@@ -165,15 +151,17 @@ def _lasting(part: Any) -> Any:
     return {n: v for n, v in kept.items() if n != "load_before"} if isinstance(kept, dict) else kept
 
 
-def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The targets for a person to read."""
-    lines = [f"{'target':24}{'value':>10}{'spread':>20}{'wanted':>12}   "]
-    lines.append("-" * 72)
-    for name, entry in entries.items():
-        (kind, bound), value = next(iter(entry["target"].items())), entry["value"]
-        spread = "{:.3g} to {:.3g}".format(*entry["spread"]) if "spread" in entry else ""
-        wanted = f"{'>=' if kind == 'at_least' else '<='} {bound:.3g}"
-        shown = "failed" if value is None else f"{value:.3g}"
-        verdict = "met" if entry["met"] else "NOT met"
-        lines.append(f"{name:24}{shown:>10}{spread:>20}{wanted:>12}   {verdict}")
-    return "\n".join(lines)
+def show_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints what was measured: the ratio, or the one figure, and the medians that it is of."""
+    rows = [[name, *_cells(entry)] for name, entry in entries.items()]
+    show(["figure", "value", "spread", "medians", "unit", "perplexity"], rows)
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    if entry["value"] is None:
+        return ["failed", "", "", "", ""]
+    medians = (f"{rival} {rate['median']:,.4g}" for rival, rate in entry["rates"].items())
+    found = entry.get("perplexity")
+    excess = f"{found['excess']:+.2%} over {found['over']}" if found and "over" in found else ""
+    spread = "{:.3g} to {:.3g}".format(*entry["spread"])
+    return [f"{entry['value']:.3g}", spread, ", ".join(medians), entry["unit"], excess]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from commands import BenchError
+from common.commands import RunError
 from material import Material, load
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 Search = Callable[[Tensor, int], Neighbours]
 #: Keys that an index is examined with, where the build does not say otherwise.
-EXAM = BuildOptions().queries
+EXAMINED = BuildOptions().queries
 #: For an index whose nprobe is known.
 UNEXAMINED = 0
 #: Share of the true neighbours that the lists visited should hold where distances are exact.
@@ -102,12 +102,12 @@ class Searches:
 
     @cached_property
     def _ours(self) -> SearchIndex:
-        return self.material.index("auto", EXAM)
+        return self.material.index("auto", EXAMINED)
 
     @cached_property
     def _ours_for_exact(self) -> SearchIndex:
         """Exact distances are worth little where neighbours are missed: more lists are visited."""
-        return self.material.index("auto", EXAM, recall=RECALL_FOR_EXACT)
+        return self.material.index("auto", EXAMINED, recall=RECALL_FOR_EXACT)
 
     @cached_property
     def _paper(self) -> SearchIndex:
@@ -126,10 +126,10 @@ class Searches:
         """Compares the published procedure with the plugin's, on the same index.
 
         Raises:
-            BenchError: where they find other neighbours or distances.
+            RunError: where they find other neighbours or distances.
         """
         theirs = self.of("published")(queries, self.k)
         ours = LocalRetriever(self._paper, self.material.store, "l2").search(queries, self.k)
         same = torch.equal(theirs.ids, ours.ids) and torch.equal(theirs.values, ours.values.long())
         if not (same and torch.allclose(theirs.distances, ours.distances, rtol=1e-4)):
-            raise BenchError("the published procedure, as written here, finds something else")
+            raise RunError("the published procedure, as written here, finds something else")

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from commands import BenchError, Report
+from common.commands import RunError
 from material import PLUGIN, ROOT, Material
 from measure import Rates, interleaved
 from perplexity import Fitted
-from rivals import EXAM, FROM_INDEX
+from rivals import EXAMINED, FROM_INDEX
+from shell import Report
 
 #: Lines that warm the caches up, and show that losses agree.
 WARM_UP = 50
@@ -90,7 +91,7 @@ class Speeds:
         """Refuses rivals that did not do the same.
 
         Raises:
-            BenchError: where losses differ by more than the fourth decimal's rounding, or tokens.
+            RunError: where losses differ by more than the fourth decimal's rounding, or tokens.
         """
         reports = [
             report for name, runs in self.reports.items() if name != "forward" for report in runs
@@ -98,7 +99,7 @@ class Speeds:
         losses = [float(report.loss) for report in reports]
         tokens = {report.tokens for report in reports}
         if max(losses) - min(losses) > ONE_DIGIT or len(tokens) > 1:
-            raise BenchError(f"the evaluations differ: losses {set(losses)}, tokens {tokens}")
+            raise RunError(f"the evaluations differ: losses {set(losses)}, tokens {tokens}")
 
     def _command(self, name: str, lines: int) -> list[object]:
         stock = self.material.stock("test", lines)
@@ -116,7 +117,7 @@ class Speeds:
         assert self.fitted is not None
         material = self.material
         store = ["--knnlm", "--dstore-filename", material.store.path]
-        index = ["--indexfile", material.index_file("auto", EXAM), "--k", material.choice.k]
+        index = ["--indexfile", material.index_file("auto", EXAMINED), "--k", material.choice.k]
         mixture = ["--lmbda", self.fitted.lmbda, "--knn-temp", self.fitted.temperature]
         return [*store, *index, "--knn-sim-func", FROM_INDEX, *mixture] + [
             *("--results-json", self._results)

@@ -14,18 +14,19 @@ import time
 from functools import cache, partial
 from pathlib import Path
 
-# Also from a checkout that is not installed; and the demo, whose material may be used.
+# Also from a checkout that is not installed; and the demo, whose material and runner are used.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import faiss
 import torch
-from commands import Shell
+from common.tables import show
 from material import ROOT, Choice, Material, find_source
 from measure import Ratio, default_threads, interleaved
 from msgspec.structs import replace
 from perplexity import Perplexities
-from rivals import EXAM, FROM_INDEX, UNEXAMINED, Search
+from rivals import EXAMINED, FROM_INDEX, UNEXAMINED, Search
+from shell import Shell
 
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import LocalRetriever
@@ -33,6 +34,10 @@ from fairseq_knnlm.retrieval.local import LocalRetriever
 PAPER = "paper@32"
 #: Queries of a timed batch, and batches.
 BATCH, REPEATS = 2048, 5
+HEADER = (
+    *("recipe", "nprobe", "bytes a key", "queries/s", "over the paper's"),
+    *("perplexity", "over exact"),
+)
 
 
 class Recipes:
@@ -44,7 +49,7 @@ class Recipes:
 
     @cache  # noqa: B019  (there is one, and it lives as long as the program)
     def index(self, recipe: str) -> SearchIndex:
-        return self.material.index(recipe, UNEXAMINED if recipe == "paper" else EXAM)
+        return self.material.index(recipe, UNEXAMINED if recipe == "paper" else EXAMINED)
 
     def of(self, name: str) -> Search:
         recipe, _, nprobe = name.partition("@")
@@ -97,18 +102,20 @@ def main() -> None:
     queries = perplexities.samples["test"].keys[:BATCH]
     exact = perplexities.of("exact").test
     print(f"base {perplexities.base['test']:.2f}, exact search {exact:.2f}")
-    print("recipe | nprobe | bytes a key | queries/s | over the paper's | perplexity | over exact")
-    for recipe in args.recipes:
-        for nprobe in args.nprobe:
-            name = f"{recipe}@{nprobe}"
-            rate, ratio = recipes.ratio(name, queries)
-            found = perplexities.of(name).test
-            card = recipes.index(recipe).card
-            print(
-                f"{card.factory} | {nprobe} | {card.bytes / card.rows:.0f} | {rate:,.0f} | "
-                f"{ratio.value:.1f} | {found:.2f} | {found / exact - 1:+.2%}",
-                flush=True,
-            )
+    rows = []
+    try:
+        for recipe in args.recipes:
+            for nprobe in args.nprobe:
+                name = f"{recipe}@{nprobe}"
+                rate, ratio = recipes.ratio(name, queries)
+                found = perplexities.of(name).test
+                card = recipes.index(recipe).card
+                rows.append(
+                    [card.factory, nprobe, f"{card.bytes / card.rows:.0f}", f"{rate:,.0f}"]
+                    + [f"{ratio.value:.1f}", f"{found:.2f}", f"{found / exact - 1:+.2%}"]
+                )
+    finally:  # also where the person watching has had enough
+        show(HEADER, rows)
 
 
 if __name__ == "__main__":

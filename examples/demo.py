@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from demo_steps import StepError, Steps, clock, usable_cores
+from common.commands import RunError, Steps, clock, environment, threads
+from common.tables import show
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ["--user-dir", "fairseq_knnlm", "--task", "knn_lm"]
@@ -168,24 +169,6 @@ class Demo:
         return self.out / "data" / domain
 
 
-def environment() -> dict[str, str]:
-    """The environment of the commands: this Python's programs, and threads that share.
-
-    OpenMP's threads spin while they wait for one another. Where others use the machine too that
-    keeps it from the very threads they wait for: with three other programs on its two cores a
-    training step took 4.0 s; asleep after 10,000 turns 0.65 s; alone, 0.15 s either way.
-    """
-    here = str(Path(sys.executable).parent)
-    path = os.pathsep.join((here, os.environ.get("PATH", os.defpath)))
-    defaults = {"OMP_NUM_THREADS": str(threads()), "GOMP_SPINCOUNT": "10000"}
-    return defaults | os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
-
-
-def threads() -> int:
-    """Threads of a command. So small a model has no work for more than a few."""
-    return min(4, usable_cores())
-
-
 def row(domain: str, knn: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
     """What ``results.json`` says of one domain."""
     _, neighbours = knn["weights"]  # the language model stands first
@@ -202,34 +185,32 @@ def row(domain: str, knn: dict[str, Any], best: dict[str, Any]) -> dict[str, Any
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for a person to read."""
-    lines = [
-        f"{'test text':36}{'tokens':>8}{'base LM':>9}{'kNN-LM':>8}{'lambda':>8}{'T':>6}"
-        f"{'best':>8}{'change':>8}",
-    ]
-    lines.append("-" * len(lines[0]))
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows for a person to read, and which mixture was best."""
+    cells = []
     for found in rows:
         base, knn, best = (found[f"{name}_perplexity"] for name in ("base", "knn", "best"))
-        lines.append(
-            f"{found['name']:36}{found['tokens']:>8,}{base:>9.2f}{knn:>8.2f}"
-            f"{found['lambda']:>8.2f}{found['temperature']:>6.3g}{best:>8.2f}"
-            f"{best / base - 1:>8.1%}"
+        cells.append(
+            [found["name"], f"{found['tokens']:,}", f"{base:.2f}", f"{knn:.2f}"]
+            + [f"{found['lambda']:.2f}", f"{found['temperature']:.3g}"]
+            + [f"{best:.2f}", f"{best / base - 1:.1%}"]
         )
-    lines += ["", *(f"best for the {found['name']}: {found['best']}" for found in rows)]
-    return "\n".join(lines)
+    show(["test text", "tokens", "base LM", "kNN-LM", "lambda", "T", "best", "change"], cells)
+    print()
+    for found in rows:
+        print(f"best for the {found['name']}: {found['best']}")
 
 
 def make_room(out: Path) -> None:
     """Empty ``out`` if an earlier run made it.
 
     Raises:
-        StepError: where it holds something else.
+        RunError: where it holds something else.
     """
     mark = out / ".demo"
     if out.exists() and any(out.iterdir()):
         if not mark.exists():
-            raise StepError(f"{out} is not empty, and not of this demo; name another with --out")
+            raise RunError(f"{out} is not empty, and not of this demo; name another with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
@@ -256,14 +237,15 @@ def main() -> int:
         make_room(out)
         demo = Demo(out, args.updates)
         rows = demo.run()
-    except StepError as error:
+    except RunError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"\nPerplexity a token of test text; all was fitted on valid.\n\n{table(rows)}")
+    print("\nPerplexity a token of test text; all was fitted on valid.\n")
+    show_rows(rows)
     print(f"\n{clock(demo.steps.elapsed)} in all; the table is in {out}/results.json")
     return 0
 

@@ -149,7 +149,7 @@ def drop_leaks(corpora: Iterable[Corpus]) -> None:
     """Remove, in place, held-out paragraphs that copy from a split before theirs.
 
     Training text of all domains comes first, then all valid, then all test: a reference
-    passage that a docstring quotes cannot be tested if the LM trained on the docstring.
+    sentence that a docstring quotes cannot be tested if the LM trained on the docstring.
     """
     corpora = list(corpora)
     seen: set[tuple[str, ...]] = set()

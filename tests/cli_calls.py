@@ -15,6 +15,7 @@ from fairseq_knnlm.calibration.stored import Calibration, Stack, write_calibrati
 from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.experts.ngram_file import save_counts
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import Fixed
 
@@ -74,7 +75,7 @@ def whole_store(folder: Path, capsys: Capture) -> Datastore:
     """With index, calibration, n-grams and a score table."""
     store = indexed_store(folder, capsys)
     write_calibration(store.calibration_path, calibration(store.fingerprint))
-    NGramModel.count(store.values, 50, 3).save(store.ngram_path, store.fingerprint)
+    save_counts(NGramModel.count(store.values, 50, 3), store.ngram_path, store.fingerprint)
     write_table(store.path / "valid.npz", store.fingerprint)
     return store
 

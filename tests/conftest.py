@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny_world
+from tiny_world import PLUGIN, ROOT, TINY, preprocessing, training, write_corpus
 
-ROOT = Path(__file__).resolve().parents[1]
-#: Blocks of 8 tokens after 8 of context, the same everywhere.
-BLOCKS = ["--tokens-per-sample", "16", "--context-window", "8", "--max-tokens", "64"]
-TINY = [
-    *("--decoder-embed-dim", "16", "--decoder-input-dim", "16", "--decoder-output-dim", "16"),
-    *("--decoder-ffn-embed-dim", "32", "--decoder-layers", "2", "--decoder-attention-heads", "2"),
-]
+# What is computed here is so little that threads are slower than one, many times so where others
+# use the machine too. Said before torch and FAISS are loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+#: As they are evaluated in the tests.
+BLOCKS = [*tiny_world.BLOCKS, "--max-tokens", "64"]
 ADAPTIVE = [
     *("--adaptive-input", "--adaptive-input-factor", "2", "--adaptive-input-cutoff", "20,60"),
     *("--adaptive-softmax-factor", "2", "--adaptive-softmax-cutoff", "20,60"),
@@ -91,7 +91,7 @@ class Lab:
 
     def command(self, split: str, *flags: object, model: str = "adaptive") -> list[str]:
         """``fairseq-eval-lm`` with the plugin; what ``flags`` say wins."""
-        words = [self.data, "--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm"]
+        words: list[object] = [self.data, *PLUGIN]
         words += ["--path", self.checkpoint(model), "--gen-subset", split, *BLOCKS]
         words += ["--sample-break-mode", "none", "--cpu", *flags]
         return [str(word) for word in words]
@@ -108,37 +108,20 @@ def eval_lm(words: list[str]) -> dict[str, float]:
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq_cli import eval_lm as host
 
+    # Where a test has imported the package before, fairseq leaves its tasks alone.
+    import fairseq_knnlm.tasks  # noqa: F401
+
     parser = options.get_eval_lm_parser()
     args = options.parse_args_and_arch(parser, words)
     return {name: float(x) for name, x in host.main(convert_namespace_to_omegaconf(args)).items()}
-
-
-def write_corpus(folder: Path, held_out: int = 40) -> dict[str, Path]:
-    """Text in which the next word often follows from the last two: something to remember."""
-    rng = random.Random(7)
-    words = [f"w{number}" for number in range(120)]
-    follow = {(a, b): rng.choice(words) for a in words for b in words}
-    files = {}
-    for split, lines in (("train", 300), ("valid", held_out), ("test", held_out)):
-        files[split] = folder / f"{split}.txt"
-        with files[split].open("w") as file:
-            for _ in range(lines):
-                line = rng.choices(words, weights=range(120, 0, -1), k=2)
-                while len(line) < rng.randint(5, 15):
-                    likely = follow[line[-2], line[-1]]
-                    line.append(likely if rng.random() < 0.7 else rng.choice(words[:40]))
-                file.write(" ".join(line) + "\n")
-    return files
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """Corpus, binarised with the stock command; one trained model and a few barely trained."""
     folder = tmp_path_factory.mktemp("lab")
-    files = write_corpus(folder)
-    text = [word for split, file in files.items() for word in (f"--{split}pref", file)]
-    must("fairseq-preprocess", "--only-source", *text, "--destdir", folder / "bin")
     world = Lab(folder)
+    must(*preprocessing(write_corpus(folder), world.data))
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda name: train(world, name), MODELS))
     return world
@@ -146,15 +129,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def train(world: Lab, name: str) -> None:
     """Trains one of ``MODELS`` with the stock command; only "adaptive" for long enough to learn."""
-    must(
-        *("fairseq-train", world.data, "--user-dir", ROOT / "fairseq_knnlm"),
-        *("--task", "knn_lm", "--arch", "transformer_lm", *TINY, *MODELS[name], "--cpu"),
-        *("--ddp-backend", "legacy_ddp", "--optimizer", "adam", "--lr", "0.01"),
-        *("--tokens-per-sample", 16, "--sample-break-mode", "none", "--max-tokens", 512),
-        *("--max-update", 60 if name == "adaptive" else 5, "--seed", 1),
-        *("--save-dir", world.folder / name, "--no-epoch-checkpoints", "--disable-validation"),
-        *("--num-workers", 0),
-    )
+    architecture = ["--arch", "transformer_lm", *TINY, *MODELS[name]]
+    updates = 60 if name == "adaptive" else 5
+    flags = [*PLUGIN, *architecture, "--ddp-backend", "legacy_ddp", "--max-update", updates]
+    must(*training(world.data, world.folder / name, *flags))
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# This checkout, whatever is installed; the tests' tiny world, and the printer of tables.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
+from common.tables import show_prose  # noqa: E402
 from fault_cases import cases  # noqa: E402
 from fault_cases.stage import GROUPS, BadOutcome, Case, SkippedCase, Stage  # noqa: E402
 
@@ -39,6 +41,7 @@ BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 #: Set once this process has mounts of its own.
 APART = "KNNLM_FAULTS_APART"
 MARKS = {"good": "ok", "bad": "BAD", "skipped": "skipped"}
+STYLES = {"good": "", "bad": "bold red", "skipped": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -231,20 +234,13 @@ def show(outcomes: Sequence[Outcome]) -> None:
     """The table, for a terminal."""
     if not sys.stdout.isatty():
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "class", "name", "what was done", "what must happen", "what happened")
-    colours = {"good": "green", "bad": "bold red", "skipped": "yellow"}
-    for one in outcomes:
-        case = one.case
-        cells = (MARKS[one.state], case.group, case.name, case.done, case.must, one.happened)
-        table.add_row(*map(_plain, cells), style=colours[one.state] if one.state != "good" else "")
-    Console().print(table)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+    rows = [
+        [MARKS[one.state], one.case.group, one.case.name]
+        + [one.case.done, one.case.must, one.happened]
+        for one in outcomes
+    ]
+    header = ["", "class", "name", "what was done", "what must happen", "what happened"]
+    show_prose(header, rows, [STYLES[one.state] for one in outcomes])
 
 
 def write_markdown(path: Path, outcomes: Sequence[Outcome]) -> None:

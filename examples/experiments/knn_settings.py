@@ -54,7 +54,7 @@ def main() -> None:
         log_axis(axes[1], [2.0**power for power in range(-2, 10, 2)])
         axes[0].legend()
 
-    draw(args.figure, paint, panels=len(curves))
+    draw(args.figure, paint, plots=len(curves))
 
 
 def said(component: Component, weight: float) -> dict[str, str]:

@@ -12,8 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-# Also from a checkout that is not installed.
+# Also from a checkout that is not installed; and what the demo shares.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.tables import show as show  # for the scripts, which find it by this way alone
 
 from fairseq_knnlm.calibration.fitter import Fitter
 from fairseq_knnlm.calibration.losses import mixture_losses
@@ -105,25 +108,13 @@ def add_table_arguments(parser: argparse.ArgumentParser, figure: str) -> None:
     option("--figure", type=Path, default=Path(figure), help=f"PNG to write (default: {figure})")
 
 
-def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table, as Markdown has it: the first column to the left, the others to the right."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    for row in [cells[0], rule, *cells[1:]]:
-        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        print(f"| {' | '.join([row[0].ljust(widths[0]), *rest])} |")
-
-
-def draw(
-    path: Path, paint: Callable[[Axes], None], panels: int = 1, up: str = "perplexity"
-) -> None:
-    """Writes a PNG of panels side by side, which ``paint`` fills; needs matplotlib.
+def draw(path: Path, paint: Callable[[Axes], None], plots: int = 1, up: str = "perplexity") -> None:
+    """Writes a PNG of plots side by side, which ``paint`` fills; needs matplotlib.
 
     Args:
         path: the file.
-        paint: told the panels' axes.
-        panels: how many.
+        paint: told the plots' axes.
+        plots: how many.
         up: what the vertical axis shows.
     """
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of every font
@@ -133,9 +124,9 @@ def draw(
     except ImportError:
         print("\nno figure: it needs matplotlib (pip install matplotlib)")
         return
-    figure = Figure(figsize=(1 + 4.5 * panels, 3.6), layout="constrained")
+    figure = Figure(figsize=(1 + 4.5 * plots, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(1, plots, squeeze=False)[0]
     paint(axes)
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# Also from a checkout that is not installed; and the demo, whose model and steps serve here too.
+# Also from a checkout that is not installed; and the demo, whose model serves here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo import MODEL, SAVING, SCORING, TRAINING, environment
-from demo_steps import StepError, Steps
+from common.commands import RunError, Steps, environment
+from demo import MODEL, SAVING, SCORING, TRAINING
 from scores import Scores
 
 from fairseq_knnlm.errors import KnnlmError
@@ -80,8 +80,7 @@ class Experiment:
             watch: how ``Steps.run`` tells how far it is, and what it shows.
         """
         if path.exists():
-            self.steps.done += 1
-            print(f"\n[{self.steps.done}/{self.steps.total}] {title}\n    there already: {path}")
+            self.steps.skip(title, path)
             return path
         if not piecemeal:
             self.steps.run(title, [*words, path], **watch)
@@ -214,7 +213,7 @@ def ended(main: Callable[[], None]) -> int:
     """Runs a script to its exit code: a message, and no traceback, where a command fails."""
     try:
         main()
-    except (StepError, KnnlmError) as error:
+    except (RunError, KnnlmError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -62,7 +62,7 @@ def main() -> None:
             axis.tick_params("x", rotation=45)
             axis.set_xlabel(way)
 
-    draw(args.figure, paint, panels=len(ways), up="change of perplexity, %")
+    draw(args.figure, paint, plots=len(ways), up="change of perplexity, %")
 
 
 def row(name: str, base: np.ndarray, mixed: np.ndarray) -> list[str]:

@@ -9,7 +9,7 @@ from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
 from fairseq_knnlm.cli.common import add_store, check_store, outlined
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import KnnlmError
-from fairseq_knnlm.experts.kneser_ney import describe
+from fairseq_knnlm.experts.ngram_file import describe_counts
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.index.card import read_card
 
@@ -75,7 +75,7 @@ def _index(store: Datastore) -> str:
 def _ngrams(store: Datastore) -> str:
     if not store.ngram_path.exists():
         return "none; counted when they are first asked for"
-    return describe(store.ngram_path, store.fingerprint)
+    return describe_counts(store.ngram_path, store.fingerprint)
 
 
 def _calibration(store: Datastore) -> str:

@@ -17,38 +17,19 @@ text is counted by one sort an order, and looked up by one binary search a token
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import numpy as np
-from tqdm import tqdm
 
 from fairseq_knnlm.errors import NGramError
-from fairseq_knnlm.files import parse_json, publish, typed
-from fairseq_knnlm.files.arrays import Archive, opened, write_card
+from fairseq_knnlm.experts.ngram_counting import count_grams, first_of_each
 
-FORMAT = "fairseq-knnlm n-grams"
-VERSION = 1
 #: Discounts of counts 1, 2 and 3 or more, after that of 0, where a text is too small or too regular
 #: to estimate them.
 FALLBACK = (0.0, 0.5, 1.0, 1.5)
 #: The number of a gram that was never seen: arrays indexed by gram end in an entry for it.
 UNSEEN = -1
-#: Of the n-grams that are read.
-MOST_ORDER = 16
-
-
-class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds of what a file of counts says of itself (``docs/format.md``)."""
-
-    order: Annotated[int, msgspec.Meta(ge=1, le=MOST_ORDER)]
-    vocabulary: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
-    tokens: Annotated[int, msgspec.Meta(ge=0, le=2**48)]
-    datastore: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ class Order:
     def of(cls, keys: np.ndarray, counts: np.ndarray, contexts: int, vocabulary: int) -> Order:
         """Sums up keys and counts over their contexts, C = ``contexts``."""
         context = keys // vocabulary
-        starts = np.flatnonzero(_first(context))
+        starts = np.flatnonzero(first_of_each(context))
         followed = context[starts]
         del context  # as large as the keys
 
@@ -236,11 +217,11 @@ class NGramModel:
         """
         assert order >= 1
         check_tokens(tokens, vocabulary)
-        grams = list(_count(tokens, vocabulary, order, progress))
-        return cls._of(grams, vocabulary, len(tokens))
+        grams = list(count_grams(tokens, vocabulary, order, progress))
+        return cls.of(grams, vocabulary, len(tokens))
 
     @classmethod
-    def _of(
+    def of(
         cls, grams: list[tuple[np.ndarray, np.ndarray]], vocabulary: int, tokens: int
     ) -> NGramModel:
         contexts = [1] + [len(keys) for keys, _ in grams[:-1]]
@@ -283,141 +264,6 @@ class NGramModel:
             contexts = np.full_like(grams, UNSEEN)
             contexts[..., 1:] = grams[..., :-1]
 
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Writes the counts as an ``.npz``, atomically.
-
-        Args:
-            path: the file.
-            fingerprint: of the datastore that was counted.
-        """
-        card = {
-            "format": FORMAT,
-            "version": VERSION,
-            "order": self.order,
-            "vocabulary": self.vocabulary,
-            "tokens": self.tokens,
-            "datastore": fingerprint,
-        }
-        arrays = {"card": write_card(card)}
-        for n, order in enumerate(self.orders, start=1):
-            arrays |= {f"keys_{n}": order.keys, f"counts_{n}": order.counts}
-        with publish(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
-    @classmethod
-    def load(
-        cls,
-        path: Path,
-        fingerprint: str,
-        *,
-        vocabulary: int | None = None,
-        tokens: int | None = None,
-    ) -> NGramModel:
-        """Reads what ``save`` wrote.
-
-        Args:
-            path: the file.
-            fingerprint: of the datastore that is in use.
-            vocabulary: types of its dictionary, where known.
-            tokens: its entries, where known.
-
-        Raises:
-            NGramError: where it is missing, damaged, or was counted from another datastore.
-        """
-        with _counts(path, fingerprint) as (archive, card):
-            for name, ours, theirs in (
-                ("vocabulary", vocabulary, card.vocabulary),
-                ("tokens", tokens, card.tokens),
-            ):
-                if ours is not None and ours != theirs:
-                    raise ValueError(f"{name} {theirs:,} in the place of {ours:,}")
-            return cls._of(_read_grams(archive, card), card.vocabulary, card.tokens)
-
-
-def describe(path: Path, fingerprint: str) -> str:
-    """What a file of counts says of itself, the counts unread.
-
-    Raises:
-        NGramError: as ``NGramModel.load``.
-    """
-    with _counts(path, fingerprint) as (_, card):
-        return f"up to {card.order} tokens, of {card.tokens:,}"
-
-
-@contextmanager
-def _counts(path: Path, fingerprint: str) -> Iterator[tuple[Archive, Card]]:
-    """The file of counts, open, and its card.
-
-    Raises:
-        NGramError: as ``NGramModel.load``, also of what is read from it.
-    """
-    remedy = f"delete {path}, so that the datastore is counted again"
-    try:
-        with opened(path) as archive:
-            card = _read_card(archive)
-            if card.datastore != fingerprint:
-                raise NGramError(
-                    f"{path} was counted from another datastore",
-                    expected=f"datastore {fingerprint[:12]}...",
-                    found=f"datastore {card.datastore[:12]}...",
-                    do=remedy,
-                )
-            yield archive, card
-    except ValueError as error:
-        raise NGramError(
-            f"{path} cannot be read",
-            expected=f"n-gram counts of version {VERSION}",
-            found=error,
-            do=remedy,
-        ) from None
-
-
-def _read_card(archive: Archive) -> Card:
-    fields = parse_json(archive.text("card"))
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        raise ValueError("a file of another kind")
-    if (version := fields.pop("version", None)) != VERSION:
-        raise ValueError(f"version {version!r}")
-    return typed(fields, Card)
-
-
-def _read_grams(archive: Archive, card: Card) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Keys and counts as in ``Order``, of each order, lowest first.
-
-    They must be what counting ``card.tokens`` tokens can come to; each order's counts sum up to
-    what the next one, or the text, has of them.
-
-    Raises:
-        ValueError: naming the array that is not.
-    """
-    names = [f"{kind}_{n}" for n in range(1, card.order + 1) for kind in ("keys", "counts")]
-    if unknown := set(archive.names) - {"card", *names}:
-        raise ValueError(f"an array that does not belong to order {card.order}, {min(unknown)}")
-    dtype = "int32" if card.tokens < 2**31 else "int64"
-    grams, contexts = [], 1
-    for n in range(1, card.order + 1):
-        keys = archive.vector(f"keys_{n}", "int64")
-        counts = archive.vector(f"counts_{n}", dtype)
-        if len(counts) != len(keys) + 1:
-            raise ValueError(f"counts_{n}: {len(counts):,} for {len(keys):,} keys")
-        ascends = len(keys) == 0 or (keys[0] >= 0 and bool((keys[1:] > keys[:-1]).all()))
-        # Divided, since the product of two large numbers could wrap.
-        if not ascends or (len(keys) and int(keys[-1]) // card.vocabulary >= contexts):
-            raise ValueError(
-                f"keys_{n}: keys that do not ascend, or of contexts that there are not"
-            )
-        # A gram that only begins the text comes after no token.
-        least = 1 if n == card.order else 0
-        if (counts[:-1] < least).any() or counts[-1] != 0:
-            raise ValueError(f"counts_{n}: a count below {least}, or no 0 at its end")
-        grams.append((keys, counts))
-        contexts = len(keys)
-    sums = [len(keys) for keys, _ in grams[1:]] + [max(card.tokens - card.order + 1, 0)]
-    for n, ((_, counts), expected) in enumerate(zip(grams, sums, strict=True), start=1):
-        if (found := int(counts.sum(dtype=np.int64))) != expected:
-            raise ValueError(f"counts_{n}: {found:,} in all in the place of {expected:,}")
-    return grams
-
 
 def estimate_discounts(counts: np.ndarray) -> np.ndarray:
     """(4,) float64: 0, D1, D2 and D3+ from an order's counts (Chen & Goodman, 1999).
@@ -434,68 +280,6 @@ def estimate_discounts(counts: np.ndarray) -> np.ndarray:
         if (discounts > 0).all():
             return np.array([0.0, *discounts])
     return np.array(FALLBACK)
-
-
-def _count(
-    tokens: np.ndarray, vocabulary: int, order: int, progress: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and counts as in ``Order``, of each order, lowest first."""
-    # Keys fit: there are no more numbers than tokens, and 2^45 tokens of 2^18 types are no text.
-    assert len(tokens) * vocabulary < 2**63
-    dtype = np.dtype(np.int32 if len(tokens) < 2**31 else np.int64)
-    numbers, keys, counts = _number(np.zeros(len(tokens), dtype), tokens, vocabulary)
-    label = "counting n-grams"
-    for n in tqdm(range(1, order), desc=label, unit=" orders", delay=2, disable=not progress):
-        longer, longer_keys, longer_counts = _number(numbers[:-1], tokens[n:], vocabulary)
-        yield keys, _continuations(longer, numbers[1:], len(longer_keys), len(keys))
-        numbers, keys, counts = longer, longer_keys, longer_counts
-    yield keys, counts
-
-
-def _number(
-    contexts: np.ndarray, tokens: np.ndarray, vocabulary: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers the grams of a text by their keys.
-
-    Returns:
-        (M,) the number of each, (G,) the distinct keys, ascending, and (G + 1,) how often each
-        came, with a 0 at the end.
-    """
-    # np.unique does this too, at twice the memory.
-    keys = np.multiply(contexts, vocabulary, dtype=np.int64)
-    keys += tokens
-    places = np.argsort(keys)
-    keys = keys[places]
-    first = _first(keys)
-    keys = keys[first]
-    numbers = np.empty_like(contexts)
-    numbers[places] = np.cumsum(first, dtype=contexts.dtype) - 1
-    del places
-    ends = [len(first)] * 2
-    return numbers, keys, np.diff(np.flatnonzero(first), append=ends).astype(contexts.dtype)
-
-
-def _first(ascending: np.ndarray) -> np.ndarray:
-    """True where a value comes for the first time."""
-    first = np.ones(len(ascending), bool)
-    np.not_equal(ascending[1:], ascending[:-1], out=first[1:])
-    return first
-
-
-def _continuations(
-    grams: np.ndarray, suffixes: np.ndarray, distinct: int, shorter: int
-) -> np.ndarray:
-    """Distinct tokens before each of the ``shorter`` grams: the distinct grams that end in it.
-
-    A 0 follows at the end.
-
-    Args:
-        grams: (M,) numbers of the grams of a text, below ``distinct``.
-        suffixes: (M,) numbers of the same without their first tokens, below ``shorter``.
-    """
-    suffix_of = np.empty(distinct, suffixes.dtype)
-    suffix_of[grams] = suffixes
-    return np.bincount(suffix_of, minlength=shorter + 1).astype(suffixes.dtype)
 
 
 def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:

@@ -17,6 +17,7 @@ from fairseq_knnlm.experts.contract import Timeless
 from fairseq_knnlm.experts.dense import DensePrediction
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, check_unmerged, flag
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.experts.ngram_file import load_counts, save_counts
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,10 @@ def counted(store: Datastore) -> NGramModel:
     vocabulary = store.manifest.origin.vocabulary
     if path.is_file():
         tokens = len(store)
-        return NGramModel.load(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
+        return load_counts(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
     model = NGramModel.count(store.values, vocabulary, CONTEXT + 1)
     try:
-        model.save(path, store.fingerprint)
+        save_counts(model, path, store.fingerprint)
     except (OSError, OutputError) as error:  # the datastore may be somebody else's
         reason = str(error).splitlines()[0]
         logger.warning("the n-gram counts are not kept: %s", reason)

@@ -221,7 +221,7 @@ def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, A
     """
     return {
         "recipe": asdict(recipe),
-        "wishes": asdict(options),
+        "options": asdict(options),
         "datastore": fingerprint,
         "faiss": faiss.__version__,
     }

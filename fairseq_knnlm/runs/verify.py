@@ -20,7 +20,7 @@ from fairseq_knnlm.datastore import (
     open_array,
 )
 from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
-from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.experts.ngram_file import load_counts
 from fairseq_knnlm.files.arrays import kind_of
 from fairseq_knnlm.index.storage import load as load_index
 
@@ -142,7 +142,7 @@ def _index(store: Datastore) -> str:
 
 def _ngrams(store: Datastore, values: np.ndarray | None) -> str:
     path = store.ngram_path
-    model = NGramModel.load(path, store.fingerprint)
+    model = load_counts(path, store.fingerprint)
     types = None if values is None else np.unique(values)
     same = types is None or np.array_equal(model.orders[0].keys, types)
     if not same or (model.vocabulary, model.tokens) != (

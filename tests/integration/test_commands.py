@@ -119,10 +119,10 @@ def test_exact_search_in_torch_takes_the_place_of_an_exact_index(
 
 def test_lambda_zero_is_the_base(lab: Lab, datastore: Path) -> None:
     base = lab.evaluate("valid")
-    silent = lab.evaluate(
+    unweighted = lab.evaluate(
         "valid", "--knnlm", "--dstore-filename", datastore, "--k", 8, "--lmbda", 0
     )
-    assert silent["loss"] == pytest.approx(base["loss"], abs=1e-6)
+    assert unweighted["loss"] == pytest.approx(base["loss"], abs=1e-6)
 
 
 def test_a_memory_of_the_evaluated_text_recalls_it(lab: Lab, tmp_path: Path) -> None:

@@ -177,8 +177,8 @@ def test_explicit_flags_win(lab: Lab, tuned: Tuned, tmp_path: Path) -> None:
     lmbda = fixed.mixer.weights[1]  # type: ignore[attr-defined]
     assert part["weights"][1]["weight"] == pytest.approx(lmbda)
     assert part["weights"][1]["temperature"] == 2
-    silent = ["--experts", "knn,cache", "--lmbda", 0, "--cache-lmbda", 0]
-    none = results(lab, tmp_path, *memory, *silent)
+    weightless = ["--experts", "knn,cache", "--lmbda", 0, "--cache-lmbda", 0]
+    none = results(lab, tmp_path, *memory, *weightless)
     assert none["loss"] == pytest.approx(none["base_loss"], abs=1e-6)
 
 

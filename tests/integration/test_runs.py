@@ -49,7 +49,7 @@ def test_other_contexts_than_a_calibration_was_fitted_on(caplog: pytest.LogCaptu
     assert "this run has tokens_per_sample 8, context_window 0" in said({"context": CONTEXT}, other)
     assert not said({"context": CONTEXT}, dict(CONTEXT))
     assert not said({"split": "valid"}, CONTEXT)  # a calibration that does not know
-    assert not said({"context": CONTEXT}, None)  # a passage by itself
+    assert not said({"context": CONTEXT}, None)  # a sentence by itself
 
 
 def test_weights_are_read_once(

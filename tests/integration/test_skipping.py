@@ -1,4 +1,4 @@
-"""Skipping searches: planted answers, plain rules, and a panel whose queries are counted."""
+"""Skipping searches: planted answers, plain rules, and a mixture whose queries are counted."""
 
 from __future__ import annotations
 

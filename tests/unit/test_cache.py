@@ -212,7 +212,7 @@ def test_a_vocabulary_sums_to_one(place: int, reset: bool) -> None:
         targets[-1] = token
         other = replace(question, targets=targets)
         said.append(ask(expert(reset=reset, features=True), other))
-    probs = torch.stack([opinion.log_probs[-1] for opinion in said]).exp()
+    probs = torch.stack([answer.log_probs[-1] for answer in said]).exp()
     abstains = probs.isnan()
     assert torch.equal(abstains.any(dim=0), abstains.all(dim=0))
     speaks = ~abstains[0]

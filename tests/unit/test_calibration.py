@@ -273,6 +273,7 @@ write_calibration(Path({path!r}), more())
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_writes_leaves_the_old_one(path: Path) -> None:
     before = path.read_bytes()
     script = KILLED.format(

@@ -26,6 +26,7 @@ from stores import alter, random_entries, truncate, write_compressed, write_stor
 from fairseq_knnlm import files
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.experts.ngram_file import save_counts
 
 
 @pytest.fixture
@@ -177,6 +178,6 @@ def test_verify_reads_the_numbers(store: Datastore, tmp_path: Path, capsys: Capt
 
 def test_verify_tells_the_n_grams_of_another_text(store: Datastore, capsys: Capture) -> None:
     """Under the fingerprint of this datastore."""
-    NGramModel.count(store.values[:9], 50, 3).save(store.ngram_path, store.fingerprint)
+    save_counts(NGramModel.count(store.values[:9], 50, 3), store.ngram_path, store.fingerprint)
     _, wrong = said_and_wrong(capsys, 1, "verify", "--dstore", store.path)
     assert "not counted from this datastore" in wrong

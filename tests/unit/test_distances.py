@@ -33,6 +33,7 @@ print(1024 * (peak() - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1024, 4096, 20_000])
 def test_memory_does_not_grow_with_k(k: int) -> None:
     """Keys of the paper's width; all of a batch's would be 2.5 to 49 GB."""

@@ -53,11 +53,17 @@ def made(recipe: str, **how: Any) -> tuple[Any, IndexCard]:
     return build_index(keys(), recipe, **{"queries": 20, "k": K, **how})
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index that ``saved`` is a copy of; nobody changes it."""
+    path = tmp_path_factory.mktemp("built") / "knn.index"
+    save(*made("IVF16,PQ4x4", nprobe=4), path, OURS)
+    return path
+
+
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    index, card = made("IVF16,PQ4x4", nprobe=4)
-    save(index, card, tmp_path / "knn.index", OURS)
-    return tmp_path / "knn.index"
+def saved(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(built, tmp_path / "knn.index"))
 
 
 def loaded(path: Path, **how: Any) -> SearchIndex:
@@ -189,6 +195,7 @@ def test_saving_that_fails_leaves_the_old_index_and_card(
     assert [file.name for file in saved.parent.iterdir()] == ["knn.index"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_at_the_last_byte(tmp_path: Path) -> None:
     """By the limit of a process to the files it writes; FAISS alone passes over the last few."""
     index, _ = made("Flat")
@@ -317,6 +324,7 @@ def test_a_mapped_index_finds_the_same(recipe: str, tmp_path: Path) -> None:
     assert torch.equal(pair[0][0], pair[1][0])
 
 
+@pytest.mark.slow
 def test_a_mapped_index_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     """Measured in a process of its own: 64 MiB of codes, and what is not backed by a file."""
     rows = 2**16

@@ -123,7 +123,7 @@ def test_missing_neighbours_count_for_nothing() -> None:
     assert found.item() == pytest.approx(alone.item()) == pytest.approx(-math.log1p(math.exp(-0.5)))
 
 
-def test_no_match_is_impossible_and_no_neighbour_is_silent() -> None:
+def test_no_match_is_impossible_and_no_neighbour_abstains() -> None:
     distances = torch.ones(2, 3)
     valid = torch.tensor([[True, True, True], [False, False, False]])
     matches = torch.tensor([[False, False, False], [True, True, True]])
@@ -175,9 +175,9 @@ def test_mix_takes_more_experts_and_weights_of_each_token(abstain: Literal["shar
     rng = torch.Generator().manual_seed(1)
     log_probs = -10 * torch.rand(30, 4, generator=rng)
     log_weights = torch.log_softmax(torch.randn(30, 4, generator=rng), dim=1)
-    silent = torch.rand(30, 4, generator=rng) < 0.3
-    silent[:, 0] = False
-    log_probs = log_probs.masked_fill(silent, math.nan)
+    abstains = torch.rand(30, 4, generator=rng) < 0.3
+    abstains[:, 0] = False
+    log_probs = log_probs.masked_fill(abstains, math.nan)
     rows = zip(log_probs.tolist(), log_weights.tolist(), strict=True)
     expected = torch.tensor([plain_mix(*row, abstain) for row in rows])
     torch.testing.assert_close(mix(log_probs, log_weights, abstain), expected)
@@ -195,14 +195,14 @@ def test_without_neighbours_the_language_model_speaks_alone(lmbda: float) -> Non
     assert mix(log_probs, fixed(lmbda)).tolist() == pytest.approx([-2.0, -700.0])
 
 
-def test_who_is_silent_leaves_its_weight_to_all_others() -> None:
+def test_who_abstains_leaves_its_weight_to_all_others() -> None:
     """0.5 and 0.3 of 0.8, not all of it to the language model."""
     log_probs = torch.tensor([[math.log(0.1), math.nan, math.log(0.9)]])
     found = mix(log_probs, torch.tensor([0.5, 0.2, 0.3]).log())
     assert found.exp().item() == pytest.approx((0.5 * 0.1 + 0.3 * 0.9) / 0.8)
 
 
-def test_who_is_silent_leaves_its_weight_to_the_language_model() -> None:
+def test_who_abstains_leaves_its_weight_to_the_language_model() -> None:
     """The other way: 0.7 of 1."""
     log_probs = torch.tensor([[math.log(0.1), math.nan, math.log(0.9)]])
     found = mix(log_probs, torch.tensor([0.5, 0.2, 0.3]).log(), "lm")

@@ -16,9 +16,10 @@ import pytest
 from stores import random_entries, truncate, write_store
 
 from fairseq_knnlm.errors import NGramError
-from fairseq_knnlm.experts import kneser_ney as module
+from fairseq_knnlm.experts import ngram_file as module
 from fairseq_knnlm.experts.kneser_ney import FALLBACK, NGramModel, estimate_discounts
 from fairseq_knnlm.experts.ngram import counted
+from fairseq_knnlm.experts.ngram_file import describe_counts, load_counts, save_counts
 
 ORDERS = (1, 2, 3, 4, 5)
 VOCABULARY = 12
@@ -283,9 +284,9 @@ def test_a_large_vocabulary_does_not_wrap() -> None:
 def test_round_trip(tmp_path: Path, length: int, order: int) -> None:
     model = count(corpus(length), order)
     path = tmp_path / "new" / "counts"
-    model.save(path, MINE)
+    save_counts(model, path, MINE)
     assert list(path.parent.iterdir()) == [path]
-    loaded = NGramModel.load(path, MINE)
+    loaded = load_counts(path, MINE)
     assert (loaded.order, loaded.vocabulary, loaded.tokens) == (order, VOCABULARY, model.tokens)
     ours, theirs = score(model, corpus(seed=1)), score(loaded, corpus(seed=1))
     assert np.array_equal(ours.log_probs, theirs.log_probs)
@@ -295,7 +296,7 @@ def test_round_trip(tmp_path: Path, length: int, order: int) -> None:
 
 
 def test_numpy_opens_it_without_pickle(tmp_path: Path) -> None:
-    count(corpus(), 2).save(tmp_path / "counts.npz", MINE)
+    save_counts(count(corpus(), 2), tmp_path / "counts.npz", MINE)
     with np.load(tmp_path / "counts.npz", allow_pickle=False) as archive:
         assert set(archive.files) == {"card", "keys_1", "counts_1", "keys_2", "counts_2"}
         card = json.loads(str(archive["card"][0]))
@@ -304,9 +305,9 @@ def test_numpy_opens_it_without_pickle(tmp_path: Path) -> None:
 
 
 def test_another_datastore_is_refused(tmp_path: Path) -> None:
-    count(corpus()).save(tmp_path / "counts.npz", "b" * 64)
+    save_counts(count(corpus()), tmp_path / "counts.npz", "b" * 64)
     with pytest.raises(NGramError) as caught:
-        NGramModel.load(tmp_path / "counts.npz", MINE)
+        load_counts(tmp_path / "counts.npz", MINE)
     message = str(caught.value)
     assert "expected: datastore aaaaaaaaaaaa..." in message
     assert "found:    datastore bbbbbbbbbbbb..." in message
@@ -352,10 +353,10 @@ def pickled(file: Path) -> None:
 )
 def test_damage_is_told(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     path = tmp_path / "counts.npz"
-    count(corpus()).save(path, MINE)
+    save_counts(count(corpus()), path, MINE)
     spoil(path)
     with pytest.raises(NGramError) as caught:
-        NGramModel.load(path, MINE)
+        load_counts(path, MINE)
     message = str(caught.value)
     assert f"{path} cannot be read" in message
     assert "expected: n-gram counts" in message
@@ -440,21 +441,21 @@ FAULTS: dict[str, tuple[Callable[[Path, NGramModel], object], str]] = {
 def test_what_counting_cannot_come_to_is_refused(tmp_path: Path, case: str) -> None:
     """Although every checksum is right."""
     path, model = tmp_path / "counts.npz", count(corpus())
-    model.save(path, MINE)
+    save_counts(model, path, MINE)
     spoil, says = FAULTS[case]
     spoil(path, model)
     with pytest.raises(NGramError) as caught:
-        NGramModel.load(path, MINE)
+        load_counts(path, MINE)
     assert "cannot be read" in str(caught.value)
     assert says in str(caught.value)
 
 
 def test_a_description_reads_no_counts(tmp_path: Path) -> None:
     path = tmp_path / "counts.npz"
-    count(corpus()).save(path, MINE)
-    assert module.describe(path, MINE) == f"up to 5 tokens, of {len(corpus()):,}"
+    save_counts(count(corpus()), path, MINE)
+    assert describe_counts(path, MINE) == f"up to 5 tokens, of {len(corpus()):,}"
     with pytest.raises(NGramError, match="another datastore"):
-        module.describe(path, "b" * 64)
+        describe_counts(path, "b" * 64)
 
 
 def full_disk(path: Path) -> None:

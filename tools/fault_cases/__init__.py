@@ -19,8 +19,8 @@ def cases() -> list[Case]:
         results,
     )
 
-    rooms = (results, documents, damage, archives, outputs, disks, kills, flags, models)
-    found = [case for room in rooms for case in room.cases()]
+    modules = (results, documents, damage, archives, outputs, disks, kills, flags, models)
+    found = [case for module in modules for case in module.cases()]
     names = [case.name for case in found]
     assert len(set(names)) == len(names), {name for name in names if names.count(name) > 1}
     return found

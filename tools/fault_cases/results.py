@@ -138,10 +138,10 @@ def _best(log_probs: np.ndarray, *, passes: bool) -> float:
         log_probs: (N, M), the language model first; NaN where an expert abstains.
         passes: who abstains gives its weight to the others, else speaks as the language model.
     """
-    silent = np.isnan(log_probs)
-    probs = np.exp(np.where(silent, -np.inf if passes else log_probs[:, :1], log_probs))
+    abstains = np.isnan(log_probs)
+    probs = np.exp(np.where(abstains, -np.inf if passes else log_probs[:, :1], log_probs))
     weights = np.full(probs.shape[1], 1 / probs.shape[1])
-    heard = ~silent if passes else np.ones_like(silent)
+    heard = ~abstains if passes else np.ones_like(abstains)
     best = math.inf
     for _ in range(3000):
         shares = weights * heard
@@ -220,9 +220,9 @@ def _strict_json(stage: Stage) -> str:
 
 
 def _hub(stage: Stage) -> str:
-    """The passage given is the text: the cache works on it as in an evaluation of it alone."""
+    """The line given is the text: the cache works on it as in an evaluation of it alone."""
     scores = stage.folder / "scores.json"
-    data = _passage(stage)
+    data = _text(stage)
     world = stage.world
     flags: dict[str, Any] = {"experts": "cache", "cache_lmbda": 0.3, "cache_window": 100}
 
@@ -239,7 +239,7 @@ def _hub(stage: Stage) -> str:
             cache_theta=0.5,
             **flags,
         )
-        line = (stage.folder / "passage.txt").read_text().strip()
+        line = (stage.folder / "text.txt").read_text().strip()
         found = hub.score(line)["positional_scores"].tolist()
         scores.write_text(json.dumps(found))
         return 0
@@ -258,7 +258,7 @@ def _hub(stage: Stage) -> str:
     return f"{len(found)} tokens, the same loss {loss}"
 
 
-def _passage(stage: Stage) -> Path:
+def _text(stage: Stage) -> Path:
     """A data folder whose test split is one line with repeated words, binarised by hand."""
     import torch
     from fairseq.data import Dictionary
@@ -269,7 +269,7 @@ def _passage(stage: Stage) -> Path:
     source = stage.world.data / "dict.txt"
     (data / "dict.txt").write_bytes(source.read_bytes())
     line = " ".join(f"w{n}" for n in (1, 2, 3, 1, 2, 3, 4, 1, 2, 3, 9, 1))
-    (stage.folder / "passage.txt").write_text(line + "\n")
+    (stage.folder / "text.txt").write_text(line + "\n")
     # The hub interface tells of words alone, without the end of the sentence.
     dictionary = Dictionary.load(str(source))
     ids = dictionary.encode_line(line, add_if_not_exist=False, append_eos=False)
@@ -319,7 +319,7 @@ CASES: tuple[tuple[str, str, str, Callable[[Stage], str]], ...] = (
     ("floor of the model's weight", "neighbours that were always right", "finite", _floor),
     ("floor in every bin", "a bin in which they were", "finite", _finite_bins),
     ("JSON without NaN", "an evaluation with impossible tokens", "plain JSON", _strict_json),
-    ("hub score with a cache", "a passage with the cache", "as fairseq-eval-lm's loss", _hub),
+    ("hub score with a cache", "a text with the cache", "as fairseq-eval-lm's loss", _hub),
     ("two datastores of the same", "half the weight each", "the loss of one", _shared),
     ("tune of a merged datastore", "tune --data with the default experts", "works", _merged),
 )

@@ -3,20 +3,20 @@ belongs to one, made by the commands that people type."""
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tiny_world
+from tiny_world import PLUGIN, TINY, preprocessing, training, write_corpus
 
 from fault_cases.stage import Ran, Stage
 
-ROOT = Path(__file__).resolve().parents[2]
-#: Blocks of 8 tokens after 8 of context, the same everywhere.
+#: As they are evaluated here.
 BLOCKS = (
-    *("--tokens-per-sample", "16", "--context-window", "8", "--max-tokens", "512"),
+    *(*tiny_world.BLOCKS, "--max-tokens", "512"),
     *("--sample-break-mode", "none", "--cpu", "--num-workers", "0"),
 )
 K = ("--k", "64")
@@ -24,10 +24,6 @@ K = ("--k", "64")
 MIX = (*K, "--lmbda", "0.3", "--knn-temp", "2")
 #: Lists, of which a search visits few: an index that is opened unchecked gives another loss.
 INDEX = ("--recipe", "IVF8,Flat", "--probe", "2")
-TINY = (
-    *("--decoder-embed-dim", "16", "--decoder-input-dim", "16", "--decoder-output-dim", "16"),
-    *("--decoder-ffn-embed-dim", "32", "--decoder-layers", "2", "--decoder-attention-heads", "2"),
-)
 MODELS = {
     "model": ("--arch", "transformer_lm", *TINY, "--max-update", "60"),
     "other": ("--arch", "transformer_lm", *TINY, "--max-update", "3"),
@@ -38,9 +34,9 @@ MODELS = {
 }
 STOCK_TASK = ("--task", "language_modeling")
 #: The hub interface takes the task from the checkpoint.
-TASKS = {"model": ("--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm")}
-#: Lines of each split.
-LINES = {"train": 300, "valid": 40, "test": 12}
+TASKS = {"model": PLUGIN}
+#: Lines of the test split.
+TESTED = 12
 
 
 @dataclass
@@ -90,8 +86,8 @@ class World:
         """``fairseq-eval-lm`` with the plugin; what ``flags`` say wins."""
         path = model if isinstance(model, Path) else self.checkpoint(model)
         return [
-            *("fairseq-eval-lm", self.data, "--user-dir", ROOT / "fairseq_knnlm"),
-            *("--task", "knn_lm", "--path", path, "--gen-subset", split, *BLOCKS, *flags),
+            *("fairseq-eval-lm", self.data, *PLUGIN, "--path", path),
+            *("--gen-subset", split, *BLOCKS, *flags),
         ]
 
     def knn(self, store: Path | str, *flags: object, split: str = "test") -> list[object]:
@@ -121,10 +117,7 @@ def make_world(folder: Path) -> World:
     world = World(folder)
     (folder / "stage").mkdir()
     stage = Stage(folder / "stage", world)
-    files = write_corpus(folder)
-    text = [word for split, file in files.items() for word in (f"--{split}pref", file)]
-    preprocess = ("fairseq-preprocess", "--only-source", *text, "--destdir", world.data)
-    _made(stage, preprocess)
+    _made(stage, preprocessing(write_corpus(folder, test=TESTED), world.data))
     running = [stage.start(_training(world, name)) for name in MODELS]
     for each in running:
         _succeeded(each.wait(600))
@@ -171,32 +164,9 @@ def write_old(prefix: Path, keys: np.ndarray, values: np.ndarray) -> None:
     values.astype(np.int16).tofile(f"{prefix}_vals.npy")
 
 
-def write_corpus(folder: Path) -> dict[str, Path]:
-    """Text in which the next word often follows from the last two: something to remember."""
-    rng = random.Random(7)
-    words = [f"w{number}" for number in range(120)]
-    follow = {(a, b): rng.choice(words) for a in words for b in words}
-    files = {}
-    for split, lines in LINES.items():
-        files[split] = folder / f"{split}.txt"
-        with files[split].open("w") as file:
-            for _ in range(lines):
-                line = rng.choices(words, weights=range(120, 0, -1), k=2)
-                while len(line) < rng.randint(5, 15):
-                    likely = follow[line[-2], line[-1]]
-                    line.append(likely if rng.random() < 0.7 else rng.choice(words[:40]))
-                file.write(" ".join(line) + "\n")
-    return files
-
-
 def _training(world: World, name: str) -> list[object]:
-    return [
-        *("fairseq-train", world.data, *TASKS.get(name, STOCK_TASK), *MODELS[name]),
-        *("--cpu", "--optimizer", "adam", "--lr", "0.01", "--seed", "1"),
-        *("--tokens-per-sample", "16", "--sample-break-mode", "none", "--max-tokens", "512"),
-        *("--save-dir", world.folder / name, "--no-epoch-checkpoints"),
-        *("--disable-validation", "--num-workers", "0"),
-    ]
+    flags = (*TASKS.get(name, STOCK_TASK), *MODELS[name])
+    return training(world.data, world.folder / name, *flags)
 
 
 def _made(stage: Stage, words: Sequence[object]) -> Ran:

@@ -97,10 +97,10 @@ def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
     )
 
 
-def test_a_copied_passage_is_dropped_from_the_later_split() -> None:
-    passage = "one two three four five six seven eight nine ten"
-    train = Document("a", (f"Before it, {passage}, and after it.",))
-    copied = Document("b", (f"Quoting: {passage.upper()}!", "Something of its own."))
+def test_a_copied_sentence_is_dropped_from_the_later_split() -> None:
+    sentence = "one two three four five six seven eight nine ten"
+    train = Document("a", (f"Before it, {sentence}, and after it.",))
+    copied = Document("b", (f"Quoting: {sentence.upper()}!", "Something of its own."))
     corpus: Corpus = {"train": [train], "valid": [], "test": [copied]}
     demo_corpus.drop_leaks([corpus])
     assert corpus["train"] == [train]

@@ -1,4 +1,4 @@
-"""Passages by themselves, through the hub interface and --score-reference: each is a text."""
+"""Sentences by themselves, through the hub interface and --score-reference: each is a text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fairseq_knnlm.runs.mixing import Mixture
 from fairseq_knnlm.runs.scorer import KnnScorer
 
 #: Words that come again, over several lines; at most as many tokens as the model takes.
-PASSAGES = ["w1 w2 w3 w1 w2\nw1 w2 w3 w5", "w7 w7 w8\nw7 w7 w8 w7 w7 w8 w9", "w3", "w4 w4 w4 w4 w4"]
+TEXTS = ["w1 w2 w3 w1 w2\nw1 w2 w3 w5", "w7 w7 w8\nw7 w7 w8 w7 w7 w8 w9", "w3", "w4 w4 w4 w4 w4"]
 CACHE = {"cache_lmbda": 0.3, "cache_theta": 0.5, "cache_window": 6}
 
 
@@ -37,21 +37,21 @@ def hub(lab: Lab, **task: object) -> Any:
     )
 
 
-def scores(interface: Any, passages: list[str]) -> list[np.ndarray]:
-    found = interface.score(passages, replace_newline_with_eos=True)
+def scores(interface: Any, texts: list[str]) -> list[np.ndarray]:
+    found = interface.score(texts, replace_newline_with_eos=True)
     return [one["positional_scores"].numpy() for one in found]
 
 
 def by_eval_lm(
-    lab: Lab, folder: Path, passage: str, flags: list[object], monkeypatch: pytest.MonkeyPatch
+    lab: Lab, folder: Path, text: str, flags: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> np.ndarray:
-    """What ``fairseq-eval-lm`` says of every token of a data folder with this passage alone."""
+    """What ``fairseq-eval-lm`` says of every token of a data folder with this text alone."""
     folder.mkdir(parents=True)
     shutil.copy(lab.data / "dict.txt", folder)
     dictionary = Dictionary.load(str(folder / "dict.txt"))
     name = str(folder / "test")
     builder = indexed_dataset.make_builder(f"{name}.bin", impl="mmap", vocab_size=len(dictionary))
-    for line in passage.splitlines():
+    for line in text.splitlines():
         builder.add_item(dictionary.encode_line(line, add_if_not_exist=False))
     builder.finalize(f"{name}.idx")
     world, said = Lab(lab.folder), []
@@ -88,7 +88,7 @@ def random_gate(*_: object) -> Mixture:
 
 
 @pytest.mark.parametrize("kind", ["knn,cache", "knn,cache,ngram", "gate"])
-def test_a_passage_is_scored_as_a_text_of_its_own(
+def test_a_text_is_scored_as_a_text_of_its_own(
     lab: Lab, datastore: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone or in a batch: token by token what fairseq-eval-lm says of it alone."""
@@ -101,26 +101,26 @@ def test_a_passage_is_scored_as_a_text_of_its_own(
     given["dstore_filename"] = str(datastore)
     flags = [word for name, x in given.items() for word in (f"--{name.replace('_', '-')}", x)]
     interface = hub(lab, **given)
-    together = scores(interface, PASSAGES)
-    without = scores(hub(lab), PASSAGES)
-    for number, passage in enumerate(PASSAGES):
-        expected = by_eval_lm(lab, tmp_path / f"{number}", passage, flags, monkeypatch)
-        (alone,) = scores(interface, [passage])
+    together = scores(interface, TEXTS)
+    without = scores(hub(lab), TEXTS)
+    for number, text in enumerate(TEXTS):
+        expected = by_eval_lm(lab, tmp_path / f"{number}", text, flags, monkeypatch)
+        (alone,) = scores(interface, [text])
         for found in (together[number], alone):
             # The interface takes the last line end away.
             np.testing.assert_allclose(found, expected[: len(found)], atol=1e-5)
-        assert len(alone) == len(passage.split()) + passage.count("\n")
+        assert len(alone) == len(text.split()) + text.count("\n")
         assert np.abs(alone - without[number]).max() > 1e-3
 
 
-def test_the_cache_of_a_passage_is_the_formula(lab: Lab) -> None:
+def test_the_cache_of_a_text_is_the_formula(lab: Lab) -> None:
     """In float64, from fairseq's own features and distribution."""
     interface = hub(lab, experts="cache", **CACHE)
     theta, weight, window = (CACHE[f"cache_{name}"] for name in ("theta", "lmbda", "window"))
-    found = scores(interface, PASSAGES)
+    found = scores(interface, TEXTS)
     (model,) = interface.models
-    for passage, ours in zip(PASSAGES, found, strict=True):
-        lines = [interface.encode(line) for line in passage.splitlines()]
+    for text, ours in zip(TEXTS, found, strict=True):
+        lines = [interface.encode(line) for line in text.splitlines()]
         tokens = torch.cat(lines)[:-1]
         inputs = torch.cat([torch.tensor([interface.src_dict.eos()]), tokens[:-1]])[None]
         with torch.no_grad():

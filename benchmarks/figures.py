@@ -1,4 +1,4 @@
-"""What the plugin should reach, and how each of it is measured."""
+"""The figures of the benchmark, and how each of them is measured."""
 
 import sys
 import time
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from commands import BenchError
+from common.commands import RunError
 from material import Material
-from measure import Rates, Ratio, Target, interleaved, summary
+from measure import Figure, Rates, Ratio, interleaved, summary
 from memory import peaks
 from perplexity import Perplexities
 from rivals import UNEXAMINED, Searches
@@ -19,26 +19,20 @@ from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.experts.contract import Timeless
 
 #: Those of a kind are measured together, in this order.
-TARGETS = {
-    "search_over_published": Target(
-        "search", "ours", "published", "queries/s", 20, within=("ours", "published", 0.002)
+FIGURES = {
+    "search_over_published": Figure(
+        "search", "ours", "published", "queries/s", ("ours", "published")
     ),
-    "search_over_ivfpq": Target(
-        "search", "ours", "ivfpq", "queries/s", 5, within=("ours", "ivfpq", 0.002)
+    "search_over_ivfpq": Figure("search", "ours", "ivfpq", "queries/s", ("ours", "ivfpq")),
+    "exact_over_published": Figure(
+        "search", "ours_exact", "published", "queries/s", ("ours_exact", "exact")
     ),
-    "exact_over_published": Target(
-        "search", "ours_exact", "published", "queries/s", 8, within=("ours_exact", "exact", 0.003)
-    ),
-    "base_over_stock": Target("command", "base", "stock", "tokens/s", 1.7),
-    "knn_over_stock_base": Target(
-        "command", "knn", "stock", "tokens/s", 1.2, within=("ours", "exact", 0.01)
-    ),
-    "saving_over_forward": Target("command", "save", "base", "tokens/s", 0.95),
-    "build_over_paper": Target("build", "auto", "paper", "seconds", at_most=1 / 3),
-    "bytes_per_entry": Target(
-        "size", "streamed", "", "bytes", at_most=80, within=("streamed", "exact", 0.01)
-    ),
-    "l2_memory": Target("memory", "l2", "", "GiB", at_most=0.25),
+    "base_over_stock": Figure("command", "base", "stock", "tokens/s"),
+    "knn_over_stock_base": Figure("command", "knn", "stock", "tokens/s", ("ours", "exact")),
+    "saving_over_forward": Figure("command", "save", "base", "tokens/s"),
+    "build_over_paper": Figure("build", "auto", "paper", "seconds"),
+    "bytes_per_entry": Figure("size", "streamed", "", "bytes", ("streamed", "exact")),
+    "l2_memory": Figure("memory", "l2", "", "GiB"),
 }
 #: Bytes read at a time to bring a file into memory.
 READ_BYTES = 2**24
@@ -60,7 +54,7 @@ class Repeats:
 
 
 class Bench:
-    """Measures targets.
+    """Measures figures.
 
     Args:
         material: what is worked on.
@@ -76,27 +70,26 @@ class Bench:
         self.peaks: dict[str, float] = {}
 
     def measure(self, wanted: Sequence[str], done: Callable[[dict[str, Any]], None]) -> bool:
-        """Measures targets by name; ``done`` is given the entries of each kind as they are known.
+        """Measures figures by name; ``done`` is given the entries of each kind as they are known.
 
         Returns:
             Whether all could be measured; the entries of others say what was in the way.
         """
         whole = True
-        for kind in dict.fromkeys(target.kind for target in TARGETS.values()):
-            chosen = {n: t for n, t in TARGETS.items() if n in wanted and t.kind == kind}
+        for kind in dict.fromkeys(figure.kind for figure in FIGURES.values()):
+            chosen = {n: f for n, f in FIGURES.items() if n in wanted and f.kind == kind}
             try:
                 entries = self._entries(kind, chosen) if chosen else {}
-            except (BenchError, KnnlmError) as error:
+            except (RunError, KnnlmError) as error:
                 whole = False
                 print(f"\n{error}\n", file=sys.stderr)
-                failed = {"value": None, "met": False, "error": str(error)}
-                entries = {name: {**failed, "target": t.bound} for name, t in chosen.items()}
+                entries = {name: {"value": None, "error": str(error)} for name in chosen}
             done(entries)
         return whole
 
-    def _entries(self, kind: str, chosen: dict[str, Target]) -> dict[str, Any]:
-        compared = {n: self.perplexities.compare(*t.within) for n, t in chosen.items() if t.within}
-        names = dict.fromkeys(name for t in chosen.values() for name in (t.over, t.under) if name)
+    def _entries(self, kind: str, chosen: dict[str, Figure]) -> dict[str, Any]:
+        compared = {n: self.perplexities.compare(*f.led_to) for n, f in chosen.items() if f.led_to}
+        names = dict.fromkeys(name for f in chosen.values() for name in (f.over, f.under) if name)
         measure = {
             "search": self._searches,
             "command": self._commands,
@@ -105,17 +98,14 @@ class Bench:
             "memory": self._memory,
         }
         rates = measure[kind](list(names))
-        entries = {name: target.entry(rates) for name, target in chosen.items()}
+        entries = {name: figure.entry(rates) for name, figure in chosen.items()}
         for name, comparison in compared.items():
-            entries[name] |= {
-                "met": entries[name]["met"] and comparison["within"],
-                "perplexity": comparison,
-            }
+            entries[name]["perplexity"] = comparison
         if kind == "memory":
             entries["l2_memory"]["by_k_and_width"] = self.peaks
         if kind == "command":
-            for name, target in chosen.items():
-                entries[name] |= self._beside(target, rates)
+            for name, figure in chosen.items():
+                entries[name] |= self._beside(figure, rates)
         return entries
 
     def _searches(self, names: Sequence[str]) -> Rates:
@@ -139,9 +129,9 @@ class Bench:
             names = [*names, "forward"]
         return self.speeds.measure(names, self.repeats.rounds)
 
-    def _beside(self, target: Target, rates: Rates) -> dict[str, Any]:
+    def _beside(self, figure: Figure, rates: Rates) -> dict[str, Any]:
         """What else is worth knowing of two commands."""
-        names = (target.over, target.under)
+        names = (figure.over, figure.under)
         found: dict[str, Any] = {
             "wall_seconds": {name: summary(self.speeds.wall(name)) for name in names},
             "peak_gib_by_tokens": {name: self.speeds.peaks(name) for name in names},
@@ -149,9 +139,9 @@ class Bench:
             "lines": self.material.choice.lines or "all",
             "tokens": self.speeds.tokens,
         }
-        if target.over == "knn":
+        if figure.over == "knn":
             found["perplexity_of_run"] = self.speeds.knn_perplexity
-        if target.over == "save":
+        if figure.over == "save":
             features = Ratio.of(rates["save"], rates["forward"])
             found["over_features_alone"] = {
                 "value": features.value,

@@ -1,0 +1,47 @@
+"""Prints tables, by rich: on a terminal, in a pipe, in a log of CI.
+
+A table is written as Markdown has it, so that it can be put into a document as it is. Nothing is
+cut off, whatever the width of the terminal, and nothing but text reaches a file.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+#: Wider than any table: a line ends where the table does.
+WIDE = 1000
+
+
+def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table of figures: the first column to the left, the others to the right."""
+    table = Table(box=box.MARKDOWN, show_edge=True)
+    for number, title in enumerate(header):
+        table.add_column(Text(title), justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(file=sys.stdout, width=WIDE, force_terminal=False, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    # Above and below a table rich leaves a line of blanks.
+    print("\n".join(line for line in captured.get().splitlines() if line.strip()), flush=True)
+
+
+def show_prose(
+    header: Sequence[str], rows: Sequence[Sequence[object]], styles: Sequence[str] = ()
+) -> None:
+    """Prints a table of sentences, wrapped to fit a terminal.
+
+    Args:
+        header: above the columns.
+        rows: of the table.
+        styles: a style of rich for each row, such as ``bold red``, which only a terminal shows.
+    """
+    table = Table(*header)
+    for number, row in enumerate(rows):
+        style = styles[number] if styles else None
+        table.add_row(*(Text(str(cell)) for cell in row), style=style)
+    Console().print(table)
