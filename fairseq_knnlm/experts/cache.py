@@ -10,11 +10,9 @@ the text begins.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
 from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePrediction, SparseSetting
 from fairseq_knnlm.files import human_bytes
+from fairseq_knnlm.files.sizes import available_memory
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 
 #: Windows and thetas in a score table; these thetas are over sqrt(D), as attention's scale is.
@@ -389,16 +388,6 @@ class CacheKind(Kind):
 
     def described(self, opened: Opened, models: Models) -> dict[str, Any]:
         return {"reset": opened.options.cache_reset}
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take, as far as the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":") for line in lines)
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, ValueError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 KIND = CacheKind()
