@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fairseq_knnlm.calibration.stored import Calibration, Stack
+from fairseq_knnlm.calibration.stored import Calibration, FittedMixture
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.kind import Models, Opened, spelled
 from fairseq_knnlm.experts.registry import DEFAULT, find_kind, kind_of
@@ -35,7 +35,7 @@ def chosen_experts(options: Options, calibration: Calibration | None) -> Sequenc
         return options.default_experts
     usable = [
         stack
-        for stack in calibration.stacks
+        for stack in calibration.mixtures
         if all(_is_equipped(name, options) for name in stack.experts)
     ]
     kind = options.mixing.mixer
@@ -145,7 +145,7 @@ def described(experts: Mapping[str, Opened], models: Models) -> dict[str, dict[s
 
 
 def _fixed(
-    options: Options, experts: Mapping[str, Opened], models: Models, start: Stack | None
+    options: Options, experts: Mapping[str, Opened], models: Models, start: FittedMixture | None
 ) -> Fixed:
     """A fixed mixture: what is given, over what was fitted, over defaults."""
     fitted = {}
@@ -166,7 +166,9 @@ def _fixed(
     return Fixed(components, [weight / total for weight in weights], abstain=abstain)
 
 
-def _compare(calibration: Calibration, described: dict[str, dict[str, Any]], stack: Stack) -> None:
+def _compare(
+    calibration: Calibration, described: dict[str, dict[str, Any]], stack: FittedMixture
+) -> None:
     """Warns where an expert is not what it was when its mixture was fitted.
 
     Raises:
