@@ -30,17 +30,17 @@ def chosen_experts(options: Options, calibration: Calibration | None) -> Sequenc
     named = options.named_experts
     if named is not None:
         return named
-    default = kind_of(DEFAULT).given(options.knn)
-    if calibration is None or options.given_weights or default:
+    given = options.given_weights or kind_of(DEFAULT).given(options.knn)
+    if calibration is None or given:
         return options.default_experts
     usable = [
-        stack
-        for stack in calibration.mixtures
-        if all(_is_equipped(name, options) for name in stack.experts)
+        fitted
+        for fitted in calibration.mixtures
+        if all(_is_equipped(name, options) for name in fitted.experts)
     ]
     kind = options.mixing.mixer
-    fitting = [stack for stack in usable if kind in ("auto", stack.mixer.kind)]
-    best = min(fitting or usable, key=lambda stack: stack.choice_perplexity)
+    fitting = [fitted for fitted in usable if kind in ("auto", fitted.mixer.kind)]
+    best = min(fitting or usable, key=lambda fitted: fitted.choice_perplexity)
     if not best.experts:
         logger.warning(
             "on %s nothing that was fitted beat the language model: the datastore gets no weight",
@@ -107,12 +107,12 @@ def mixture(
     if kind == "none":
         return Mixture(ALONE, "nothing is mixed")
     given = [spelled(flag) for flag in options.given]
-    stack = calibration.find(names, kind) if calibration else None
-    if stack is not None and not given:
+    fitted = calibration.find(names, kind) if calibration else None
+    if fitted is not None and not given:
         assert calibration is not None
-        _compare(calibration, described(experts, models), stack)
+        _compare(calibration, described(experts, models), fitted)
         _compare_context(calibration, context)
-        return Mixture(stack.mixer, f"calibrated on {calibration.fitted_on['split']}")
+        return Mixture(fitted.mixer, f"calibrated on {calibration.fitted_on['split']}")
     if kind not in ("auto", "fixed"):
         raise ConfigError(
             f"--mixer {kind} takes what was fitted",
@@ -167,16 +167,16 @@ def _fixed(
 
 
 def _compare(
-    calibration: Calibration, described: dict[str, dict[str, Any]], stack: FittedMixture
+    calibration: Calibration, described: dict[str, dict[str, Any]], fitted: FittedMixture
 ) -> None:
     """Warns where an expert is not what it was when its mixture was fitted.
 
     Raises:
         ConfigError: where a gate would miss some of its inputs.
     """
-    for name in stack.experts:
+    for name in fitted.experts:
         then, now = calibration.experts.get(name, {}), described[name]
-        if stack.mixer.kind == "gate" and then.get("k") != now.get("k"):
+        if fitted.mixer.kind == "gate" and then.get("k") != now.get("k"):
             raise ConfigError(
                 "the calibrated gate goes by the distances of as many neighbours as it learned on",
                 expected=f"--k {then.get('k')}",

@@ -132,10 +132,10 @@ def find_skipping(mixer: str, calibration: Calibration | None, experts: Sequence
             do="leave --skip-searches out, or name knn in --experts",
         )
     skip = calibration.skip(experts) if calibration else None
-    stack = None
+    fitted = None
     if calibration is not None:
-        stack = calibration.find(rest, mixer) or calibration.find(rest)
-    if skip is None or stack is None:
+        fitted = calibration.find(rest, mixer) or calibration.find(rest)
+    if skip is None or fitted is None:
         raise ConfigError(
             f"nothing tells which searches to skip with {'+'.join(experts)}",
             expected="a calibration with a gate that skips searches",
@@ -143,4 +143,4 @@ def find_skipping(mixer: str, calibration: Calibration | None, experts: Sequence
             do="write a score table of valid with these --experts and fit it with "
             "`fairseq-knnlm tune`, or leave --skip-searches out",
         )
-    return Skipping(skip, stack.mixer)
+    return Skipping(skip, fitted.mixer)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fairseq_knnlm.experts.kind import Kind, flag
+from fairseq_knnlm.experts.neighbours import KnnOptions
 from fairseq_knnlm.experts.registry import DEFAULT, find_kind, kinds
 from fairseq_knnlm.lm.keys import KEY_TYPES
 
@@ -138,12 +139,13 @@ class Options:
         return self.experts[kind.name]
 
     @property
-    def knn(self) -> Any:
+    def knn(self) -> KnnOptions:
         """The options of the neighbours, some of which are of the datastore itself.
 
         They say whether its keys are opened, and how the index is searched that is made of them.
         """
-        return self.experts["knn"]
+        found: KnnOptions = self.experts["knn"]
+        return found
 
     @property
     def writes(self) -> bool:
