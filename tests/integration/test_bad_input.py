@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import Lab, eval_lm, must, run
 
-from fairseq_knnlm import datastore as datastores
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError, ModelError
 from fairseq_knnlm.runs.compress import compress
@@ -248,9 +247,7 @@ def test_saving_onto_something(lab: Lab, store: Path) -> None:
 
 
 def test_saving_on_a_full_disk(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        datastores.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
     says = refused(lab, DatastoreError, "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "new")
     tokens = len(lab.text("test"))
     assert f"{tokens * (16 * 2 + 2) / 1024:.1f} KiB free" in says
