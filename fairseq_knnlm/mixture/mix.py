@@ -15,11 +15,6 @@ from torch import Tensor
 from fairseq_knnlm.mixture.components import Abstain
 
 
-def safe_log(value: float) -> float:
-    """Natural log, -inf of 0."""
-    return math.log(value) if value > 0 else -math.inf
-
-
 def mix(log_probs: Tensor, log_weights: Tensor, abstain: Abstain = "share") -> Tensor:
     """The mixture's log-probability, of one token each or of every token.
 
