@@ -28,7 +28,7 @@ test: setup ## run all tests (some 20 minutes)
 	@$(BIN)/python -m pytest
 
 test-unit: setup ## run the tests of single modules (under a minute)
-	@$(BIN)/python -m pytest tests/unit -m "not slow"
+	@$(BIN)/python -m pytest tests/unit -m "not slow" --numprocesses 2
 
 check: setup ## what CI runs: lint, format, types and tests
 	@$(BIN)/ruff check .

@@ -31,7 +31,7 @@ setup(
         "demo": ["sentencepiece", "rich"],
         "plot": ["matplotlib"],
         "cluster": ["ray"],
-        "dev": ["mypy", "pytest", "ruff", "types-tqdm"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-tqdm"],
     },
     entry_points={"console_scripts": ["fairseq-knnlm = fairseq_knnlm.cli:main"]},
 )

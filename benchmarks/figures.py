@@ -33,6 +33,8 @@ FIGURES = {
     "build_over_paper": Figure("build", "auto", "paper", "seconds"),
     "bytes_per_entry": Figure("size", "streamed", "", "bytes", ("streamed", "exact")),
     "l2_memory": Figure("memory", "l2", "", "GiB"),
+    "help_over_numpy": Figure("start", "help", "numpy", "seconds"),
+    "info_over_numpy": Figure("start", "info", "numpy", "seconds"),
 }
 #: Bytes read at a time to bring a file into memory.
 READ_BYTES = 2**24
@@ -96,6 +98,7 @@ class Bench:
             "build": self._builds,
             "size": self._sizes,
             "memory": self._memory,
+            "start": self._starts,
         }
         rates = measure[kind](list(names))
         entries = {name: figure.entry(rates) for name, figure in chosen.items()}
@@ -174,3 +177,20 @@ class Bench:
         """GiB that distances recomputed on the keys take at most, whatever k and width."""
         self.peaks = peaks()
         return {name: [max(self.peaks.values())] for name in names}
+
+    def _starts(self, names: Sequence[str]) -> Rates:
+        """Seconds of commands that have next to nothing to do, from their start to their end."""
+        commands: dict[str, list[object]] = {
+            "help": ["fairseq-knnlm", "--help"],
+            "info": ["fairseq-knnlm", "info", "--dstore", self.material.store.path],
+            "numpy": ["python", "-c", "import numpy"],
+        }
+
+        def seconds(name: str, _: int) -> float:
+            return self.material.shell.seconds(f"start-{name}", commands[name])
+
+        for name in names:
+            seconds(name, 0)  # brings its files into memory
+        return interleaved(
+            {name: partial(seconds, name) for name in names}, self.repeats.searches, "starts"
+        )

@@ -59,6 +59,15 @@ class Shell:
         tqdm.write(f"\n{commands.typed(command)}")
         commands.run_live(*self._call(name, command))
 
+    def seconds(self, name: str, command: Sequence[object]) -> float:
+        """Runs a command, and looks at nothing until it has ended; how long it took.
+
+        Raises:
+            RunError: where it fails.
+        """
+        _, log, env = self._call(name, command)
+        return commands.run(command, log, env).seconds
+
     def _call(
         self, name: str, command: Sequence[object]
     ) -> tuple[Sequence[object], Path, dict[str, str]]:

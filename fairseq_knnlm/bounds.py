@@ -39,6 +39,18 @@ def check_range(
         raise ConfigError(f"{flag} {what}", expected=expected, found=f"{value:,}", do=do)
 
 
+def check_count(
+    flag: str, value: float | None, what: str, most: float = MOST, least: float = 1
+) -> None:
+    """The same, but whoever is below the least is not bothered with the most.
+
+    Raises:
+        ConfigError: naming the flag and what was typed.
+    """
+    above = value is not None and value > most
+    check_range(flag, value, least, most if above else None, what)
+
+
 def check_seed(value: int, flag: str = "--seed") -> None:
     """Refuses a seed that some library would not take.
 

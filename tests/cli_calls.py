@@ -11,7 +11,7 @@ import pytest
 from stores import random_entries, write_store
 
 from fairseq_knnlm import cli
-from fairseq_knnlm.calibration.stored import Calibration, Stack, write_calibration
+from fairseq_knnlm.calibration.stored import Calibration, FittedMixture, write_calibration
 from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.experts.kneser_ney import NGramModel
@@ -90,9 +90,9 @@ def legacy_store(folder: Path) -> Path:
 
 def calibration(datastore: str) -> Calibration:
     """The language model alone, and neighbours that lower its perplexity."""
-    alone = Stack((), Fixed((LM,), (1.0,)), 150.0, 7.2, 151.0)
+    alone = FittedMixture((), Fixed((LM,), (1.0,)), 150.0, 7.2, 151.0)
     knn = Component("knn", {"suffix": 0, "k": 0, "temperature": 12.0})
-    mixed = Stack(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9, 121.0)
+    mixed = FittedMixture(("knn",), Fixed((LM, knn), (0.875, 0.125)), 120.25, 6.9, 121.0)
     fitted_on = {"split": "valid", "tokens": 1000, "chosen_on": 100, "held_out": 100, "seed": 0}
     fitted_on["context"] = {}
     stacks = (alone, mixed)

@@ -11,6 +11,7 @@ import numpy as np
 from fairseq_knnlm.calibration.fitting import best_lambda, mixture_loss
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.files import publish
+from fairseq_knnlm.mixture.components import searches
 
 #: Tokens that a curve is drawn from, evenly spaced: enough for the eye.
 TOKENS = 20000
@@ -36,7 +37,7 @@ def draw_curves(table: ScoreTable, path: Path) -> bool:
     base = math.exp(mixture_loss(lm, lm, 0))
     for name, settings in table.experts.items():
         _lambda_curve(axes[0], name, lm, table[name][rows])
-        if name.startswith("knn"):
+        if searches(name):
             _temperature_curve(axes[1], name, lm, table[name][rows], settings)
             _k_curve(axes[2], name, lm, table[name][rows], settings, table.card["k"])
     titles = (

@@ -15,7 +15,7 @@ from fairseq_knnlm.calibration.fitting import best_setting, fit_bins, fit_fixed,
 from fairseq_knnlm.calibration.gates import Examples, fit_gate
 from fairseq_knnlm.calibration.losses import log_probs, mean_loss, tensors
 from fairseq_knnlm.calibration.parts import Parts
-from fairseq_knnlm.calibration.stored import Stack
+from fairseq_knnlm.calibration.stored import FittedMixture
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.components import CONVENTIONS, LM, Abstain, Component
@@ -169,12 +169,14 @@ class Fitter:
         found = [every[place] for place in sorted(chosen)]
         return self._components.setdefault((tuple(experts), abstain), found)
 
-    def measured(self, experts: Sequence[str], mixer: Mixer) -> Stack:
+    def measured(self, experts: Sequence[str], mixer: Mixer) -> FittedMixture:
         """A mixture, with its figures on the tokens to choose on and on those held out."""
         choice = mean_loss(self.table, mixer, self.parts.choose)
         final = self._refitted(mixer)
         loss = mean_loss(self.table, final, self.parts.report)
-        return Stack(tuple(experts), final, math.exp(loss), loss / math.log(2), math.exp(choice))
+        return FittedMixture(
+            tuple(experts), final, math.exp(loss), loss / math.log(2), math.exp(choice)
+        )
 
     def _refitted(self, mixer: Mixer) -> Mixer:
         """The same mixture, its weights fitted on the tokens to choose on, too.

@@ -218,8 +218,11 @@ def _checked_components(mixer: MixerRecord, where: str) -> list[Component]:
         except ValueError as error:
             raise ValueError(f"{place}.setting: {error}") from None
     found = components_of(mixer)
-    if found[0] != LM or LM in found[1:]:
-        raise ValueError(f"{where}.components do not begin with the language model, or repeat it")
+    if found[0] != LM:
+        first = found[0].expert
+        raise ValueError(f"{where}.components do not begin with the expert lm, but with {first}")
+    if LM in found[1:]:
+        raise ValueError(f"{where}.components repeat the language model")
     return found
 
 

@@ -17,10 +17,10 @@ def lines(calibration: Calibration) -> list[str]:
     """What each part adds, as a table to read."""
     base = calibration.base_perplexity
     rows = [f"{'mixture':<28} {'perplexity':>10} {'change':>8}"]
-    for number, stack in enumerate(calibration.stacks):
-        change = f"{stack.perplexity / base - 1:+.1%}" if stack.experts else ""
+    for number, mixture in enumerate(calibration.mixtures):
+        change = f"{mixture.perplexity / base - 1:+.1%}" if mixture.experts else ""
         used = "  <- used" if number == calibration.default else ""
-        rows.append(f"{stack.name:<28} {stack.perplexity:>10.2f} {change:>8}{used}".rstrip())
+        rows.append(f"{mixture.name:<28} {mixture.perplexity:>10.2f} {change:>8}{used}".rstrip())
     return rows
 
 
@@ -34,15 +34,15 @@ def measured(calibration: Calibration, table: ScoreTable) -> Calibration:
     calibration.check_model(table.card["model"])
     check_columns(table)
     _check_experts(calibration, table)
-    stacks = []
-    for stack in calibration.stacks:
-        if not set(stack.experts) <= set(table.experts):
+    mixtures = []
+    for mixture in calibration.mixtures:
+        if not set(mixture.experts) <= set(table.experts):
             continue
-        loss = mean_loss(table, stack.mixer)
-        stacks.append(replace(stack, perplexity=math.exp(loss), bits=loss / math.log(2)))
-    default = [stack.name for stack in stacks].index(calibration.best.name)
+        loss = mean_loss(table, mixture.mixer)
+        mixtures.append(replace(mixture, perplexity=math.exp(loss), bits=loss / math.log(2)))
+    default = [mixture.name for mixture in mixtures].index(calibration.best.name)
     base = math.exp(mean_loss(table, ALONE))
-    return replace(calibration, stacks=tuple(stacks), base_perplexity=base, default=default)
+    return replace(calibration, mixtures=tuple(mixtures), base_perplexity=base, default=default)
 
 
 def _check_experts(calibration: Calibration, table: ScoreTable) -> None:

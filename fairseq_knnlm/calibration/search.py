@@ -44,12 +44,12 @@ def fit(
     """
     fitter = Fitter(table, seed)
     base = fitter.measured((), ALONE)
-    stacks, skips = [base], []
+    mixtures, skips = [base], []
     for experts in steps(expert_sets(list(table.experts))):
-        stacks += [fitter.measured(experts, mixer) for mixer in fitter.mixers(experts)]
+        mixtures += [fitter.measured(experts, mixer) for mixer in fitter.mixers(experts)]
         skips.append(fit_skip(fitter, experts))
     # The language model stands first: nothing is preferred that does not beat it.
-    best = min(range(len(stacks)), key=lambda number: stacks[number].choice_perplexity)
+    best = min(range(len(mixtures)), key=lambda number: mixtures[number].choice_perplexity)
     card = table.card
     return Calibration(
         datastores=tuple(card["datastores"]),
@@ -65,7 +65,7 @@ def fit(
         },
         experts=card["described"],
         base_perplexity=base.perplexity,
-        stacks=tuple(stacks),
+        mixtures=tuple(mixtures),
         default=best,
         versions=versions(),
         skips=tuple(skip for skip in skips if skip is not None),

@@ -22,7 +22,7 @@ Name = Annotated[str, Meta(pattern=r"^[a-z]\w{0,63}$")]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Whole = Annotated[int, Meta(ge=-(2**62), le=2**62)]
 Value = str | bool | Whole | Finite
-#: The tokens before one that experts know at most: ``lm.transformer.CONTEXT``, without its torch.
+#: The tokens before one that experts know at most: ``lm.contexts.CONTEXT``, without its torch.
 CONTEXT = 4
 
 

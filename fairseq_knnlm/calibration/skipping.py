@@ -71,8 +71,8 @@ def skipped(
     calibration: Calibration, skip: Skip, table: ScoreTable, rows: np.ndarray | slice = slice(None)
 ) -> list[tuple[float, float]]:
     """The share of the searches really skipped, and perplexity, for each of ``SHARES``."""
-    stacks = calibration.find(skip.experts), calibration.find(skip.rest)
-    searched, rest = (mixture_losses(table, stack.mixer, rows) for stack in stacks if stack)
+    mixtures = calibration.find(skip.experts), calibration.find(skip.rest)
+    searched, rest = (mixture_losses(table, mixture.mixer, rows) for mixture in mixtures if mixture)
     scores = skip.scores(tensors(table.features(skip.gate.features, rows))).numpy()
     found = []
     for share in SHARES:

@@ -43,7 +43,7 @@ from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Mixer, Skip
 
 
 @dataclass(frozen=True)
-class Stack:
+class FittedMixture:
     """Some experts, a mixer fitted for them, and what it gained.
 
     Attributes:
@@ -77,8 +77,8 @@ class Calibration:
             ``held_out``; ``seed``; ``context``, the block settings, empty where not known.
         experts: what each expert was at the time, by its name: k, index, distances and the like.
         base_perplexity: of the language model alone on the tokens held out.
-        stacks: every mixture that was fitted, the language model alone first.
-        default: place in ``stacks`` of the one that is used unless told otherwise.
+        mixtures: all that were fitted, the language model alone first; ``stacks`` in the file.
+        default: place in ``mixtures`` of the one that is used unless told otherwise.
         skips: tell which searches to skip, one for each set of experts that searches.
         names: the datastores' paths when it was fitted, for words.
     """
@@ -88,16 +88,16 @@ class Calibration:
     fitted_on: dict[str, Any]
     experts: dict[str, dict[str, Any]]
     base_perplexity: float
-    stacks: tuple[Stack, ...]
+    mixtures: tuple[FittedMixture, ...]
     default: int
     versions: dict[str, str] = field(default_factory=dict)
     skips: tuple[Skip, ...] = ()
     names: tuple[str, ...] = ()
 
     @property
-    def best(self) -> Stack:
-        """The stack that is used unless told otherwise."""
-        return self.stacks[self.default]
+    def best(self) -> FittedMixture:
+        """The mixture that is used unless told otherwise."""
+        return self.mixtures[self.default]
 
     def check_model(self, model: str) -> None:
         """Refuses another language model than the one it was fitted for.
@@ -116,14 +116,14 @@ class Calibration:
                 do=REMEDY,
             )
 
-    def find(self, experts: Sequence[str], kind: str = "auto") -> Stack | None:
-        """The best stack of exactly these experts, with a mixer of that kind; None if not there."""
+    def find(self, experts: Sequence[str], kind: str = "auto") -> FittedMixture | None:
+        """The best of exactly these experts, with a mixer of that kind; None if not there."""
         fitting = [
-            stack
-            for stack in self.stacks
-            if set(stack.experts) == set(experts) and kind in ("auto", stack.mixer.kind)
+            mixture
+            for mixture in self.mixtures
+            if set(mixture.experts) == set(experts) and kind in ("auto", mixture.mixer.kind)
         ]
-        return min(fitting, key=lambda stack: stack.choice_perplexity, default=None)
+        return min(fitting, key=lambda mixture: mixture.choice_perplexity, default=None)
 
     def skip(self, experts: Sequence[str]) -> Skip | None:
         """What tells which searches to skip, for exactly these experts; None if not there."""
@@ -156,16 +156,16 @@ def write_calibration(path: Path, calibration: Calibration) -> Path:
 def _content(calibration: Calibration) -> dict[str, Any]:
     """A calibration as JSON, a ``Record`` where all is in order."""
     tensors: dict[str, Tensor] = {}
-    stacks = []
-    for number, stack in enumerate(calibration.stacks):
-        mixer, weights = _describe(stack.mixer)
+    mixtures = []
+    for number, mixture in enumerate(calibration.mixtures):
+        mixer, weights = _describe(mixture.mixer)
         tensors |= {f"{number}.{name}": weight for name, weight in weights.items()}
-        stacks.append(
+        mixtures.append(
             {
-                "experts": list(stack.experts),
-                "perplexity": stack.perplexity,
-                "bits": stack.bits,
-                "choice_perplexity": stack.choice_perplexity,
+                "experts": list(mixture.experts),
+                "perplexity": mixture.perplexity,
+                "bits": mixture.bits,
+                "choice_perplexity": mixture.choice_perplexity,
                 "mixer": mixer,
             }
         )
@@ -182,7 +182,7 @@ def _content(calibration: Calibration) -> dict[str, Any]:
         "fitted_on": calibration.fitted_on,
         "experts": calibration.experts,
         "base_perplexity": calibration.base_perplexity,
-        "stacks": stacks,
+        "stacks": mixtures,
         "default": calibration.default,
         "skips": skips,
         "versions": calibration.versions,
@@ -213,8 +213,8 @@ def read_calibration(path: Path, datastores: Sequence[str]) -> Calibration | Non
 def _calibration(record: Record) -> Calibration:
     """What a record says that was checked, once its gates are known to have their shapes."""
     arrays = gate_arrays(record)
-    stacks = tuple(
-        Stack(
+    mixtures = tuple(
+        FittedMixture(
             tuple(one.experts),
             _mixer(one.mixer, arrays.get(str(number), {}), f"stacks[{number}].mixer"),
             *(one.perplexity, one.bits, one.choice_perplexity),
@@ -231,7 +231,7 @@ def _calibration(record: Record) -> Calibration:
         fitted_on=msgspec.to_builtins(record.fitted_on),
         experts=record.experts,
         base_perplexity=record.base_perplexity,
-        stacks=stacks,
+        mixtures=mixtures,
         default=record.default,
         versions=record.versions,
         skips=skips,

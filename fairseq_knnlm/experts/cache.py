@@ -13,15 +13,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.bounds import check_count
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.contract import Joined
+from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
 from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePrediction, SparseSetting
 from fairseq_knnlm.files import human_bytes
+from fairseq_knnlm.files.sizes import available_memory
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 
 #: Windows and thetas in a score table; these thetas are over sqrt(D), as attention's scale is.
@@ -34,6 +38,8 @@ FEATURE_WINDOWS = (500, 4000)
 FEATURE_THETAS = (0.5, 1.0)
 #: Queries looked up at a time: each goes with a window of scores.
 QUERIES_AT_A_TIME = 256
+#: What ``--cache-theta`` may be.
+MOST_THETA = 1e9
 #: A window up to which the scores of a few times as many take no memory to speak of.
 MIDDLING = 8192
 
@@ -329,3 +335,59 @@ def _followed(rows: Tensor, before: Tensor) -> Tensor:
     known = rows[1:] == rows[:-1] + 1
     tokens[:-1][known] = before[1:][known]
     return tokens
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Flags of the cache."""
+
+    cache_lmbda: float | None = flag(
+        None, "weight of the cache (default: the calibration, else 0.1)", weight=True
+    )
+    cache_window: int | None = flag(
+        None,
+        "tokens that the cache looks back (default: the calibration, else 4000)",
+        setting="window",
+        counts="tokens",
+    )
+    cache_theta: float | None = flag(
+        None,
+        "sharpness of the cache, times the product of features (default: the calibration, else "
+        "1 / sqrt of their width)",
+        setting="theta",
+    )
+    cache_reset: bool = flag(False, "empty the cache where a document ends, at an empty line")
+
+
+class CacheKind(Kind):
+    """``cache``."""
+
+    name = "cache"
+    options = CacheOptions
+    setting = CacheSetting
+
+    def check(self, options: CacheOptions, asked: bool) -> None:
+        theta = options.cache_theta
+        check_count("--cache-theta", theta, "is a sharpness", MOST_THETA, least=0)
+
+    def needs_order(self, options: CacheOptions) -> bool:
+        return True
+
+    def grid(self, opened: Opened, models: Models) -> list[CacheSetting]:
+        return cache_grid(models.width)
+
+    def default(self, opened: Opened, models: Models) -> CacheSetting:
+        return CacheSetting(theta=1 / math.sqrt(models.width))
+
+    def make(
+        self, opened: Opened, models: Models, settings: Sequence[CacheSetting], features: bool
+    ) -> CacheExpert:
+        check_memory(cache_bytes(settings, models.width, features=features), available_memory())
+        reset = opened.options.cache_reset
+        return CacheExpert(settings, models.eos, reset=reset, features=features)
+
+    def described(self, opened: Opened, models: Models) -> dict[str, Any]:
+        return {"reset": opened.options.cache_reset}
+
+
+KIND = CacheKind()

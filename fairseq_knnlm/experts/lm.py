@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from fairseq_knnlm.experts.contract import FeaturesOnly, Timeless
 from fairseq_knnlm.experts.dense import DensePrediction
+from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.lm.contexts import Contexts
+from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.lm.transformer import TransformerLM
 
 #: Contexts whose whole distribution is looked at at a time, where only its shape is wanted.
@@ -99,3 +102,39 @@ class KeyExpert(Timeless):
         """The keys, (N, D) float16."""
         assert contexts.keys is not None
         return FeaturesOnly({"lm_key": contexts.keys.half()})
+
+
+@dataclass(frozen=True)
+class SecondOptions:
+    """Flags of a second language model."""
+
+    expert_lm: str | None = flag(
+        None, "checkpoint of a second language model, for lm2", checkpoint=True
+    )
+    expert_lm_lmbda: float | None = flag(
+        None, "weight of that model (default: the calibration, else 0.1)", weight=True
+    )
+
+
+@dataclass(frozen=True)
+class NoSetting:
+    """Of what has one column alone."""
+
+
+class SecondKind(Kind):
+    """``lm2``."""
+
+    name = "lm2"
+    options = SecondOptions
+    setting = NoSetting
+
+    def make(
+        self, opened: Opened, models: Models, settings: Sequence[NoSetting], features: bool
+    ) -> LMExpert:
+        return LMExpert(language_model(models.others[opened.name]), name=opened.name)
+
+    def described(self, opened: Opened, models: Models) -> dict[str, Any]:
+        return {"model": models.fingerprints[opened.name]}
+
+
+KIND = SecondKind()

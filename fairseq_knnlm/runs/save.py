@@ -10,12 +10,19 @@ import numpy as np
 from tqdm import tqdm
 
 from fairseq_knnlm.background import Behind
-from fairseq_knnlm.datastore import INDEX, DatastoreWriter
-from fairseq_knnlm.index.build import IndexBuilder
+from fairseq_knnlm.datastore import INDEX, DatastoreWriter, Origin
+from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
+from fairseq_knnlm.index.device import wants_gpu
+from fairseq_knnlm.index.recipes import choose
+from fairseq_knnlm.index.specification import check_factory
 from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.lm.transformer import TransformerLM
+from fairseq_knnlm.runs.inputs import Inputs
+from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.runs.scorer import Batch, Blocks
+from fairseq_knnlm.versions import versions
 
 #: Keys that are gathered before they are added to an index, which is faster for many.
 KEYS_AT_A_TIME = 65_536
@@ -100,3 +107,41 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
     """Rows (n,) and keys (n, D) float32 of several parts."""
     rows, keys = (np.concatenate(column) for column in zip(*parts, strict=True))
     return rows, np.ascontiguousarray(keys, dtype=np.float32)
+
+
+def open_saving(inputs: Inputs, rows: int) -> Saving:
+    """Makes place for a datastore.
+
+    Args:
+        inputs: options, models, dictionary.
+        rows: entries that it will have.
+
+    Raises:
+        KnnlmError: of the kind that fits, where it cannot be saved.
+    """
+    options, symbols = inputs.options.saving, inputs.vocabulary.symbols
+    assert options.dstore_mmap is not None
+    origin = Origin(
+        model=inputs.model,
+        dictionary=dictionary_fingerprint(symbols),
+        vocabulary=len(symbols),
+        key_type=inputs.options.datastores.knn_keytype,
+        split=inputs.split,
+        context=inputs.context or {},
+        versions=versions(),
+    )
+    width = inputs.loaded.width
+    builder = _index_builder(inputs.options, rows, width) if options.no_save_keys else None
+    writer = DatastoreWriter(Path(options.dstore_mmap), rows, width, origin, options.key_dtype)
+    return Saving(writer, builder)
+
+
+def _index_builder(options: Options, rows: int, width: int) -> IndexBuilder:
+    """Of the index that keys are streamed into, which is made to be searched as flags say."""
+    search, saving = options.knn, options.saving
+    gpu, budget = wants_gpu(search.knn_device), saving.max_bytes_per_key
+    recipe = choose(saving.recipe, rows, width, gpu=gpu, max_bytes=budget, lists=True)
+    check_factory(recipe.factory, width)
+    builder = IndexBuilder(recipe, width, rows, BuildOptions(nprobe=search.probe))
+    builder.check_any_order()
+    return builder

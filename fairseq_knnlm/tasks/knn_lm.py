@@ -19,13 +19,20 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.experts.kind import spelled
 from fairseq_knnlm.lm.registry import check_model, is_supported
-from fairseq_knnlm.runs.evaluate import EvaluationRun, Setting, make_scorer, several_models
+from fairseq_knnlm.runs.evaluate import EvaluationRun
+from fairseq_knnlm.runs.experts import make_scorer
+from fairseq_knnlm.runs.inputs import Inputs, Vocabulary, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
+from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.signals import end_on_request
-from fairseq_knnlm.tasks import checks, host, stock
-from fairseq_knnlm.tasks import flags as config
+from fairseq_knnlm.tasks import host, loading, stock
+from fairseq_knnlm.tasks.checks import check
+from fairseq_knnlm.tasks.flags import KnnlmConfig, options_of, whole_run
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
+from fairseq_knnlm.tasks.idle import name_ignored
+from fairseq_knnlm.tasks.outputs import check_writes
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +44,7 @@ class InTextOrder(BaseWrapperDataset):
         return np.arange(len(self))
 
 
-@register_task("knn_lm", dataclass=config.KnnlmConfig)
+@register_task("knn_lm", dataclass=KnnlmConfig)
 class KnnLanguageModelingTask(LanguageModelingTask):
     """Language modelling that can save a datastore and score with nearest neighbours."""
 
@@ -47,31 +54,26 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         super().__init__(args, dictionary, output_dictionary, targets)
         self.models: list[Any] = []
         self.split = ""
+        self.options = options_of(args)
         self.memory: Memory | None = None
-        self._known: Setting | None = None
+        self._known: Inputs | None = None
 
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> KnnLanguageModelingTask:
         """Checks the flags and opens datastore and index, before any model is loaded."""
-        checks.check(args)
-        _check_run(args)
+        options = check(args)
+        _check_run(args, options)
         task = super().setup_task(args, **kwargs)
-        memory = None
-        if config.evaluates(args):
-            memory = task.memory = open_memory(args, task.target_dictionary.symbols)
-        indexes = [one.index.card for one in memory.retrievers.values()] if memory else []
-        checks.name_ignored(
-            args,
-            memory.experts if memory else None,
-            lists=not indexes or any(card.nprobe for card in indexes),
-        )
+        if options.mixing.evaluates:
+            task.memory = open_memory(options, task.target_dictionary.symbols)
+        name_ignored(args, options, task.memory)
         return task
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         """Builds the model and checks that its keys are those of the datastore."""
         model = super().build_model(args, from_checkpoint)
-        if self.memory is not None or self.args.save_knnlm_dstore:
-            width = check_model(model, str(self.args.knn_keytype))
+        if self.memory is not None or self.options.saving.save_knnlm_dstore:
+            width = check_model(model, self.options.datastores.knn_keytype)
             for store in self.memory.stores if self.memory is not None else ():
                 store.check_origin(width=width)
             if self.models:
@@ -87,8 +89,9 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         """For ``fairseq-generate --score-reference`` and the hub interface's ``score``."""
         scoring = getattr(args, "score_reference", False)
         if scoring and all(map(is_supported, models)):
-            return make_scorer(self._setting(models))
-        checks.check_stock_is_enough(self.args, "generation" if not scoring else "this decoder")
+            return make_scorer(self._inputs(models))
+        what = "generation" if not scoring else "this decoder"
+        loading.check_stock_is_enough(self.options, what)
         return super().build_generator(models, args, *rest, **kwargs)
 
     def eval_lm_dataloader(
@@ -104,18 +107,17 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         context_window: int = 0,
     ) -> Any:
         """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
-        saving = self.args.save_knnlm_dstore
-        checks.check_loader(context_window, num_workers, num_shards, checks.writes(self.args))
+        saving = self.options.saving.save_knnlm_dstore
+        loading.check_loader(context_window, num_workers, num_shards, self.options.writes)
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
         left_out = int(sizes.sum() - read.sum())
-        checks.check_left_out(left_out, max_positions, saving)
+        loading.check_left_out(left_out, max_positions, saving)
         omitted = stock.omitted(dataset)
-        checks.name_omitted(omitted, str(self.args.sample_break_mode))
+        loading.name_omitted(omitted, str(self.args.sample_break_mode))
         stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
-        remembers = str(self.args.pointers) != "none"
-        if self.memory is not None and (remembers or "cache" in self.memory.experts):
-            checks.check_order(num_shards)
+        if self._needs_order():
+            loading.check_order(num_shards)
             dataset = InTextOrder(dataset)
         load = partial(
             super().eval_lm_dataloader,
@@ -128,18 +130,18 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             context_window=context_window,
         )
         if not all(map(is_supported, self.models)):
-            checks.check_stock_is_enough(self.args, "this decoder")
+            loading.check_stock_is_enough(self.options, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
             return load(num_shards=num_shards, shard_id=shard_id)
         on_gpu = next(self.models[0].parameters()).is_cuda
-        if (whole := config.whole_run(self.args)) is not None:
-            checks.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
+        if (whole := whole_run(self.args)) is not None:
+            loading.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
         context = {
             "tokens_per_sample": self.args.tokens_per_sample,
             "context_window": context_window,
             "sample_break_mode": str(self.args.sample_break_mode),
         }
-        run = EvaluationRun(self._setting(self.models, context), sizes, left_out + omitted)
+        run = EvaluationRun(self._inputs(self.models, context), sizes, left_out + omitted)
         if run.sample_every:
             run.learn(
                 # A shard is every n-th batch. Its first blocks see context that is not theirs,
@@ -151,24 +153,45 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         hand_over(run.scorer)
         return WithEnd(load(num_shards=num_shards, shard_id=shard_id), run.finish)
 
-    def _setting(self, models: Any, context: dict[str, Any] | None = None) -> Setting:
-        """The same one as long as the models are: their weights are read once."""
+    def _needs_order(self) -> bool:
+        """Whether somebody must be given the text in its order."""
+        experts = self.memory.experts.values() if self.memory is not None else ()
+        return any(expert.kind.needs_order(expert.options) for expert in experts)
+
+    def _inputs(self, models: Any, context: dict[str, Any] | None = None) -> Inputs:
+        """The same ones as long as the models are: their weights are read once."""
         known, models = self._known, list(models)
-        if known is None or not known.holds(models, self.split, context):
-            second = None
-            if self.memory is not None and "lm2" in self.memory.experts:
-                second = self._second(models[0])
-            known = self._known = Setting(
-                *(self.args, models, self.target_dictionary, self.split, self.memory),
-                *(second, context),
+        if known is None or not known.are_of(models, self.split, context):
+            known = self._known = Inputs(
+                options=self.options,
+                models=models,
+                vocabulary=self._vocabulary(),
+                split=self.split,
+                memory=self.memory,
+                others=self._others(models[0]),
+                context=context,
             )
         return known
 
-    def _second(self, first: Any) -> Any:
-        """The model of ``--expert-lm``, where the first one is."""
-        path = str(self.args.expert_lm)
+    def _vocabulary(self) -> Vocabulary:
+        types = self.target_dictionary
+        bos = bool(self.args.add_bos_token)
+        return Vocabulary(types.symbols, types.pad(), types.eos(), bos)
+
+    def _others(self, first: Any) -> dict[str, Any]:
+        """The further models that experts ask for, by the expert's name, where the first one is."""
+        found = {}
+        for name, expert in self.memory.experts.items() if self.memory is not None else ():
+            for flag in expert.kind.flags("checkpoint"):
+                found[name] = self._another(first, flag, getattr(expert.options, flag))
+        return found
+
+    def _another(self, first: Any, flag: str, path: str) -> Any:
+        """The model of a checkpoint that a flag names."""
         if not Path(path).is_file():
-            raise ConfigError(f"no checkpoint {path}", expected="--expert-lm FILE", found="nothing")
+            raise ConfigError(
+                f"no checkpoint {path}", expected=f"{spelled(flag)} FILE", found="nothing"
+            )
         stock = LanguageModelingTask(
             self.args, self.dictionary, self.output_dictionary, self.targets
         )
@@ -177,28 +200,28 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         return loaded[0].to(parameter.device, parameter.dtype).eval()
 
 
-def _check_run(args: Any) -> None:
+def _check_run(args: Any, options: Options) -> None:
     """What fairseq is given besides the task's flags, and what will be written.
 
     The hub interface has the configuration that the model was trained with in its place.
     """
-    run, command = config.whole_run(args), host.command()
+    run, command = whole_run(args), host.command()
     if command is not None:
         end_on_request()
     stock.check_data(args.data)
     inputs: dict[str, list[str]] = {}
     if run is not None:
         stock.check_numbers(run)
-        checks.check_loader(
+        loading.check_loader(
             run.eval_lm.context_window,
             run.dataset.num_workers,
             stock.shards(run),
-            checks.writes(args),
+            options.writes,
         )
         path, split = run.common_eval.path, run.dataset.gen_subset
         if command is not None and path is not None:
-            one = command == "eval_lm" or args.save_knnlm_dstore or config.evaluates(args)
-            stock.check_checkpoint(path, one=one)
+            asks = options.saving.save_knnlm_dstore or options.mixing.evaluates
+            stock.check_checkpoint(path, one=command == "eval_lm" or asks)
             stock.check_split(args.data, split)
             inputs = {"--path": path.split(":"), "the data": stock.data_files(args.data, split)}
-    checks.check_writes(args, inputs)
+    check_writes(options, inputs)

@@ -6,7 +6,6 @@ exception reaches the user as a message, exit code 1 and no traceback is shown b
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -16,11 +15,11 @@ import numpy as np
 import pytest
 from conftest import Lab, eval_lm, must, run
 
-from fairseq_knnlm import datastore as datastores
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError, KnnlmError, ModelError
 from fairseq_knnlm.runs.compress import compress
-from fairseq_knnlm.tasks.checks import check_stock_is_enough
+from fairseq_knnlm.runs.options import MixingOptions, Options, WritingOptions
+from fairseq_knnlm.tasks.loading import check_stock_is_enough
 
 
 @pytest.fixture
@@ -248,9 +247,7 @@ def test_saving_onto_something(lab: Lab, store: Path) -> None:
 
 
 def test_saving_on_a_full_disk(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        datastores.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
     says = refused(lab, DatastoreError, "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "new")
     tokens = len(lab.text("test"))
     assert f"{tokens * (16 * 2 + 2) / 1024:.1f} KiB free" in says
@@ -278,12 +275,15 @@ def test_writing_in_shards(lab: Lab, tmp_path: Path, flags: list[str]) -> None:
 
 @pytest.mark.parametrize("flag", ["knnlm", "experts", "score_table", "results_json"])
 def test_flags_that_the_stock_scorer_would_ignore(flag: str) -> None:
-    args = argparse.Namespace(knnlm=False, experts=None, score_table=None, results_json=None)
-    check_stock_is_enough(args, "this decoder")
-    setattr(args, flag, "x")
+    check_stock_is_enough(Options(), "this decoder")
+    mixing = flag in ("knnlm", "experts")
+    given = Options(
+        mixing=MixingOptions(**({flag: "x"} if mixing else {})),  # type: ignore[arg-type]
+        writing=WritingOptions(**({} if mixing else {flag: "x"})),  # type: ignore[arg-type]
+    )
     says = f"--{flag.replace('_', '-')} does not work with this decoder"
     with pytest.raises(ConfigError, match=says):
-        check_stock_is_enough(args, "this decoder")
+        check_stock_is_enough(given, "this decoder")
 
 
 def test_recipes_that_faiss_refuses(datastore: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_exact_search_in_torch_takes_the_place_of_an_exact_index(
     """As if only torch had a GPU, which here is the CPU."""
     flags = ["--knnlm", "--dstore-filename", datastore, *KNN]
     expected = lab.evaluate("valid", *flags)
-    monkeypatch.setattr("fairseq_knnlm.runs.opening.gpu_of_torch_alone", lambda device: "cpu")
+    monkeypatch.setattr("fairseq_knnlm.retrieval.opening.gpu_of_torch_alone", lambda device: "cpu")
     # FAISS rounds otherwise, which at this temperature shows where neighbours are far apart.
     assert lab.evaluate("valid", *flags)["loss"] == pytest.approx(expected["loss"], abs=1e-3)
 

@@ -104,7 +104,7 @@ def test_tuning_makes_its_table_and_says_what_each_part_adds(tuned: Tuned) -> No
     assert "calibration.safetensors" not in names
     table = read_table(tuned.store / "valid.npz")
     assert list(table.experts) == EXPERTS.split(",")
-    for stack in tuned.calibration.stacks:
+    for stack in tuned.calibration.mixtures:
         assert re.search(rf"^  {re.escape(stack.name)} +{stack.perplexity:.2f}", tuned.said, re.M)
     (used,) = re.findall(r"^  (.*?) +\d.*<- used$", tuned.said, re.M)
     assert used == tuned.calibration.best.name
@@ -210,7 +210,7 @@ def test_where_nothing_helped_the_language_model_is_used_alone(
     lab: Lab, tuned: Tuned, copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fitted = tuned.calibration
-    alone = replace(fitted, stacks=fitted.stacks[:1], default=0)
+    alone = replace(fitted, mixtures=fitted.mixtures[:1], default=0)
     write_calibration(copy / "calibration.json", alone)
     found = results(lab, tmp_path, "--knnlm", "--dstore-filename", copy)
     assert found["loss"] == found["base_loss"]

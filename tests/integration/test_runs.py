@@ -19,9 +19,9 @@ from stores import assert_helps
 from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.errors import ConfigError, ModelError
 from fairseq_knnlm.experts.cache import CacheSetting, cache_bytes
-from fairseq_knnlm.runs import evaluate as evaluation
+from fairseq_knnlm.runs import evaluate, inputs
 from fairseq_knnlm.runs.mixing import _compare_context
-from fairseq_knnlm.runs.report import results
+from fairseq_knnlm.runs.results import losses
 
 KNN = ["--k", 64, "--lmbda", 0.3, "--knn-temp", 2.0]
 CONTEXT = {"tokens_per_sample": 8, "context_window": 8, "sample_break_mode": "none"}
@@ -56,10 +56,8 @@ def test_weights_are_read_once(
     lab: Lab, datastore: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = evaluation.model_fingerprint
-    monkeypatch.setattr(
-        evaluation, "model_fingerprint", lambda m: (calls.append(m), original(m))[1]
-    )
+    original = inputs.model_fingerprint
+    monkeypatch.setattr(inputs, "model_fingerprint", lambda m: (calls.append(m), original(m))[1])
     flags = ["--knnlm", "--dstore-filename", datastore, *KNN]
     lab.evaluate("test", *flags, "--score-table", tmp_path / "table.npz")
     assert len(calls) == 1
@@ -130,7 +128,7 @@ def test_a_failing_write_keeps_no_other_from_being_made(
     written = ["--score-table", table, "--results-json", file]
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "write_json", full)
+        patch.setattr(evaluate, "write_json", full)
         with pytest.raises(OSError, match="No space left"):
             lab.evaluate("test", *flags, *written)
     assert "kNN-LM   perplexity" in caplog.text
@@ -147,7 +145,7 @@ def test_a_failing_write_keeps_no_other_from_being_made(
 
 def test_nothing_that_is_no_number_reaches_json() -> None:
     for log_prob in (math.nan, math.inf, -math.inf, -1e9):
-        found = results(tokens=10, base_log_prob=log_prob, log_prob=log_prob, seconds=0.0)
+        found = losses(tokens=10, base_log_prob=log_prob, log_prob=log_prob, seconds=0.0)
         json.dumps(found, allow_nan=False)
         assert found["perplexity"] is None
 

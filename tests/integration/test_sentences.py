@@ -20,7 +20,7 @@ from fairseq_knnlm.experts.cache import CacheSetting
 from fairseq_knnlm.experts.knn import KnnSetting
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import Gate
-from fairseq_knnlm.runs import evaluate as evaluation
+from fairseq_knnlm.runs import experts as experts_of_a_run
 from fairseq_knnlm.runs.mixing import Mixture
 from fairseq_knnlm.runs.scorer import KnnScorer
 
@@ -97,7 +97,7 @@ def test_a_text_is_scored_as_a_text_of_its_own(
     if "ngram" in experts:
         given["ngram_lmbda"] = 0.1
     if kind == "gate":
-        monkeypatch.setattr(evaluation, "mixture", random_gate)
+        monkeypatch.setattr(experts_of_a_run, "mixture", random_gate)
     given["dstore_filename"] = str(datastore)
     flags = [word for name, x in given.items() for word in (f"--{name.replace('_', '-')}", x)]
     interface = hub(lab, **given)

@@ -32,9 +32,9 @@ from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import ALONE, Fixed, Gate, Skip
 from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM
-from fairseq_knnlm.runs.opening import _skipping
-from fairseq_knnlm.tasks import flags as config
+from fairseq_knnlm.runs.opening import find_skipping
 from fairseq_knnlm.tasks.checks import check
+from fairseq_knnlm.tasks.flags import KnnlmConfig
 
 ROWS, WIDTH, TYPES = 16000, 6, 7
 KNN = Component("knn", vars(KnnSetting()))
@@ -255,7 +255,7 @@ def test_neighbours_alone_leave_the_language_model() -> None:
 
 def flags(**given: Any) -> SimpleNamespace:
     """Flags that pass, but for those given."""
-    defaults = config.KnnlmConfig()
+    defaults = KnnlmConfig()
     return SimpleNamespace(
         **{**vars(defaults), "tokens_per_sample": 8, "knnlm": True, "dstore_filename": "x", **given}
     )
@@ -282,19 +282,18 @@ def test_flags_that_agree_pass() -> None:
 
 
 def test_nothing_fitted_is_refused(calibration: Calibration) -> None:
-    args = SimpleNamespace(mixer="auto")
-    skip, rest = vars(_skipping(args, calibration, ["knn"])).values()
+    skip, rest = vars(find_skipping("auto", calibration, ["knn"])).values()
     assert skip is calibration.skips[0]
     assert list(rest.components) == [LM]
     for bad in (None, replace(calibration, skips=())):
         with pytest.raises(ConfigError) as caught:
-            _skipping(args, bad, ["knn"])
+            find_skipping("auto", bad, ["knn"])
         assert_helps(caught, "with knn", "fairseq-knnlm tune")
     with pytest.raises(ConfigError) as caught:
-        _skipping(args, calibration, ["knn", "cache"])
+        find_skipping("auto", calibration, ["knn", "cache"])
     assert_helps(caught, "with knn+cache")
     with pytest.raises(ConfigError) as caught:
-        _skipping(args, calibration, ["cache"])
+        find_skipping("auto", calibration, ["cache"])
     assert_helps(caught, "no searches to skip")
 
 

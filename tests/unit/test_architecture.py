@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
@@ -46,13 +45,12 @@ LIBRARIES = {
     "torch": WITH_TORCH,
     "tqdm": EVERYWHERE - {GROUND},
 }
-#: What can be read anywhere, at once -> the libraries that reading it must not load.
-LIGHT = (GROUND, "files", "datastore", "calibration/table", "mixture/components")
-HEAVY = {"torch", "fairseq", "fairseq_cli", "faiss", "matplotlib", "omegaconf"}
 #: A file is read in one sitting.
 LINES = 400
 #: Names that stand for flags as they were typed.
 FLAGS = {"args", "cfg"}
+#: What runs text or a shell.
+RUNNING = {"eval", "exec", "os.system", "os.popen", "torch.load"}
 #: Words that a reader would have to learn here first, alone or as a part of a name.
 OUR_OWN = re.compile(
     r"(?<![a-z])(panels?|opinions?|verdicts?|passages?|wishes|exams?|storeys?|silent)(?![a-z])"
@@ -73,7 +71,7 @@ class Module:
 
     @property
     def folder(self) -> str:
-        return self.name.rpartition("/")[0]
+        return folder_of(self.name)
 
     @cached_property
     def text(self) -> str:
@@ -83,10 +81,11 @@ class Module:
     def tree(self) -> ast.Module:
         return ast.parse(self.text)
 
-    def imported(self, *, late: bool = True) -> set[str]:
-        """Dotted names of all that is imported; inside functions too unless not ``late``."""
+    @cached_property
+    def imported(self) -> set[str]:
+        """Dotted names of all that is imported, inside functions too."""
         names: set[str] = set()
-        for node in ast.walk(self.tree) if late else at_once(self.tree):
+        for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -101,9 +100,9 @@ class Module:
         parts = [PACKAGE, *self.name.split("/")]
         return ".".join(parts[:-level])
 
-    def siblings(self, *, late: bool = True) -> set[str]:
+    def siblings(self) -> set[str]:
         """The package's files that it imports."""
-        found = {self._file(name) for name in self.imported(late=late)}
+        found = {self._file(name) for name in self.imported}
         return {name for name in found if name}
 
     def _file(self, dotted: str) -> str:
@@ -117,17 +116,21 @@ class Module:
                     return name
         return ""
 
-    def libraries(self, *, late: bool = True) -> set[str]:
-        names = {name.split(".")[0] for name in self.imported(late=late)}
+    def libraries(self) -> set[str]:
+        names = {name.split(".")[0] for name in self.imported}
         return names - {PACKAGE, "__future__"}
 
-    @property
-    def calls(self) -> Iterator[ast.Call]:
-        return (node for node in ast.walk(self.tree) if isinstance(node, ast.Call))
+    @cached_property
+    def calls(self) -> list[ast.Call]:
+        return [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
 
-    def called(self, name: str) -> list[int]:
-        """Lines on which a function is called by such a name, as ``print`` or ``np.load``."""
-        return [call.lineno for call in self.calls if ast.unparse(call.func) == name]
+    @cached_property
+    def called(self) -> dict[str, list[int]]:
+        """Functions by the name they are called by, as ``print`` or ``os.system``; the lines."""
+        found: dict[str, list[int]] = {}
+        for call in self.calls:
+            found.setdefault(ast.unparse(call.func), []).append(call.lineno)
+        return found
 
     @property
     def flags(self) -> list[str]:
@@ -154,33 +157,24 @@ class Module:
         return [one for node in every for one in (node.vararg, node.kwarg)]
 
 
-def at_once(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: none in functions or for type checkers."""
-    for node in ast.iter_child_nodes(tree):
-        checked = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if not checked and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node
-            yield from at_once(node)
-
-
 def modules_of(package: Path) -> dict[str, Module]:
     files = sorted(package.rglob("*.py"))
     names = [file.relative_to(package).with_suffix("").as_posix() for file in files]
     return {name: Module(package, name) for name in names}
 
 
+def folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
 def inside(name: str, places: set[str]) -> bool:
     """Whether a file is one of these or lies in one of them."""
-    return name in places or name.rpartition("/")[0] in places
+    return name in places or folder_of(name) in places
 
 
 MODULES = modules_of(ROOT / PACKAGE)
 TOP = MODULES["__init__"]
-BELOW_THE_TOP = [name for name in MODULES if name != "__init__"]
-every_module = pytest.mark.parametrize("module", MODULES.values(), ids=list(MODULES))
-below_the_top = pytest.mark.parametrize(
-    "module", [MODULES[name] for name in BELOW_THE_TOP], ids=BELOW_THE_TOP
-)
+BELOW_THE_TOP = [module for module in MODULES.values() if module is not TOP]
 
 
 def test_every_folder_has_its_place() -> None:
@@ -188,20 +182,26 @@ def test_every_folder_has_its_place() -> None:
     assert {module.folder for module in MODULES.values()} == set(FOLDERS)
 
 
-@below_the_top
-def test_imports_run_one_way(module: Module) -> None:
-    place = FOLDERS.index(module.folder)
-    before = set(FOLDERS[: place + 1]) - APART.get(module.folder, set())
-    found = {name for name in module.siblings() if name.rpartition("/")[0] not in before}
-    assert not found, f"{module.name} may import from {sorted(before)}"
+def test_the_order_is_the_documents() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z]+)/` \|", text, flags=re.MULTILINE)
+    assert rows == [folder for folder in FOLDERS if folder not in {GROUND, "files"}]
 
 
-@below_the_top
-def test_nobody_imports_the_edge(module: Module) -> None:
+def test_imports_run_one_way() -> None:
+    for module in BELOW_THE_TOP:
+        place = FOLDERS.index(module.folder)
+        before = set(FOLDERS[: place + 1]) - APART.get(module.folder, set())
+        above = {name for name in module.siblings() if folder_of(name) not in before}
+        assert not above, f"{module.name} may import from {sorted(before)}, and imports {above}"
+
+
+def test_nobody_imports_the_edge() -> None:
     """The command line is imported by nobody, the task by the command line alone."""
-    reached = {name.rpartition("/")[0] for name in module.siblings()} - {module.folder}
-    assert "cli" not in reached
-    assert "tasks" not in reached or module.folder == "cli"
+    for module in BELOW_THE_TOP:
+        reached = {folder_of(name) for name in module.siblings()} - {module.folder}
+        assert "cli" not in reached, module.name
+        assert "tasks" not in reached or module.folder == "cli", module.name
 
 
 def test_the_package_itself_imports_the_task_at_most() -> None:
@@ -213,72 +213,57 @@ def test_no_cycles() -> None:
     TopologicalSorter({name: module.siblings() for name, module in MODULES.items()}).prepare()
 
 
-@every_module
-def test_every_library_has_its_place(module: Module) -> None:
-    outside = module.libraries() - (sys.stdlib_module_names - set(LIBRARIES))
-    for library in outside:
-        assert library in LIBRARIES, f"say in LIBRARIES where {library} may be imported"
-        places = LIBRARIES[library]
-        assert inside(module.name, places), f"{library} is imported in {sorted(places)} alone"
+def test_every_library_has_its_place() -> None:
+    watched = sys.stdlib_module_names - set(LIBRARIES)
+    for module in MODULES.values():
+        for library in module.libraries() - watched:
+            assert library in LIBRARIES, f"say where {library} may be imported ({module.name})"
+            places = LIBRARIES[library]
+            assert inside(module.name, places), f"{module.name}: {library} has {sorted(places)}"
 
 
-@pytest.mark.parametrize("place", LIGHT)
-def test_what_is_read_anywhere_loads_nothing_heavy(place: str) -> None:
-    """By way of nobody: not when it is imported."""
-    waiting = [name for name in BELOW_THE_TOP if inside(name, {place})]
-    assert waiting, f"nothing is called {place} any more"
-    seen: set[str] = set()
-    while waiting:
-        module = MODULES[waiting.pop()]
-        seen.add(module.name)
-        assert not module.libraries(late=False) & HEAVY, f"{place} imports {module.name}"
-        waiting += module.siblings(late=False) - seen
-
-
-@below_the_top
-def test_flags_stay_at_the_edge(module: Module) -> None:
+def test_flags_stay_at_the_edge() -> None:
     """Below tasks and cli there are typed options, and no flags as they were typed."""
-    assert module.folder in {"tasks", "cli"} or not module.flags
+    below = [module for module in MODULES.values() if module.folder not in {"tasks", "cli"}]
+    assert not {module.name: module.flags for module in below if module.flags}
 
 
-@every_module
-def test_only_the_edge_prints(module: Module) -> None:
+def test_only_the_edge_prints() -> None:
     """What goes wrong before fairseq can say so is said by tasks/host."""
-    assert not module.called("print") or inside(module.name, {"cli", "tasks/host"})
+    printing = {name for name, module in MODULES.items() if "print" in module.called}
+    assert not {name for name in printing if not inside(name, {"cli", "tasks/host"})}
 
 
-@every_module
-def test_nothing_runs_what_it_reads(module: Module) -> None:
+def test_nothing_runs_what_it_reads() -> None:
     """No pickle, no evaluation of text, no shell."""
-    assert not module.libraries() & {"pickle", "cPickle", "dill", "cloudpickle", "joblib"}
-    for name in ("eval", "exec", "os.system", "os.popen", "torch.load"):
-        assert not module.called(name)
-    keywords = [
-        (keyword.arg, keyword.value.value)
-        for call in module.calls
-        for keyword in call.keywords
-        if isinstance(keyword.value, ast.Constant)
-    ]
-    assert ("shell", True) not in keywords
-    assert ("allow_pickle", True) not in keywords
+    for module in MODULES.values():
+        assert not module.libraries() & {"pickle", "cPickle", "dill", "cloudpickle", "joblib"}
+        assert not set(module.called) & RUNNING, module.name
+        keywords = [
+            (keyword.arg, keyword.value.value)
+            for call in module.calls
+            for keyword in call.keywords
+            if isinstance(keyword.value, ast.Constant)
+        ]
+        assert not {("shell", True), ("allow_pickle", True)} & set(keywords), module.name
 
 
-@every_module
-def test_numpy_is_told_to_refuse_pickle(module: Module) -> None:
+def test_numpy_is_told_to_refuse_pickle() -> None:
     """Every numpy.load says so, though it is the default."""
-    for call in module.calls:
-        if ast.unparse(call.func) in {"np.load", "numpy.load"}:
-            assert "allow_pickle" in {keyword.arg for keyword in call.keywords}
+    for module in MODULES.values():
+        for call in module.calls:
+            if ast.unparse(call.func) in {"np.load", "numpy.load"}:
+                said = {keyword.arg for keyword in call.keywords}
+                assert "allow_pickle" in said, f"{module.name}:{call.lineno}"
 
 
-@every_module
-def test_every_module_says_what_it_is_for(module: Module) -> None:
-    assert ast.get_docstring(module.tree)
+def test_every_module_says_what_it_is_for() -> None:
+    assert not [name for name, module in MODULES.items() if not ast.get_docstring(module.tree)]
 
 
-@every_module
-def test_every_file_is_read_in_one_sitting(module: Module) -> None:
-    assert len(module.text.splitlines()) <= LINES
+def test_every_file_is_read_in_one_sitting() -> None:
+    lengths = {name: len(module.text.splitlines()) for name, module in MODULES.items()}
+    assert not {name: length for name, length in lengths.items() if length > LINES}
 
 
 def words_of_our_own(text: str) -> list[str]:
@@ -288,18 +273,25 @@ def words_of_our_own(text: str) -> list[str]:
 
 
 def written() -> list[Path]:
-    """All that is written for people: code and documents. This file has to name the words."""
+    """All that is written for people, code and documents.
+
+    Without this file, which has to name the words, and the change log, which says what became of
+    names of before.
+    """
     found = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile", ROOT / "setup.py"]
     for folder in (PACKAGE, "tests", "examples", "benchmarks", "tools"):
         found += [path for end in ("py", "sh", "md") for path in ROOT.glob(f"{folder}/**/*.{end}")]
-    return [path for path in sorted(found) if path != Path(__file__).resolve()]
+    return sorted(set(found) - {Path(__file__).resolve(), ROOT / "CHANGELOG.md"})
 
 
-@pytest.mark.parametrize("path", written(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_words_are_those_of_the_field(path: Path) -> None:
-    assert not words_of_our_own(str(path.relative_to(ROOT)))
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        assert not words_of_our_own(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+def test_the_words_are_those_of_the_field() -> None:
+    found = {}
+    for path in written():
+        name = str(path.relative_to(ROOT))
+        lines = [name, *path.read_text(encoding="utf-8").splitlines()]
+        at = [number for number, line in enumerate(lines) if words_of_our_own(line)]
+        found |= {f"{name}:{number}": lines[number].strip() for number in at}
+    assert not found, "\n".join(f"{place}: {line}" for place, line in found.items())
 
 
 def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
@@ -330,11 +322,9 @@ def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
         "index/build",
     }
     assert bad.siblings() == {"cli/__init__", "index/build", "files/__init__"}
-    assert bad.siblings(late=False) == {"cli/__init__", "index/build"}
     assert bad.libraries() == {"pickle", "faiss"}
-    assert bad.libraries(late=False) == {"pickle"}
-    assert bad.called("eval") == bad.called("print") == [8]
-    assert bad.called("np.load") == [10]
+    assert bad.called["eval"] == bad.called["print"] == [8]
+    assert bad.called["np.load"] == [10]
     assert sorted(bad.flags) == ["4: args", "4: x", "6: cfg"]
 
 

@@ -25,7 +25,12 @@ from torch import Tensor
 from fairseq_knnlm.calibration import record as module
 from fairseq_knnlm.calibration import settings
 from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
-from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
+from fairseq_knnlm.calibration.stored import (
+    Calibration,
+    FittedMixture,
+    read_calibration,
+    write_calibration,
+)
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import fingerprint, write_sealed
 from fairseq_knnlm.lm.contexts import CONTEXT
@@ -49,7 +54,7 @@ def gate() -> Gate:
     return made.eval()
 
 
-def stacks() -> tuple[Stack, ...]:
+def mixtures() -> tuple[FittedMixture, ...]:
     """The language model alone, and one of each kind of mixer."""
     mixers = {
         (): Fixed((LM,), (1.0,)),
@@ -62,7 +67,7 @@ def stacks() -> tuple[Stack, ...]:
     }
     figures = (100.0, 90.0, 80.5, 85.0, 70.25)
     return tuple(
-        Stack(experts, mixer, perplexity, perplexity / 10, perplexity + 1)
+        FittedMixture(experts, mixer, perplexity, perplexity / 10, perplexity + 1)
         for (experts, mixer), perplexity in zip(mixers.items(), figures, strict=True)
     )
 
@@ -81,7 +86,7 @@ def calibration() -> Calibration:
         fitted_on=on(),
         experts={"knn": {"k": 64, "index": "Flat"}, "cache": {"reset": False}},
         base_perplexity=100.0,
-        stacks=stacks(),
+        mixtures=mixtures(),
         default=4,
         versions={"python": "3"},
         skips=(Skip(gate(), np.linspace(-5, 5, 101).tolist()),),
@@ -104,10 +109,10 @@ def read(path: Path) -> Calibration:
 
 def test_everything_comes_back(path: Path) -> None:
     found, expected = read(path), calibration()
-    assert replace(found, stacks=(), skips=()) == replace(expected, stacks=(), skips=())
+    assert replace(found, mixtures=(), skips=()) == replace(expected, mixtures=(), skips=())
     (ours,), (theirs,) = expected.skips, found.skips
     assert theirs.quantiles == ours.quantiles
-    for one, other in zip(found.stacks, expected.stacks, strict=True):
+    for one, other in zip(found.mixtures, expected.mixtures, strict=True):
         assert replace(one, mixer=None) == replace(other, mixer=None)
         assert one.mixer.kind == other.mixer.kind
         assert list(one.mixer.components) == list(other.mixer.components)
@@ -115,7 +120,7 @@ def test_everything_comes_back(path: Path) -> None:
         assert one.mixer.abstain == other.mixer.abstain
 
 
-@pytest.mark.parametrize("place", range(len(stacks())))
+@pytest.mark.parametrize("place", range(len(mixtures())))
 def test_mixers_weigh_as_before(path: Path, place: int) -> None:
     """To the last bit, also of tokens of which a feature is not known."""
     generator = torch.manual_seed(3)
@@ -123,7 +128,7 @@ def test_mixers_weigh_as_before(path: Path, place: int) -> None:
         name: torch.randn(50, width, generator=generator) * 3 + 1 for name, width in WIDTHS.items()
     }
     features["knn_distances"][::5] = torch.nan
-    before, after = (each.stacks[place].mixer for each in (calibration(), read(path)))
+    before, after = (each.mixtures[place].mixer for each in (calibration(), read(path)))
     weights = after.log_weights(features)
     assert torch.equal(weights, before.log_weights(features))
     torch.testing.assert_close(weights.exp().sum(-1), torch.ones(weights.shape[:-1]))
@@ -138,8 +143,8 @@ def test_a_gate_that_is_read_is_done_learning(path: Path) -> None:
 
 def test_without_gates(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    write_calibration(path, replace(calibration(), stacks=stacks()[:2], default=1, skips=()))
-    assert [stack.name for stack in read(path).stacks] == ["language model alone", "knn, fixed"]
+    write_calibration(path, replace(calibration(), mixtures=mixtures()[:2], default=1, skips=()))
+    assert [one.name for one in read(path).mixtures] == ["language model alone", "knn, fixed"]
 
 
 def test_the_best_and_the_asked_for(path: Path) -> None:
@@ -147,8 +152,8 @@ def test_the_best_and_the_asked_for(path: Path) -> None:
     assert found.best.name == "knn+cache+lm2, gate"
 
     def named(experts: list[str], kind: str = "auto") -> str | None:
-        stack = found.find(experts, kind)
-        return stack and stack.name
+        mixture = found.find(experts, kind)
+        return mixture and mixture.name
 
     assert named(["knn", "cache"]) == named(["cache", "knn"]) == "knn+cache, blend"
     assert named(["knn", "cache"], "bins") == "cache+knn, bins"
@@ -232,8 +237,8 @@ def test_another_model(path: Path) -> None:
 
 
 def more() -> Calibration:
-    another = Stack(("knn", "cache"), gate(), 80.0, 8.0, 80.0)
-    return replace(calibration(), stacks=(*stacks(), another))
+    another = FittedMixture(("knn", "cache"), gate(), 80.0, 8.0, 80.0)
+    return replace(calibration(), mixtures=(*mixtures(), another))
 
 
 @pytest.mark.parametrize("fails", ["write_text", "replace"])
@@ -252,9 +257,9 @@ def test_a_write_that_fails_leaves_the_old_one(
             write_calibration(path, more())
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-    assert len(read(path).stacks) == len(stacks())
+    assert len(read(path).mixtures) == len(mixtures())
     write_calibration(path, more())
-    assert len(read(path).stacks) == len(stacks()) + 1
+    assert len(read(path).mixtures) == len(mixtures()) + 1
 
 
 KILLED = """
@@ -313,12 +318,12 @@ def test_version_2_still_opens(path: Path) -> None:
     assert found.best.name == before.best.name
     assert found.fitted_on == before.fitted_on | {"context": {}}
     features = {name: torch.randn(9, width) for name, width in WIDTHS.items()}
-    for one, other in zip(found.stacks, before.stacks, strict=True):
+    for one, other in zip(found.mixtures, before.mixtures, strict=True):
         assert one.mixer.abstain == "share"
         assert one.choice_perplexity == one.perplexity == other.perplexity
         assert torch.equal(one.mixer.log_weights(features), other.mixer.log_weights(features))
     write_calibration(path, before)
-    assert len(read(path).stacks) == len(stacks())
+    assert len(read(path).mixtures) == len(mixtures())
 
 
 @pytest.mark.parametrize("spoil", [truncate, lengthen, alter, Path.unlink])
@@ -384,6 +389,9 @@ SPOILT: list[tuple[tuple[str | int, ...], object, str]] = [
     ((*BLEND, "components"), [], "$.stacks[2].mixer.components"),
     ((*BLEND, "components", 1, "expert"), "oracle", "stacks[2].mixer.components[1]"),
     ((*BLEND, "components", 0, "expert"), "lm2", "stacks[2].mixer.components do not begin"),
+    ((*BLEND, "components", 0, "expert"), "oracle", "oracle"),
+    ((*BLEND, "components", 0, "expert"), "knn1", "no expert 'knn1'"),
+    ((*BLEND, "components", 1), {"expert": "lm", "setting": {}}, "repeat the language model"),
     ((*NEAR, "temperature"), 0, "temperature"),
     ((*NEAR, "temperature"), -1.0, "temperature"),
     ((*NEAR, "temperature"), math.inf, "Infinity"),
@@ -458,14 +466,14 @@ def test_the_light_record_says_what_the_calibration_says(path: Path) -> None:
     record, whole = read_record(path, [DATASTORE]), read(path)
     assert record is not None
     assert (record.best.name, record.best.perplexity) == (whole.best.name, whole.best.perplexity)
-    assert [one.name for one in record.mixtures] == [one.name for one in whole.stacks]
-    assert [one.mixer.kind for one in record.mixtures] == [one.mixer.kind for one in whole.stacks]
+    assert [one.name for one in record.mixtures] == [one.name for one in whole.mixtures]
+    assert [one.mixer.kind for one in record.mixtures] == [one.mixer.kind for one in whole.mixtures]
     assert record.base_perplexity == whole.base_perplexity
     assert (record.fitted_on.split, record.fitted_on.tokens) == ("valid", 1000)
     of_version_2(path)
     older = read_record(path, [DATASTORE])
     assert older is not None
-    assert [one.name for one in older.mixtures] == [one.name for one in whole.stacks]
+    assert [one.name for one in older.mixtures] == [one.name for one in whole.mixtures]
 
 
 ORACLE = Component("oracle", {"heat": 0.5, "deep": True, "style": "bold", "temperature": 2.0})
@@ -473,8 +481,8 @@ ORACLE = Component("oracle", {"heat": 0.5, "deep": True, "style": "bold", "tempe
 
 def with_oracle(setting: dict[str, Any]) -> Calibration:
     mixer = Fixed((LM, Component("oracle", setting)), (0.5, 0.5))
-    another = Stack(("oracle",), mixer, 80.0, 8.0, 80.0)
-    return replace(calibration(), stacks=(*stacks(), another))
+    another = FittedMixture(("oracle",), mixer, 80.0, 8.0, 80.0)
+    return replace(calibration(), mixtures=(*mixtures(), another))
 
 
 def test_an_expert_from_elsewhere_has_settings_of_its_own(path: Path) -> None:

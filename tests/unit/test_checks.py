@@ -13,14 +13,15 @@ import pytest
 from stores import random_entries, write_store
 
 from fairseq_knnlm.errors import ConfigError, DatastoreError, KnnlmError, OutputError
+from fairseq_knnlm.experts.kind import Opened
+from fairseq_knnlm.experts.registry import kind_of
+from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.places import check_apart
-from fairseq_knnlm.tasks.checks import (
-    check,
-    check_writes,
-    name_ignored,
-    name_precision,
-)
-from fairseq_knnlm.tasks.flags import KnnlmConfig
+from fairseq_knnlm.tasks.checks import check
+from fairseq_knnlm.tasks.flags import KnnlmConfig, options_of
+from fairseq_knnlm.tasks.idle import name_ignored
+from fairseq_knnlm.tasks.loading import name_precision
+from fairseq_knnlm.tasks.outputs import check_writes
 
 NAN, INF = float("nan"), float("inf")
 KNN = {"knnlm": True, "dstore_filename": "x"}
@@ -31,6 +32,17 @@ SAVE = {"save_knnlm_dstore": True, "dstore_mmap": "new"}
 def flags(**given: Any) -> SimpleNamespace:
     """Flags as fairseq gives them, those left out at their defaults."""
     return SimpleNamespace(**{**vars(KnnlmConfig()), "tokens_per_sample": 8, **given})
+
+
+def name_idle(cfg: SimpleNamespace, experts: list[str] | None, *, lists: bool = True) -> None:
+    """Names what does nothing in a run with these experts, over an index with lists or without."""
+    options, card = options_of(cfg), SimpleNamespace(nprobe=32 if lists else None)
+    retriever = SimpleNamespace(index=SimpleNamespace(card=card))
+    opened = {}
+    for name in experts or ():
+        kind = kind_of(name)
+        opened[name] = Opened(name, kind, options.of(kind), retriever)
+    name_ignored(cfg, options, None if experts is None else Memory((), None, opened))
 
 
 def refused(**given: Any) -> str:
@@ -189,19 +201,19 @@ def test_flags_that_are_right(given: dict[str, Any]) -> None:
 
 def test_what_does_nothing_is_named_a_line_each(caplog: pytest.LogCaptureFixture) -> None:
     given = {**KNN, "k": 8, "dstore_size": 9, "dstore_fp16": True, "expert_lm": "x", "probe": 2}
-    name_ignored(flags(**given), ["knn"], lists=False)
+    name_idle(flags(**given), ["knn"], lists=False)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 4
     for flag in ("--dstore-size", "--dstore-fp16", "--expert-lm", "--probe"):
         assert [flag in message for message in caplog.messages].count(True) == 1
     caplog.clear()
-    name_ignored(flags(**KNN, k=8), ["cache"])
+    name_idle(flags(**KNN, k=8), ["cache"])
     assert len(caplog.messages) == 1 and "--k does nothing" in caplog.text
     caplog.clear()
-    name_ignored(flags(**KNN, k=8, pointers="replace"), ["knn"])
+    name_idle(flags(**KNN, k=8, pointers="replace"), ["knn"])
     assert "at most k / 4 = 2" in caplog.text
     caplog.clear()
-    name_ignored(flags(**KNN, k=8, probe=2), ["knn", "knn2"])
-    name_ignored(flags(**SAVE, no_save_keys=True, knn_device="cpu"), None)
+    name_idle(flags(**KNN, k=8, probe=2), ["knn", "knn2"])
+    name_idle(flags(**SAVE, no_save_keys=True, knn_device="cpu"), None)
     name_precision(False, False, on_gpu=False)
     name_precision(True, False, on_gpu=True)
     assert not caplog.messages
@@ -215,7 +227,7 @@ def test_legacy_flags_are_heeded_for_legacy_files(
     np.zeros(4).tofile(tmp_path / "old_keys.npy")
     np.zeros(4).tofile(tmp_path / "old_vals.npy")
     store = str(tmp_path / "old")
-    name_ignored(flags(knnlm=True, dstore_filename=store, dstore_size=4), ["knn"])
+    name_idle(flags(knnlm=True, dstore_filename=store, dstore_size=4), ["knn"])
     assert not caplog.messages
 
 
@@ -225,7 +237,8 @@ OUTPUTS = ["dstore_mmap", "results_json", "score_table"]
 def trying(name: str, path: object, **given: Any) -> None:
     """Tries one output of a run that writes it."""
     saving = {"save_knnlm_dstore": True} if name == "dstore_mmap" else {}
-    check_writes(flags(**{**saving, name: str(path), **given}), {"--path": ["lm.pt"]})
+    asked = options_of(flags(**{**saving, name: str(path), **given}))
+    check_writes(asked, {"--path": ["lm.pt"]})
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -38,6 +38,7 @@ def test_an_interruption_is_told_without_a_traceback(
     assert not store.index_path.exists()
 
 
+@pytest.mark.slow
 def test_info_into_a_pipe_that_closes(store: Datastore) -> None:
     """``info | head``, as a process."""
     command = f"fairseq-knnlm info --dstore {store.path} | head -n 1; echo ${{PIPESTATUS[@]}}"

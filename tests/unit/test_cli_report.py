@@ -44,7 +44,7 @@ def test_report_judges_the_calibration_on_another_table(
     fitted = calibration(store.fingerprint)
     setting = {"suffix": 0, "k": 0, "temperature": 2.0}
     knn = replace(fitted.best, mixer=Fixed((LM, Component("knn", setting)), (0.875, 0.125)))
-    write_calibration(store.calibration_path, replace(fitted, stacks=(fitted.stacks[0], knn)))
+    write_calibration(store.calibration_path, replace(fitted, mixtures=(fitted.mixtures[0], knn)))
     lm = np.exp(-2)
     sharp = np.where(np.arange(960) % 2, 1.0, 0.0)
     perplexity = np.exp(-np.log(0.875 * lm + 0.125 * sharp).mean())

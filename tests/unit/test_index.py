@@ -1,4 +1,4 @@
-"""The FAISS index: searches against brute force, files that belong together, devices, recipes."""
+"""The FAISS index on the disk: one file with its card, read as it was written."""
 
 from __future__ import annotations
 
@@ -20,21 +20,15 @@ from stores import (
     alter,
     assert_helps,
     build_index,
-    clustered,
     lengthen,
     random_entries,
-    share,
     truncate,
 )
 
 from fairseq_knnlm.errors import ConfigError, IndexFileError
 from fairseq_knnlm.files import seal, write_sealed
-from fairseq_knnlm.index import device as module
-from fairseq_knnlm.index import trial
 from fairseq_knnlm.index.card import IndexCard, card_path, read_card
-from fairseq_knnlm.index.device import gpu_obstacle, place
 from fairseq_knnlm.index.search import SearchIndex
-from fairseq_knnlm.index.specification import check_factory
 from fairseq_knnlm.index.storage import load, save
 
 ROWS, WIDTH, K = 1000, 8, 10
@@ -217,71 +211,6 @@ def test_a_full_disk_is_told_at_the_last_byte(tmp_path: Path) -> None:
     assert not must(sys.executable, "-c", program, tmp_path / "x", size).strip()
 
 
-# Indexes that another program built
-
-
-def foreign(path: Path, index: Any) -> Path:
-    faiss.write_index(index, str(path))
-    return path
-
-
-def lists_with_ids(ids: np.ndarray) -> Any:
-    index = faiss.index_factory(WIDTH, "IVF4,Flat")
-    index.train(keys())
-    index.add_with_ids(keys(), ids)
-    return index
-
-
-@pytest.mark.parametrize("wrong", [-1, ROWS, 2**40])
-def test_ids_beyond_the_datastore_are_refused(tmp_path: Path, wrong: int) -> None:
-    ids = np.arange(ROWS)
-    ids[7] = wrong
-    path = foreign(tmp_path / "x.index", lists_with_ids(ids))
-    with pytest.raises(IndexFileError, match="does not hold the rows") as caught:
-        loaded(path, foreign=True)
-    assert_helps(caught, f"{wrong:,}")
-
-
-def test_a_metric_that_is_neither_is_refused(tmp_path: Path) -> None:
-    index = faiss.IndexFlat(WIDTH, faiss.METRIC_L1)
-    index.add(keys())
-    with pytest.raises(IndexFileError, match="compares keys in another way"):
-        loaded(foreign(tmp_path / "x.index", index), foreign=True)
-
-
-@pytest.mark.parametrize("content", [b"", b"no index at all", b"IxF2" + b"\xff" * 100])
-def test_an_index_that_is_none_is_told(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "knn.index").write_bytes(content)
-    with pytest.raises(IndexFileError, match="has no card"):
-        loaded(tmp_path / "knn.index")
-    with pytest.raises(IndexFileError, match="damaged"):
-        loaded(tmp_path / "knn.index", foreign=True)
-
-
-def test_a_foreign_file_that_crashes_faiss_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crashing = tmp_path / "crash.py"
-    crashing.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    monkeypatch.setattr(trial, "__file__", str(crashing))
-    with pytest.raises(IndexFileError, match="SIGSEGV"):
-        loaded(foreign(tmp_path / "x.index", lists_with_ids(np.arange(ROWS))), foreign=True)
-
-
-@pytest.mark.parametrize(
-    "factory", ["PCA0,IVF4,Flat", "HNSW0", "A" * 150, "PQ8x0", "IMI2x20", "", "\xfc", "A" * 10**6]
-)
-def test_recipes_that_crash_faiss_are_refused(factory: str) -> None:
-    with pytest.raises(IndexFileError, match="FAISS cannot make the index") as caught:
-        check_factory(factory, 16)
-    assert_helps(caught, "--recipe auto")
-
-
-@pytest.mark.parametrize("factory", ["HNSW8", "IVF4,PQ4x4,RFlat", "PQ4x12", "IMI2x4,Flat"])
-def test_recipes_that_work_are_let_pass(factory: str) -> None:
-    check_factory(factory, 16)
-
-
 def test_no_index_there(tmp_path: Path) -> None:
     with pytest.raises(IndexFileError, match="no index at") as caught:
         loaded(tmp_path / "knn.index")
@@ -292,27 +221,6 @@ def test_an_index_of_another_datastore_is_refused(saved: Path) -> None:
     with pytest.raises(IndexFileError, match="another datastore") as caught:
         loaded(saved, datastore="e" * 64)
     assert_helps(caught, "eeeeeeeeeeee...", "dddddddddddd...")
-
-
-@pytest.mark.parametrize("shape", [{"rows": ROWS + 1}, {"width": WIDTH + 1}])
-def test_an_index_of_another_shape_is_refused(saved: Path, shape: dict[str, int]) -> None:
-    """All that can be said of an index without a card."""
-    path = foreign(saved, lists_with_ids(np.arange(ROWS)))
-    loaded(path, foreign=True)
-    with pytest.raises(IndexFileError, match="another datastore"):
-        loaded(path, foreign=True, **shape)
-
-
-def test_an_index_that_somebody_else_built(tmp_path: Path) -> None:
-    quantizer = faiss.IndexFlatIP(WIDTH)
-    index = faiss.IndexIVFFlat(quantizer, WIDTH, 64, faiss.METRIC_INNER_PRODUCT)
-    index.train(keys())
-    index.add(keys())
-    faiss.write_index(index, str(tmp_path / "knn.index"))
-    assert read_card(tmp_path / "knn.index", foreign=True) is None
-    found = loaded(tmp_path / "knn.index", foreign=True)
-    assert (found.card.metric, found.card.nprobe, found.card.exact) == ("ip", 32, False)
-    assert found.index.nprobe == 32
 
 
 @pytest.mark.parametrize("recipe", ["Flat", "IVF16,Flat", "IVF16,PQ4x4", "OPQ4,IVF16,PQ4x4"])
@@ -392,118 +300,6 @@ def test_nprobe_reaches_the_lists_behind_transforms_and_refinement() -> None:
         assert faiss.extract_index_ivf(index).nprobe == 5
 
 
-# Devices
-
-needs_no_gpu = pytest.mark.skipif(module._gpus() > 0, reason="this machine has a GPU for FAISS")
-
-
-@needs_no_gpu
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:0,1"])
-def test_a_gpu_that_is_not_there_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match="is not here") as caught:
-        place(*made("Flat"), device, K)
-    assert_helps(caught, device, "--knn-device cpu", "faiss-gpu")
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "", "cuda0"])
-def test_a_device_that_is_none_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match="--knn-device names no device"):
-        place(*made("Flat"), device, K)
-
-
-@needs_no_gpu
-def test_auto_without_a_gpu_is_the_cpu() -> None:
-    index, card = made("Flat")
-    assert place(index, card, "auto", K).index is index
-    assert not module.wants_gpu("auto")
-    assert module.wants_gpu("cuda")
-    assert not module.wants_gpu("cpu")
-
-
-@pytest.mark.parametrize(
-    ("device", "faiss_gpus", "torch_gpu", "expected"),
-    [
-        ("cuda", 0, True, "cuda:0"),
-        ("cuda:2,3", 0, True, "cuda:2"),
-        ("auto", 0, True, "cuda:0"),
-        ("cuda", 1, True, None),
-        ("cuda", 0, False, None),
-        ("cpu", 0, True, None),
-    ],
-)
-def test_a_gpu_that_only_torch_can_use(
-    device: str,
-    faiss_gpus: int,
-    torch_gpu: bool,
-    expected: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "_gpus", lambda: faiss_gpus)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_gpu)
-    assert module.gpu_of_torch_alone(device) == expected
-
-
-@pytest.mark.parametrize(
-    ("recipe", "reason"),
-    [
-        ("Flat", None),
-        ("IVF4,Flat", None),
-        ("IVF4,SQ8", None),
-        ("IVF4,PQ4", None),
-        ("OPQ4,IVF4,PQ4", None),
-        ("IVF4,PQ4x4fs", "IVF4,PQ4x4fs has no GPU version"),
-        ("IVF4,PQ4x4fs,RFlat", "IVF4,PQ4x4fs,RFlat has no GPU version"),
-        ("IVF4,Flat,Refine(SQ8)", "IVF4,Flat,Refine(SQ8) has no GPU version"),
-        ("HNSW8", "HNSW8 has no GPU version"),
-        ("IVF4,PQ4x4", "4 codes of 4 bits"),
-    ],
-)
-def test_what_keeps_an_index_off_the_gpu(recipe: str, reason: str | None) -> None:
-    index = faiss.index_factory(WIDTH, recipe)
-    card = IndexCard(recipe, "l2", 0, WIDTH, nprobe=4, exact=False)
-    assert gpu_obstacle(index, card, K) == reason
-
-
-def test_code_sizes_and_counts_that_gpus_lack() -> None:
-    odd = faiss.index_factory(10, "IVF4,PQ5")
-    card = IndexCard("IVF4,PQ5", "l2", 0, 10, nprobe=4, exact=False)
-    assert gpu_obstacle(odd, card, K) == "5 codes of 8 bits"
-    flat = faiss.index_factory(10, "IVF4,Flat")
-    assert gpu_obstacle(flat, card, 2048) is None
-    assert "at most 2048" in str(gpu_obstacle(flat, card, 2049))
-    assert "at most 2048" in str(gpu_obstacle(flat, replace(card, nprobe=4096), K))
-
-
-def test_an_index_no_gpu_can_search_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a GPU were there: the index is looked at before anything is moved."""
-    monkeypatch.setattr(module, "_gpus", lambda: 1)
-    index, card = made("IVF16,PQ4x4fs")
-    with pytest.raises(IndexFileError, match="cannot be searched on cuda") as caught:
-        place(index, card, "cuda", K)
-    assert_helps(caught, "IVF16,PQ4x4fs has no GPU version", "--knn-device cpu")
-    assert place(index, card, "auto", K).index is index
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(module._gpus() == 0, reason="needs a CUDA device and faiss-gpu")
-@pytest.mark.parametrize("recipe", ["Flat", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ4"])
-@pytest.mark.parametrize("metric", ["l2", "ip"])
-def test_a_gpu_finds_what_the_cpu_finds(recipe: str, metric: str, tmp_path: Path) -> None:
-    xb = clustered(width=WIDTH)
-    index, card = build_index(xb, recipe, metric=metric, nprobe=8)
-    save(index, card, tmp_path / "knn.index", OURS)
-    asked = torch.from_numpy(xb[:50] + 0.1)
-    how = {"rows": len(xb), "k": K}
-    expected, true = loaded(tmp_path / "knn.index", **how).search(asked, K)
-    found = loaded(tmp_path / "knn.index", device="cuda", **how)
-    for xq in (asked, asked.cuda()):
-        distances, ids = found.search(xq, K)
-        assert distances.device == ids.device == xq.device
-        assert share(ids.cpu().numpy(), true.numpy()) > (0.9 if "PQ" in recipe else 0.99)
-        tolerance = 0.05 if "PQ" in recipe else 1e-3
-        torch.testing.assert_close(distances.cpu(), expected, rtol=tolerance, atol=tolerance)
-
-
 def test_a_copy_is_as_good(saved: Path, tmp_path: Path) -> None:
     """It does not know where it lies."""
     other = tmp_path / "elsewhere"
@@ -518,3 +314,13 @@ def test_what_an_index_is_can_be_read_without_faiss(module: str) -> None:
     code = f"import sys, fairseq_knnlm.index.{module}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(run.stdout.split()) & {"torch", "fairseq", "faiss"}
+
+
+def test_faiss_that_is_not_there_is_told() -> None:
+    code = (
+        "import sys; sys.modules['faiss'] = None\n"
+        "from fairseq_knnlm.errors import KnnlmError\n"
+        "try:\n    import fairseq_knnlm.index.build\n"
+        "except KnnlmError as error:\n    print(error)\n"
+    )
+    assert "pip install faiss-cpu" in must(sys.executable, "-c", code)

@@ -18,8 +18,8 @@ from stores import random_entries, truncate, write_store
 from fairseq_knnlm.errors import NGramError
 from fairseq_knnlm.experts import ngram_file as module
 from fairseq_knnlm.experts.kneser_ney import FALLBACK, NGramModel, estimate_discounts
+from fairseq_knnlm.experts.ngram import counted
 from fairseq_knnlm.experts.ngram_file import describe_counts, load_counts, save_counts
-from fairseq_knnlm.runs.opening import _ngram
 
 ORDERS = (1, 2, 3, 4, 5)
 VOCABULARY = 12
@@ -479,7 +479,7 @@ def test_counts_that_cannot_be_kept_are_used(
     before = {file.name for file in store.path.iterdir()}
     obstacle(store.ngram_path)
     try:
-        model = _ngram(store)
+        model = counted(store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert model.tokens == 3000

@@ -20,7 +20,12 @@ from fairseq_knnlm.calibration.losses import log_probs, mixture_losses, tensors
 from fairseq_knnlm.calibration.parts import STRETCH, Parts
 from fairseq_knnlm.calibration.report import lines, measured
 from fairseq_knnlm.calibration.search import expert_sets, fit
-from fairseq_knnlm.calibration.stored import Calibration, Stack, read_calibration, write_calibration
+from fairseq_knnlm.calibration.stored import (
+    Calibration,
+    FittedMixture,
+    read_calibration,
+    write_calibration,
+)
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.components import CONVENTIONS, LM, Component
@@ -131,8 +136,8 @@ def plain_losses(scores: ScoreTable, mixer: Mixer) -> np.ndarray:
     return np.array(losses)
 
 
-def stack(calibration: Calibration, name: str) -> Stack:
-    (found,) = (each for each in calibration.stacks if each.name == name)
+def named(calibration: Calibration, name: str) -> FittedMixture:
+    (found,) = (each for each in calibration.mixtures if each.name == name)
     return found
 
 
@@ -200,7 +205,7 @@ def test_figures_are_of_the_tokens_held_out() -> None:
     parts = Parts.of(1000)
     assert found.fitted_on["held_out"] == len(parts.report)
     assert found.fitted_on["chosen_on"] == len(parts.choose)
-    for each in found.stacks:
+    for each in found.mixtures:
         losses = plain_losses(told(1000), each.mixer)
         loss, choice = losses[parts.report].mean(), losses[parts.choose].mean()
         # Weights but a gate's were fitted once more, after the choice.
@@ -208,14 +213,16 @@ def test_figures_are_of_the_tokens_held_out() -> None:
         assert each.choice_perplexity == pytest.approx(math.exp(choice), rel=near)
         assert each.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
         assert each.bits == pytest.approx(loss / math.log(2), rel=1e-3)
-    assert found.base_perplexity == found.stacks[0].perplexity
+    assert found.base_perplexity == found.mixtures[0].perplexity
 
 
 def test_what_is_reported_on_decides_nothing_and_what_is_chosen_on_does() -> None:
     parts, plain = Parts.of(1000), fit(told(1000))
 
     def fixed_weights(calibration: Any) -> list[list[float]]:
-        return [list(one.mixer.weights) for one in calibration.stacks if one.mixer.kind == "fixed"]
+        return [
+            list(one.mixer.weights) for one in calibration.mixtures if one.mixer.kind == "fixed"
+        ]
 
     def without_neighbours(rows: np.ndarray) -> Any:
         changed = told(1000)
@@ -255,7 +262,7 @@ def test_experts_are_fitted_one_by_one_and_each_with_those_before() -> None:
 
     found = fit(told(400), steps=steps)
     assert seen == [("knn",), ("cache",), ("knn", "cache")]
-    names = [each.name for each in found.stacks]
+    names = [each.name for each in found.mixtures]
     assert len(set(names)) == len(names)
     assert {"language model alone", "knn, bins", "knn, gate", "knn+cache, gate"} <= set(names)
     # It has no features, so there is nothing to go by.
@@ -264,19 +271,22 @@ def test_experts_are_fitted_one_by_one_and_each_with_those_before() -> None:
 
 def test_where_nothing_helps_the_language_model_stays_alone() -> None:
     found = fit(useless())
-    assert found.best is found.stacks[0]
+    assert found.best is found.mixtures[0]
     assert found.best.experts == ()
     assert list(found.best.mixer.components) == [LM]
-    assert stack(found, "knn, fixed").mixer.weights == [1.0, 0.0]  # type: ignore[attr-defined]
+    assert named(found, "knn, fixed").mixer.weights == [1.0, 0.0]  # type: ignore[attr-defined]
     (used,) = (line for line in lines(found) if "<- used" in line)
     assert used.startswith("language model alone")
 
 
 def test_lines_say_what_each_mixture_gains() -> None:
     mixer = Fixed((LM,), (1.0,))
-    stacks = [Stack((), mixer, 100.0, 6.6, 99), Stack(("knn", "cache"), mixer, 87.65, 6.5, 99)]
-    stacks.append(Stack(("lm2",), mixer, 102.0, 6.7, 99))
-    found = replace(fit(told(400)), stacks=tuple(stacks), base_perplexity=100.0, default=1)
+    mixtures = [
+        FittedMixture((), mixer, 100.0, 6.6, 99),
+        FittedMixture(("knn", "cache"), mixer, 87.65, 6.5, 99),
+    ]
+    mixtures.append(FittedMixture(("lm2",), mixer, 102.0, 6.7, 99))
+    found = replace(fit(told(400)), mixtures=tuple(mixtures), base_perplexity=100.0, default=1)
     assert lines(found) == [
         "mixture                      perplexity   change",
         "language model alone             100.00",
@@ -292,7 +302,7 @@ def test_one_seed_gives_one_calibration() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
     def fitted(found: Calibration) -> list[Any]:
-        return [(each.name, each.perplexity, weights_of(each.mixer)) for each in found.stacks]
+        return [(each.name, each.perplexity, weights_of(each.mixer)) for each in found.mixtures]
 
     assert fitted(one) == fitted(same)
     assert fitted(one) != fitted(other)
@@ -307,8 +317,8 @@ def test_nothing_is_fitted_or_chosen_on_the_tokens_held_out() -> None:
     for column in others.values():
         column[held_out] = -rng.random(column[held_out].shape)
     one, other = fit(scores), fit(replace(scores, columns=others))
-    assert len(one.stacks) == len(other.stacks)
-    for before, after in zip(one.stacks, other.stacks, strict=True):
+    assert len(one.mixtures) == len(other.mixtures)
+    for before, after in zip(one.mixtures, other.mixtures, strict=True):
         assert weights_of(before.mixer) == weights_of(after.mixer)
         assert before.perplexity != after.perplexity
         assert before.choice_perplexity == after.choice_perplexity
@@ -330,7 +340,7 @@ def test_the_default_is_chosen_by_tokens_on_which_it_is_not_reported() -> None:
     best = found.find(found.best.experts)
     assert best is not None
     assert best.choice_perplexity == found.best.choice_perplexity
-    assert best.choice_perplexity < found.stacks[0].choice_perplexity
+    assert best.choice_perplexity < found.mixtures[0].choice_perplexity
 
 
 def test_gates_go_by_the_features_of_their_experts_and_of_the_language_model() -> None:
@@ -340,6 +350,23 @@ def test_gates_go_by_the_features_of_their_experts_and_of_the_language_model() -
     fitter = Fitter(table(scores.columns | extra, scores.experts, features))
     assert fitter.gate(["knn"]).features == ["knn_distances", "knn_entropy", "lm_top"]
     assert "cache_size" in fitter.gate(["knn", "cache"]).features
+
+
+def test_an_expert_from_elsewhere_is_fitted_and_kept(tmp_path: Path) -> None:
+    """With settings of its own, each of which is about a part, and features by its name."""
+    scores = told(1000)
+    wider = np.concatenate([scores["knn"] - 1, scores["knn"]], axis=1)
+    columns = {"lm": scores["lm"], "my_oracle": wider, "my_oracle_top": scores["knn_entropy"]}
+    grid = [{"k": 4, "style": style, "heat": 0.5, "deep": True} for style in ("plain", "bold")]
+    found = fit(table(columns, {"my_oracle": grid}, ["my_oracle_top"]))
+    assert named(found, "my_oracle, gate").mixer.features == ["my_oracle_top"]
+    assert found.best.name == "my_oracle, gate"
+    fixed = named(found, "my_oracle, fixed").mixer
+    assert fixed.components == [LM, Component("my_oracle", grid[1])]
+    write_calibration(tmp_path / "calibration.json", found)
+    kept = read_calibration(tmp_path / "calibration.json", found.datastores)
+    assert kept is not None
+    assert named(kept, "my_oracle, fixed").mixer.components == fixed.components
 
 
 def test_the_card_says_what_was_fitted_on_what() -> None:
@@ -361,12 +388,12 @@ def test_on_another_table() -> None:
     found, other = fit(told(1000)), told(500)
     there = measured(found, other)
     assert there.best.name == found.best.name
-    for before, after in zip(found.stacks, there.stacks, strict=True):
+    for before, after in zip(found.mixtures, there.mixtures, strict=True):
         assert after.mixer is before.mixer
         loss = plain_losses(other, before.mixer).mean()
         assert after.perplexity == pytest.approx(math.exp(loss), rel=1e-3)
         assert after.bits == pytest.approx(loss / math.log(2), rel=1e-3)
-    assert there.base_perplexity == there.stacks[0].perplexity
+    assert there.base_perplexity == there.mixtures[0].perplexity
 
 
 def keyed(scores: ScoreTable) -> ScoreTable:
@@ -384,10 +411,10 @@ def without(scores: ScoreTable, name: str) -> ScoreTable:
 
 def test_what_is_not_used_may_be_missing() -> None:
     found = fit(told(400))
-    found = replace(found, default=found.stacks.index(stack(found, "knn, gate")))
+    found = replace(found, default=found.mixtures.index(named(found, "knn, gate")))
     there = measured(found, without(told(400), "cache"))
     assert there.best.name == "knn, gate"
-    assert not [each for each in there.stacks if "cache" in each.experts]
+    assert not [each for each in there.mixtures if "cache" in each.experts]
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:
@@ -426,7 +453,7 @@ def test_what_is_fitted_can_be_kept(tmp_path: Path) -> None:
         write_calibration(tmp_path / "calibration.json", found)
         kept = read_calibration(tmp_path / "calibration.json", found.datastores)
         assert kept is not None
-        assert [each.name for each in kept.stacks] == [each.name for each in found.stacks]
+        assert [each.name for each in kept.mixtures] == [each.name for each in found.mixtures]
 
 
 def test_valid_chooses_between_the_conventions() -> None:

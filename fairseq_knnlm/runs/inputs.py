@@ -1,0 +1,94 @@
+"""What a run works on: options, models, text, and what was opened for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fairseq_knnlm.errors import ModelError
+from fairseq_knnlm.experts.kind import Models
+from fairseq_knnlm.lm.fingerprints import model_fingerprint
+from fairseq_knnlm.lm.registry import check_model
+from fairseq_knnlm.runs.opening import Memory
+from fairseq_knnlm.runs.options import Options
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A dictionary in plain values.
+
+    Attributes:
+        symbols: its types in order; the place of each is its id.
+        pad: the padding token's id.
+        eos: the id that ends a line.
+        bos: whether a token that does not count stands before each block.
+    """
+
+    symbols: Sequence[str]
+    pad: int
+    eos: int
+    bos: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known once the models are loaded.
+
+    Attributes:
+        options: what the run is asked to do.
+        models: fairseq's language models, weights loaded.
+        vocabulary: of the targets.
+        split: the split loaded last.
+        memory: what was opened for experts; None where none are asked for.
+        others: by the expert's name, further language models.
+        context: blocks and context of the run, as ``Origin`` has them; None where sentences are
+            scored by themselves.
+    """
+
+    options: Options
+    models: Sequence[Any]
+    vocabulary: Vocabulary
+    split: str
+    memory: Memory | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+    context: dict[str, Any] | None = None
+
+    def are_of(self, models: Sequence[Any], split: str, context: dict[str, Any] | None) -> bool:
+        """Whether they are of these very models, on that split."""
+        same = list(map(id, self.models)) == list(map(id, models))
+        return same and (self.split, self.context) == (split, context)
+
+    @cached_property
+    def model(self) -> str:
+        """Fingerprint of the first model, computed once.
+
+        Raises:
+            ModelError: where its weights are not all numbers.
+        """
+        return model_fingerprint(self.models[0])
+
+    @cached_property
+    def loaded(self) -> Models:
+        """The models as experts know them.
+
+        Raises:
+            ModelError: where the first is none whose keys can be read.
+        """
+        return Models(
+            first=self.models[0],
+            width=check_model(self.models[0], self.options.datastores.knn_keytype),
+            eos=self.vocabulary.eos,
+            others=self.others,
+        )
+
+
+def several_models(count: int) -> ModelError:
+    """What to raise where a datastore or another expert is asked for, and several checkpoints."""
+    return ModelError(
+        "a datastore belongs to one language model",
+        expected="one checkpoint",
+        found=f"{count}",
+        do="evaluate them one by one, or a second one as --expert-lm",
+    )

@@ -1,0 +1,148 @@
+"""What a run measured, as a dictionary: for the results JSON and for a score table's card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from fairseq_knnlm.calibration.card import Card
+from fairseq_knnlm.experts.registry import find_kind
+from fairseq_knnlm.mixture.mixers import Fixed
+from fairseq_knnlm.mixture.model import SkippingMixtureLM
+from fairseq_knnlm.runs.inputs import Inputs
+from fairseq_knnlm.runs.mixing import describe, described, mixed_experts
+from fairseq_knnlm.runs.opening import Memory
+from fairseq_knnlm.runs.scorer import KnnScorer
+from fairseq_knnlm.versions import versions
+
+#: The loss whose perplexity a float can just hold.
+MOST_BITS = 1023
+
+
+def run_results(inputs: Inputs, scorer: KnnScorer, left_out: int) -> dict[str, Any]:
+    """All that there is to tell of a run.
+
+    Args:
+        inputs: what it worked on.
+        scorer: what scored, once all is scored.
+        left_out: tokens in blocks that fairseq dropped.
+    """
+    tally = scorer.tally
+    found = losses(
+        tokens=tally.tokens,
+        base_log_prob=tally.base,
+        log_prob=tally.mixed,
+        seconds=tally.seconds,
+        impossible=tally.impossible,
+        left_out=left_out,
+    )
+    if inputs.memory is not None:
+        found |= _mixed(inputs.memory, scorer)
+    return found | {"split": inputs.split, "context": inputs.context, "versions": versions()}
+
+
+def losses(
+    *,
+    tokens: int,
+    base_log_prob: float,
+    log_prob: float,
+    seconds: float,
+    impossible: int = 0,
+    left_out: int = 0,
+) -> dict[str, Any]:
+    """Losses in bits a token, perplexities, and speed.
+
+    Args:
+        tokens: scored tokens.
+        base_log_prob: sum of log p_LM, natural log.
+        log_prob: sum of log p of the mixture, natural log.
+        seconds: spent scoring.
+        impossible: tokens that the mixture gives no probability; its loss is then infinite.
+        left_out: tokens in blocks that fairseq dropped because they are too long.
+    """
+    base_loss, loss = (_bits(total, tokens) for total in (base_log_prob, log_prob))
+    return {
+        "tokens": tokens,
+        "tokens_left_out": left_out,
+        "tokens_impossible": impossible,
+        "base_loss": base_loss,
+        "base_perplexity": _power(base_loss),
+        "loss": loss,
+        "perplexity": _power(loss),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+    }
+
+
+def _bits(log_prob: float, tokens: int) -> float | None:
+    """Mean loss in bits; None (JSON's null) where it is no number or there are no tokens."""
+    if not tokens or not math.isfinite(log_prob):
+        return None
+    return -log_prob / tokens / math.log(2)
+
+
+def _power(loss: float | None) -> float | None:
+    return None if loss is None or loss > MOST_BITS else 2**loss
+
+
+def _mixed(memory: Memory, scorer: KnnScorer) -> dict[str, Any]:
+    """What was mixed."""
+    mixture = scorer.mixture
+    found: dict[str, Any] = {
+        "experts": list(memory.experts),
+        "mixed": mixed_experts(mixture.mixer),
+        "mixer": mixture.mixer.kind,
+        "mixture": describe(mixture.mixer),
+        "mixture_from": scorer.mixture_from,
+    }
+    if isinstance(mixture.mixer, Fixed):
+        pairs = zip(mixture.mixer.components, mixture.mixer.weights, strict=True)
+        found["weights"] = [
+            {"expert": component.expert, "weight": weight, **component.setting}
+            for component, weight in pairs
+        ]
+    for kind, opened in memory.by_kind.items():
+        experts = [expert for expert in mixture.experts if find_kind(expert.name) is kind]
+        found |= kind.results(opened, experts)
+    if isinstance(mixture, SkippingMixtureLM):
+        found["searches_skipped"] = 1 - mixture.searched / max(mixture.tokens, 1)
+    if memory.stores:
+        found |= {
+            "datastore": ":".join(str(store.path) for store in memory.stores),
+            "entries": sum(map(len, memory.stores)),
+        }
+    return found
+
+
+def table_card(
+    inputs: Inputs, scorer: KnnScorer, features: Iterable[str], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the score table says of itself: the results, and what its columns are.
+
+    Args:
+        inputs: what the run worked on.
+        scorer: what scored.
+        features: names of the columns that are features.
+        found: the results, of which a table keeps what every reader of tables knows.
+    """
+    known = {one.name for one in msgspec.structs.fields(Card)}
+    card = {name: value for name, value in found.items() if name in known}
+    card |= {"model": inputs.model, "experts": {}, "features": []}
+    memory = inputs.memory
+    if memory is not None:
+        card |= {
+            "datastores": [store.fingerprint for store in memory.stores],
+            "described": described(memory.experts, inputs.loaded),
+            "experts": {
+                expert.name: [dict(column) for column in expert.settings]
+                for expert in scorer.mixture.experts
+                if expert.settings
+            },
+            "features": sorted(features),
+        }
+        for kind, opened in memory.by_kind.items():
+            card |= kind.card(opened)
+    return card
