@@ -44,3 +44,24 @@ def test_info_into_a_pipe_that_closes(store: Datastore) -> None:
     command = f"fairseq-knnlm info --dstore {store.path} | head -n 1; echo ${{PIPESTATUS[@]}}"
     ran = run("bash", "-c", f"export PATH={Path(sys.executable).parent}:$PATH; {command}")
     assert ran.out.splitlines() == [f"{store.path}: 400 entries of width 8", "0 0"]
+
+
+def test_it_is_a_module_too() -> None:
+    ran = run(sys.executable, "-m", "fairseq_knnlm.cli", "info", "--help")
+    assert (ran.code, ran.out.partition("\n")[0].split()[:3]) == (
+        0,
+        "usage: fairseq-knnlm info".split(),
+    )
+
+
+def test_without_faiss_the_message_says_what_to_install(store: Datastore) -> None:
+    """And nothing else is the worse for it."""
+    program = (
+        "import sys; sys.modules['faiss'] = None\n"
+        "from fairseq_knnlm.cli import main; sys.exit(main())"
+    )
+    ran = run(sys.executable, "-c", program, "build-index", "--dstore", store.path)
+    assert ran.code == 1
+    assert ran.out.startswith("error: FAISS is not installed")
+    assert "pip install faiss-cpu" in ran.out
+    assert run(sys.executable, "-c", program, "info", "--dstore", store.path).code == 0

@@ -229,13 +229,13 @@ def _hub(stage: Stage) -> str:
     def score() -> int:
         from fairseq.models.transformer_lm import TransformerLanguageModel
 
-        from fairseq_knnlm import cli
+        import fairseq_knnlm
 
         hub = TransformerLanguageModel.from_pretrained(
             str(world.checkpoint().parent),
             world.checkpoint().name,
             str(world.data),
-            user_dir=str(Path(cli.__file__).parent),
+            user_dir=str(Path(fairseq_knnlm.__file__).parent),
             cache_theta=0.5,
             **flags,
         )
