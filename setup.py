@@ -22,13 +22,13 @@ setup(
     package_data={"fairseq_knnlm": ["py.typed"]},
     zip_safe=False,  # fairseq is given the package's folder
     python_requires=">=3.11",
-    install_requires=[FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "tqdm"],
+    install_requires=[FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "rich", "tqdm"],
     extras_require={
         # FAISS: one of these two. Requirements cannot say "either", so neither is forced on an
         # environment that has the other; the package asks for one when it needs it.
         "cpu": ["faiss-cpu>=1.8"],
         "gpu": ["faiss-gpu>=1.15"],
-        "demo": ["sentencepiece", "rich"],
+        "demo": ["sentencepiece"],
         "plot": ["matplotlib"],
         "cluster": ["ray"],
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-tqdm"],

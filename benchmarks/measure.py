@@ -11,9 +11,9 @@ from typing import Any
 
 import faiss
 from common.commands import usable_cores
-from common.tables import show
 from tqdm import tqdm
 
+from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.files import write_json
 from fairseq_knnlm.versions import versions
 

@@ -27,12 +27,12 @@ import faiss
 import numpy as np
 import torch
 from common.commands import RunError, answer
-from common.tables import show
 from measure import default_threads, machine, summary
 from msgspec.structs import replace
 from synthetic import Mixture
 from tqdm import tqdm
 
+from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.files import write_json
 from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
 from fairseq_knnlm.index.card import IndexCard

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import faiss
 import torch
-from common.tables import show
 from material import ROOT, Choice, Material, find_source
 from measure import Ratio, default_threads, interleaved
 from msgspec.structs import replace
@@ -28,6 +27,7 @@ from perplexity import Perplexities
 from rivals import EXAMINED, FROM_INDEX, UNEXAMINED, Search
 from shell import Shell
 
+from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import LocalRetriever
 

@@ -16,8 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Also from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common.commands import RunError, Steps, clock, environment, threads
-from common.tables import show
+
+from fairseq_knnlm.cli.tables import show
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ["--user-dir", "fairseq_knnlm", "--task", "knn_lm"]

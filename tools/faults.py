@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# This checkout, whatever is installed; the tests' tiny world, and the printer of tables.
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
+# This checkout, whatever is installed, and the tests' tiny world.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from common.tables import show_prose  # noqa: E402
 from fault_cases import cases  # noqa: E402
 from fault_cases.stage import GROUPS, BadOutcome, Case, SkippedCase, Stage  # noqa: E402
+
+from fairseq_knnlm.cli.tables import show_prose  # noqa: E402
 
 #: Seconds after which a whole case is ended.
 PATIENCE = 240.0

@@ -1,1 +1,1 @@
-"""What the demo, the experiments and the benchmarks share: running commands, printing tables."""
+"""What the demo, the experiments and the benchmarks share: running commands."""

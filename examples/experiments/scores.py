@@ -16,11 +16,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.tables import show as show  # for the scripts, which find it by this way alone
-
 from fairseq_knnlm.calibration.fitter import Fitter
 from fairseq_knnlm.calibration.losses import mixture_losses
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
+from fairseq_knnlm.cli.tables import show as show  # for the scripts, beside the rest of this
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import publish
 from fairseq_knnlm.mixture.components import LM, Component

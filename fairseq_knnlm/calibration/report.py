@@ -12,15 +12,18 @@ from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.mixers import ALONE
 
+#: Above the columns of ``gains``; the last marks the mixture that is used.
+GAINS = ("mixture", "perplexity", "change", "")
 
-def lines(calibration: Calibration) -> list[str]:
-    """What each part adds, as a table to read."""
+
+def gains(calibration: Calibration) -> list[tuple[str, ...]]:
+    """What each part adds, as the rows of a table to read: a mixture each, under ``GAINS``."""
     base = calibration.base_perplexity
-    rows = [f"{'mixture':<28} {'perplexity':>10} {'change':>8}"]
+    rows: list[tuple[str, ...]] = []
     for number, mixture in enumerate(calibration.mixtures):
         change = f"{mixture.perplexity / base - 1:+.1%}" if mixture.experts else ""
-        used = "  <- used" if number == calibration.default else ""
-        rows.append(f"{mixture.name:<28} {mixture.perplexity:>10.2f} {change:>8}{used}".rstrip())
+        used = "<- used" if number == calibration.default else ""
+        rows.append((mixture.name, f"{mixture.perplexity:.2f}", change, used))
     return rows
 
 

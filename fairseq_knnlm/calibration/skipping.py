@@ -19,6 +19,8 @@ from fairseq_knnlm.mixture.mixers import Skip
 DROPOUT, DECAY = 0.5, 0.1
 #: Shares of the searches for which a table tells what skipping them does.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: Above the columns of ``skipping_costs``.
+COSTS = ("experts", *(f"{share:.0%}" for share in SHARES))
 
 
 def fit_skip(fitter: Fitter, experts: Sequence[str]) -> Skip | None:
@@ -48,23 +50,25 @@ def fit_skip(fitter: Fitter, experts: Sequence[str]) -> Skip | None:
     return Skip(gate, np.quantile(scores, np.linspace(0, 1, 101)).tolist())
 
 
-def skipping_lines(
+def skipping_costs(
     calibration: Calibration, table: ScoreTable, rows: np.ndarray | slice = slice(None)
-) -> list[str]:
-    """What skipping shares of the searches does to perplexity, as a table to read.
+) -> list[tuple[str, ...]]:
+    """What skipping shares of the searches does to perplexity, as the rows of a table to read.
+
+    A row each for the sets of experts whose columns the table has, under ``COSTS``.
 
     Args:
         calibration: what was fitted.
         table: the tokens' columns.
         rows: of the table, which of them count.
     """
-    found = [f"{'experts':<28}" + "".join(f"{f'{share:.0%}':>16}" for share in SHARES)]
+    found = []
     for skip in calibration.skips:
         if set(table.columns) >= {*skip.experts, *skip.gate.features}:
             pairs = skipped(calibration, skip, table, rows)
-            cells = "".join(f"{f'{p:.2f} ({share:.1%})':>16}" for share, p in pairs)
-            found.append(f"{'+'.join(skip.experts):<28}{cells}")
-    return found if len(found) > 1 else []
+            cells = (f"{perplexity:.2f} ({share:.1%})" for share, perplexity in pairs)
+            found.append(("+".join(skip.experts), *cells))
+    return found
 
 
 def skipped(

@@ -1,4 +1,4 @@
-"""The command ``fairseq-knnlm``, one file a subcommand; nothing else here prints or exits.
+"""The command ``fairseq-knnlm``, one file a subcommand; ``tables`` prints their tables.
 
 Each file has ``HELP`` and an ``EXAMPLE``, ``add_arguments``, ``check`` (what can be refused before
 anything is opened) and ``run``. What takes long or is worth calling from Python lies in ``runs``.

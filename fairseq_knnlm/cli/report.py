@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.cli.common import add_store, check_store, opened
+from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
 
 HELP = "say what every calibrated mixture does on a score table of test"
@@ -28,8 +29,8 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Applies the mixtures to the table, a line each."""
-    from fairseq_knnlm.calibration.report import lines, measured
-    from fairseq_knnlm.calibration.skipping import skipping_lines
+    from fairseq_knnlm.calibration.report import GAINS, gains, measured
+    from fairseq_knnlm.calibration.skipping import skipping_costs
     from fairseq_knnlm.runs.tune import calibration_of, check_table
 
     store, table = opened(args), read_table(args.score_table)
@@ -42,9 +43,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         f"{table.card['split']}, {len(table):,} tokens; fitted on {fitted['split']}, "
         f"{fitted['tokens']:,} tokens"
     )
-    for line in lines(found):
-        print(f"  {line}")
-    print_skipping(skipping_lines(calibration, table))
+    show(GAINS, gains(found))
+    print_skipping(skipping_costs(calibration, table))
 
 
 def warn_of_own_text(table: ScoreTable, store: Datastore) -> None:
@@ -59,9 +59,10 @@ def warn_of_own_text(table: ScoreTable, store: Datastore) -> None:
         )
 
 
-def print_skipping(found: Sequence[str]) -> None:
+def print_skipping(rows: Sequence[Sequence[str]]) -> None:
     """The table of what skipping searches does, where there is one."""
-    if found:
+    from fairseq_knnlm.calibration.skipping import COSTS
+
+    if rows:
         print("perplexity where --skip-searches leaves out a share (in brackets, what it came to)")
-    for line in found:
-        print(f"  {line}")
+        show(COSTS, rows)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from fairseq_knnlm.bounds import check_seed
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.cli.common import add_store, check_store, evaluate, opened
+from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, told
 from fairseq_knnlm.files import Claim, check_outputs
@@ -134,9 +135,9 @@ def _experts(args: argparse.Namespace, store: Datastore) -> str:
 def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
     """Fits a calibration, says what it gained and writes it."""
     from fairseq_knnlm.calibration.parts import Parts
-    from fairseq_knnlm.calibration.report import lines
+    from fairseq_knnlm.calibration.report import GAINS, gains
     from fairseq_knnlm.calibration.search import fit
-    from fairseq_knnlm.calibration.skipping import skipping_lines
+    from fairseq_knnlm.calibration.skipping import skipping_costs
     from fairseq_knnlm.calibration.stored import write_calibration
     from fairseq_knnlm.cli.report import print_skipping, warn_of_own_text
     from fairseq_knnlm.runs.tune import check_table
@@ -149,9 +150,8 @@ def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
         f"{fitted['split']}, {fitted['tokens']:,} tokens; figures are of the "
         f"{fitted['held_out']:,} that nothing was fitted or chosen on"
     )
-    for line in lines(calibration):
-        print(f"  {line}")
-    print_skipping(skipping_lines(calibration, table, Parts.of(len(table)).report))
+    show(GAINS, gains(calibration))
+    print_skipping(skipping_costs(calibration, table, Parts.of(len(table)).report))
     if not calibration.best.experts:
         print("nothing helps this model on this text: evaluation will use it alone")
     path = write_calibration(store.calibration_path, calibration)

@@ -105,8 +105,9 @@ def test_tuning_makes_its_table_and_says_what_each_part_adds(tuned: Tuned) -> No
     table = read_table(tuned.store / "valid.npz")
     assert list(table.experts) == EXPERTS.split(",")
     for stack in tuned.calibration.mixtures:
-        assert re.search(rf"^  {re.escape(stack.name)} +{stack.perplexity:.2f}", tuned.said, re.M)
-    (used,) = re.findall(r"^  (.*?) +\d.*<- used$", tuned.said, re.M)
+        row = rf"^\| {re.escape(stack.name)} +\| +{stack.perplexity:.2f} \|"
+        assert re.search(row, tuned.said, re.M)
+    (used,) = re.findall(r"^\| (.*?) +\| +\d.*\| <- used \|$", tuned.said, re.M)
     assert used == tuned.calibration.best.name
     assert "fitting: " in tuned.said
 
@@ -128,9 +129,10 @@ def test_evaluation_uses_what_was_fitted_and_report_says_the_same(
     report = ["report", "--dstore", tuned.store, "--score-table", tuned.table_file]
     said = must("fairseq-knnlm", *report)
     (line,) = (line for line in said.splitlines() if "<- used" in line)
-    assert line.split("  ")[1] == best.name
+    assert line.split("|")[1].strip() == best.name
     assert f" {found['perplexity']:.2f} " in line
-    assert f"language model alone {found['base_perplexity']:>18.2f}\n" in said
+    base = rf"^\| language model alone +\| +{found['base_perplexity']:.2f} \|"
+    assert re.search(base, said, re.M)
 
 
 @pytest.mark.parametrize(

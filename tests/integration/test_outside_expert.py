@@ -115,7 +115,7 @@ def test_it_is_fitted_and_evaluated_from_the_calibration(outside: Outside, given
     outside.evaluate("valid", "--mixer", "none", "--score-table", valid)
     tune = ["tune", "--dstore", outside.store, "--score-table", valid]
     said = must("fairseq-knnlm", *tune)
-    assert re.search(r"^  unigram, fixed +\d", said, re.M)
+    assert re.search(r"^\| unigram, fixed +\| +\d", said, re.M)
     calibration = outside.calibration
     assert calibration.experts == {"unigram": {"tokens": len(open_datastore(outside.store))}}
     assert calibration.find(["unigram"], "gate") is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fairseq_knnlm.calibration.losses import tensors
 from fairseq_knnlm.calibration.search import expert_sets, fit
-from fairseq_knnlm.calibration.skipping import SHARES, skipped, skipping_lines
+from fairseq_knnlm.calibration.skipping import COSTS, SHARES, skipped, skipping_costs
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import ConfigError
@@ -117,13 +118,17 @@ def test_the_rest_is_fitted_too() -> None:
     assert expert_sets(["knn", "knn2"]) == [("knn",), ("knn2",), ("knn", "knn2")]
 
 
-def test_lines_leave_out_what_a_table_cannot_tell(calibration: Calibration) -> None:
+def test_costs_leave_out_what_a_table_cannot_tell(calibration: Calibration) -> None:
     table = planted(2, rows=500)
-    head, line = skipping_lines(calibration, table)
-    assert head.split() == ["experts", "0%", "25%", "50%", "75%", "100%"]
-    assert line.split()[0] == "knn"
+    assert COSTS == ("experts", "0%", "25%", "50%", "75%", "100%")
+    ((experts, *costs),) = skipping_costs(calibration, table)
+    assert experts == "knn"
+    assert costs == [
+        f"{perplexity:.2f} ({share:.1%})"
+        for share, perplexity in skipped(calibration, calibration.skips[0], table)
+    ]
     del table.columns["lm_key"]
-    assert skipping_lines(calibration, table) == []
+    assert skipping_costs(calibration, table) == []
 
 
 def test_quantiles_are_interpolated() -> None:
@@ -312,6 +317,8 @@ def test_the_commands_people_type(lab: Lab, datastore: Path, tmp_path: Path) -> 
         *("--k", 32),
     )
     assert "where --skip-searches leaves out a share" in said
+    costs = r"^\| knn\+cache\+ngram +\| +[\d.]+ \(0\.0%\) \|.* [\d.]+ \(100\.0%\) \|$"
+    assert re.search(costs, said, re.M)
 
     def perplexity(*more: object) -> float:
         lab.evaluate("test", *memory, *more, "--results-json", results)

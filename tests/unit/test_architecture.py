@@ -39,7 +39,7 @@ LIBRARIES = {
     "msgspec": EVERYWHERE,
     "numpy": EVERYWHERE,
     "omegaconf": {"tasks", "cli"},
-    "rich": {"cli", "runs"},
+    "rich": {"cli"},
     "safetensors": {"calibration", "datastore", "files"},
     "subprocess": {"index/trial"},
     "torch": WITH_TORCH,

@@ -50,9 +50,10 @@ def test_report_judges_the_calibration_on_another_table(
     perplexity = np.exp(-np.log(0.875 * lm + 0.125 * sharp).mean())
     assert say(capsys, *report).splitlines() == [
         "test, 960 tokens; fitted on valid, 1,000 tokens",
-        "  mixture                      perplexity   change",
-        f"  language model alone         {np.exp(2):>10.2f}",
-        f"  knn, fixed                   {perplexity:>10.2f} {perplexity * lm - 1:>+8.1%}  <- used",
+        "| mixture              | perplexity | change |         |",
+        "|----------------------|------------|--------|---------|",
+        f"| language model alone | {np.exp(2):>10.2f} |        |         |",
+        f"| knn, fixed           | {perplexity:>10.2f} | {perplexity * lm - 1:>+6.1%} | <- used |",
     ]
 
 

@@ -50,9 +50,9 @@ def test_tune_stores_the_fit(store: Datastore, tmp_path: Path, capsys: Capture) 
     assert stack.mixer.weights[1] == pytest.approx((1 - 2 * a) / (2 * (1 - a)), abs=1e-6)
     assert stack.mixer.components[1].setting["temperature"] == 2.0
     assert "valid, 960 tokens; figures are of the 96 that nothing was fitted or chosen on" in said
-    assert f"language model alone {np.exp(2):>18.2f}\n" in said
+    assert f"| language model alone | {np.exp(2):>10.2f} |        |" in said
     change = f"{stack.perplexity / np.exp(2) - 1:+.1%}"
-    assert f"knn, fixed {stack.perplexity:>28.2f} {change:>8}" in said
+    assert f"| knn, fixed           | {stack.perplexity:>10.2f} | {change} |" in said
     assert said.count("<- used") == 1
     assert str(store.calibration_path) in said
     assert "nothing helps" not in said

@@ -11,8 +11,8 @@ import pytest
 from cli_calls import Capture, whole_store
 from conftest import ROOT
 
-#: Libraries that take seconds to load, or are not everywhere.
-HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "torch"}
+#: Libraries that take seconds to load, are not everywhere, or only print what takes long itself.
+HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "rich", "torch"}
 SUBCOMMANDS = (*("save", "build-index", "tune", "report", "info", "verify", "compress", "import"),)
 
 

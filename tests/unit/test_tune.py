@@ -18,7 +18,7 @@ from fairseq_knnlm.calibration.fitter import Fitter
 from fairseq_knnlm.calibration.fitting import fit_fixed
 from fairseq_knnlm.calibration.losses import log_probs, mixture_losses, tensors
 from fairseq_knnlm.calibration.parts import STRETCH, Parts
-from fairseq_knnlm.calibration.report import lines, measured
+from fairseq_knnlm.calibration.report import GAINS, gains, measured
 from fairseq_knnlm.calibration.search import expert_sets, fit
 from fairseq_knnlm.calibration.stored import (
     Calibration,
@@ -275,11 +275,11 @@ def test_where_nothing_helps_the_language_model_stays_alone() -> None:
     assert found.best.experts == ()
     assert list(found.best.mixer.components) == [LM]
     assert named(found, "knn, fixed").mixer.weights == [1.0, 0.0]  # type: ignore[attr-defined]
-    (used,) = (line for line in lines(found) if "<- used" in line)
-    assert used.startswith("language model alone")
+    (used,) = (row for row in gains(found) if "<- used" in row)
+    assert used[0] == "language model alone"
 
 
-def test_lines_say_what_each_mixture_gains() -> None:
+def test_gains_say_what_each_mixture_gains() -> None:
     mixer = Fixed((LM,), (1.0,))
     mixtures = [
         FittedMixture((), mixer, 100.0, 6.6, 99),
@@ -287,11 +287,11 @@ def test_lines_say_what_each_mixture_gains() -> None:
     ]
     mixtures.append(FittedMixture(("lm2",), mixer, 102.0, 6.7, 99))
     found = replace(fit(told(400)), mixtures=tuple(mixtures), base_perplexity=100.0, default=1)
-    assert lines(found) == [
-        "mixture                      perplexity   change",
-        "language model alone             100.00",
-        "knn+cache, fixed                  87.65   -12.3%  <- used",
-        "lm2, fixed                       102.00    +2.0%",
+    assert GAINS == ("mixture", "perplexity", "change", "")
+    assert gains(found) == [
+        ("language model alone", "100.00", "", ""),
+        ("knn+cache, fixed", "87.65", "-12.3%", "<- used"),
+        ("lm2, fixed", "102.00", "+2.0%", ""),
     ]
 
 

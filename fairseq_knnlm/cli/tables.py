@@ -1,16 +1,14 @@
 """Prints tables, by rich: on a terminal, in a pipe, in a log of CI.
 
 A table is written as Markdown has it, so that it can be put into a document as it is. Nothing is
-cut off, whatever the width of the terminal, and nothing but text reaches a file.
+cut off, whatever the width of the terminal, and nothing but text reaches a file. The examples, the
+benchmarks and the tools print theirs by this too.
 """
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 #: Wider than any table: a line ends where the table does.
 WIDE = 1000
@@ -18,6 +16,12 @@ WIDE = 1000
 
 def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints a table of figures: the first column to the left, the others to the right."""
+    # Here, not above: help prints no tables, and need not wait for what does.
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=box.MARKDOWN, show_edge=True)
     for number, title in enumerate(header):
         table.add_column(Text(title), justify="right" if number else "left", no_wrap=True)
@@ -40,6 +44,10 @@ def show_prose(
         rows: of the table.
         styles: a style of rich for each row, such as ``bold red``, which only a terminal shows.
     """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(*header)
     for number, row in enumerate(rows):
         style = styles[number] if styles else None
