@@ -137,6 +137,7 @@ def run_all(chosen: Sequence[Case], folder: Path, jobs: int) -> list[Outcome]:
     from fault_cases.world import make_world
 
     import fairseq_knnlm.cli
+    import fairseq_knnlm.tasks  # the task, which the package registers only behind fairseq
 
     found = Path(fairseq_knnlm.__file__).parent
     assert found == ROOT / "fairseq_knnlm", f"{found} would be tested, not {ROOT}"
