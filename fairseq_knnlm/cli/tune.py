@@ -133,7 +133,7 @@ def _experts(args: argparse.Namespace, store: Datastore) -> str:
 
 
 def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
-    """Fits a calibration, says what it gained and writes it."""
+    """Fits a calibration, writes it and says what it gained."""
     from fairseq_knnlm.calibration.parts import Parts
     from fairseq_knnlm.calibration.report import GAINS, gains
     from fairseq_knnlm.calibration.search import fit
@@ -145,6 +145,7 @@ def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
     check_table(table, store)
     warn_of_own_text(table, store)
     calibration = fit(table, seed, _with_bar)
+    path = write_calibration(store.calibration_path, calibration)  # before any pipe can close
     fitted = calibration.fitted_on
     print(
         f"{fitted['split']}, {fitted['tokens']:,} tokens; figures are of the "
@@ -154,7 +155,6 @@ def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
     print_skipping(skipping_costs(calibration, table, Parts.of(len(table)).report))
     if not calibration.best.experts:
         print("nothing helps this model on this text: evaluation will use it alone")
-    path = write_calibration(store.calibration_path, calibration)
     print(f"written to {path}; evaluation uses it unless told otherwise")
 
 
