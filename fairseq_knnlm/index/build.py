@@ -215,10 +215,7 @@ def build(
 
 
 def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, Any]:
-    """What a snapshot must agree with: all that decides which index is built.
-
-    Its names are those that snapshots have always had, so that a build stopped long ago goes on.
-    """
+    """What a snapshot must agree with: all that decides which index is built."""
     return {
         "recipe": asdict(recipe),
         "options": asdict(options),
