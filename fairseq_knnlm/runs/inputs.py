@@ -23,13 +23,13 @@ class Vocabulary:
         symbols: its types in order; the place of each is its id.
         pad: the padding token's id.
         eos: the id that ends a line.
-        bos: whether a token that does not count stands before each block.
+        bos: the id of a token that is put before each block and does not count; None of none.
     """
 
     symbols: Sequence[str]
     pad: int
     eos: int
-    bos: bool = False
+    bos: int | None = None
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Saving:
         for sample in tqdm(batches, desc="sampling keys", unit=" batches"):
             sample = to_device(sample)
             encoded = lm.encode(sample["net_input"], sample["target"].ne(pad))
-            rows = blocks.rows(sample["id"], encoded.mask).cpu().numpy()
+            targets = sample["target"][:, -encoded.mask.shape[1] :]
+            rows = blocks.rows(sample["id"], encoded.mask, targets).cpu().numpy()
             sampled.append(_entries(rows, encoded))
         rows, keys = _joined(sampled)
         self.builder.train(keys, rows)

@@ -31,20 +31,21 @@ class Blocks:
 
     Attributes:
         starts: (number of blocks,) int64, row of each block's first token.
-        bos: whether a token that does not count stands before each block (``--add-bos-token``).
+        bos: the id that ``--add-bos-token`` puts before a block and fairseq does not count.
     """
 
     starts: np.ndarray
-    bos: bool = False
+    bos: int | None = None
 
-    def rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
         """The row of each scored token, (N,) int64; -1 for an added beginning of sentence.
 
         Args:
             ids: (B,) of the blocks.
             mask: (B, T) bool, the positions that are scored.
+            targets: (B, T) int64.
         """
-        offsets = mask.cumsum(dim=1) - (2 if self.bos else 1)
+        offsets = _offsets(mask, targets, self.bos)
         starts = torch.from_numpy(self.starts[ids.cpu().numpy()]).to(mask.device)
         return (starts[:, None] + offsets).masked_fill(offsets < 0, -1)[mask]
 
@@ -61,15 +62,27 @@ class Sentences:
         bos: as in ``Blocks``.
     """
 
-    bos: bool = False
+    bos: int | None = None
 
-    def rows(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
         """The row of each scored token, (N,) int64; -1 for an added beginning of sentence."""
-        return (mask.cumsum(dim=1) - (2 if self.bos else 1))[mask]
+        return _offsets(mask, targets, self.bos)[mask]
 
     def texts(self, mask: Tensor) -> Tensor | None:
         """The sentence of each scored token, (N,) int64."""
         return mask.nonzero()[:, 0]
+
+
+def _offsets(mask: Tensor, targets: Tensor, bos: int | None) -> Tensor:
+    """(B, T) int64, the place of each scored token in its block or sentence; -1 of an added one.
+
+    Nowhere but at the very beginning is that token an added one; the hub interface adds none.
+    """
+    places = mask.cumsum(dim=1) - 1
+    if bos is None:
+        return places
+    added = ((places == 0) & mask & (targets == bos)).any(dim=1)
+    return places - added[:, None].long()
 
 
 @dataclass(frozen=True)
@@ -240,11 +253,12 @@ class KnnScorer:
         first, *more = self.lm.models
         others = self._others | {member("lm", n): lm for n, lm in enumerate(more, start=1)}
         encoded: Encoded = first.encode(sample["net_input"], mask)
+        width = encoded.mask.shape[1]
         contexts = Contexts(
             encoded.features,
             encoded.keys,
             encoded.before,
-            self.blocks.rows(sample["id"], encoded.mask),
+            self.blocks.rows(sample["id"], encoded.mask, sample["target"][:, -width:]),
             self.blocks.texts(encoded.mask),
             {name: lm.encode(sample["net_input"], mask).features for name, lm in others.items()},
         )

@@ -175,7 +175,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
 
     def _vocabulary(self) -> Vocabulary:
         types = self.target_dictionary
-        bos = bool(self.args.add_bos_token)
+        bos = types.bos() if self.args.add_bos_token else None
         return Vocabulary(types.symbols, types.pad(), types.eos(), bos)
 
     def _others(self, first: Any) -> dict[str, Any]:

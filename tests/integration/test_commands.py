@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import MODELS, ROOT, Lab, eval_lm, must
 
+import fairseq_knnlm.tasks  # noqa: F401  for the hub interface
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError, ModelError

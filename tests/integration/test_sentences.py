@@ -15,6 +15,7 @@ from conftest import ROOT, Lab, eval_lm, must
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
+import fairseq_knnlm.tasks  # noqa: F401  for the hub interface
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.cache import CacheSetting
 from fairseq_knnlm.experts.knn import KnnSetting
