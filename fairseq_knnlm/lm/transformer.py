@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fairseq_knnlm.lm.contexts import Encoded, tokens_before
+from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
 from fairseq_knnlm.lm.keys import KEY_TYPES
 
 #: Logits held at a time, in numbers: bounds the memory of the output layer.
@@ -77,6 +77,25 @@ class TransformerLM:
         # fairseq's layers run time first: T x B x C. What lies before the last layer has all of T.
         keys = captured[-1][-features.shape[1] :].transpose(0, 1)[mask] if captured else None
         return Encoded(features[mask], keys, before, mask)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: dict[str, Any]) -> Encoded:
+        """Reads one more token of each text, and keeps the last position.
+
+        Args:
+            tokens: (B, t) int64, the texts so far; all but the last token were read before.
+            state: fairseq's incremental state, which is written to; empty where t is 1.
+        """
+        captured: list[Tensor] = []
+        with _reading(self.decoder, self.key_type, captured):
+            features, _ = self.decoder(tokens, incremental_state=state, features_only=True)
+        keys = captured[-1][-1] if captured else None  # time first
+        mask = torch.ones_like(tokens[:, :1], dtype=torch.bool)
+        return Encoded(features[:, -1], keys, tokens_before(tokens[:, -CONTEXT:])[:, -1], mask)
+
+    def reorder(self, state: dict[str, Any], order: Tensor) -> None:
+        """Has text i go on where text ``order[i]`` stood, (B,) int64."""
+        self.decoder.reorder_incremental_state_scripting(state, order)
 
     @torch.no_grad()
     def log_prob(self, features: Tensor, tokens: Tensor) -> Tensor:

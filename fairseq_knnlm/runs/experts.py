@@ -54,7 +54,7 @@ def make_scorer(
     source = ""
     if memory is not None:
         for_table = bool(options.writing.score_table and blocks)
-        make, source = _mixture(inputs, memory, for_table=for_table)
+        make, source = make_mixture(inputs, memory, for_table=for_table)
     return KnnScorer(
         inputs.vocabulary.pad,
         inputs.vocabulary.eos,
@@ -67,8 +67,21 @@ def make_scorer(
     )
 
 
-def _mixture(inputs: Inputs, memory: Memory, *, for_table: bool) -> tuple[MakeMixture, str]:
-    """What makes the mixture of the language model, and where the mixer comes from."""
+def make_mixture(
+    inputs: Inputs, memory: Memory, *, for_table: bool = False
+) -> tuple[MakeMixture, str]:
+    """What makes the mixture of the language model, and where the mixer comes from.
+
+    Args:
+        inputs: options and models.
+        memory: what was opened for experts.
+        for_table: with all settings and features of a score table.
+
+    Raises:
+        DatastoreError: where a datastore is of another checkpoint.
+        TableError: where the calibration is.
+        KnnlmError: of another kind, where an expert cannot be made.
+    """
     for store in memory.stores:
         store.check_origin(model=inputs.model)
     if memory.calibration is not None:

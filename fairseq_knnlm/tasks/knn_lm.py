@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fairseq import utils
 from fairseq.checkpoint_utils import load_model_ensemble
 from fairseq.data import BaseWrapperDataset
@@ -23,6 +24,7 @@ from fairseq_knnlm.experts.kind import spelled
 from fairseq_knnlm.lm.registry import check_model, is_supported
 from fairseq_knnlm.runs.evaluate import EvaluationRun
 from fairseq_knnlm.runs.experts import make_scorer
+from fairseq_knnlm.runs.generate import make_writer
 from fairseq_knnlm.runs.inputs import Inputs, Vocabulary, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
 from fairseq_knnlm.runs.options import Options
@@ -30,6 +32,7 @@ from fairseq_knnlm.signals import end_on_request
 from fairseq_knnlm.tasks import host, loading, stock
 from fairseq_knnlm.tasks.checks import check
 from fairseq_knnlm.tasks.flags import KnnlmConfig, options_of, whole_run
+from fairseq_knnlm.tasks.generation import MixtureEnsemble
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
 from fairseq_knnlm.tasks.idle import name_ignored
 from fairseq_knnlm.tasks.outputs import check_writes
@@ -86,12 +89,15 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         return super().load_dataset(split, *args, **kwargs)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """For ``fairseq-generate --score-reference`` and the hub interface's ``score``."""
-        scoring = getattr(args, "score_reference", False)
-        if scoring and all(map(is_supported, models)):
-            return make_scorer(self._inputs(models))
-        what = "generation" if not scoring else "this decoder"
-        loading.check_stock_is_enough(self.options, what)
+        """For ``fairseq-interactive``, ``fairseq-generate`` and the hub interface."""
+        if all(map(is_supported, models)):
+            if getattr(args, "score_reference", False):
+                return make_scorer(self._inputs(models))
+            loading.check_writes_nothing(self.options)
+            if self.memory is not None:
+                models = MixtureEnsemble(make_writer(self._inputs(models)))
+        else:
+            loading.check_stock_is_enough(self.options, "this decoder")
         return super().build_generator(models, args, *rest, **kwargs)
 
     def eval_lm_dataloader(
@@ -195,7 +201,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         stock = LanguageModelingTask(
             self.args, self.dictionary, self.output_dictionary, self.targets
         )
-        loaded, _ = load_model_ensemble([path], task=stock)
+        with torch.random.fork_rng(devices=[]):  # building draws weights, which are then replaced
+            loaded, _ = load_model_ensemble([path], task=stock)
         parameter = next(first.parameters())
         return loaded[0].to(parameter.device, parameter.dtype).eval()
 

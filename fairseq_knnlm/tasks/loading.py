@@ -55,6 +55,26 @@ def _check_one_process(num_shards: int, problem: str) -> None:
         )
 
 
+def check_writes_nothing(options: Options) -> None:
+    """Refuses files of an evaluation where text is generated.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    given = {
+        "--score-table": options.writing.score_table,
+        "--results-json": options.writing.results_json,
+    }
+    for flag, value in given.items():
+        if value:
+            raise ConfigError(
+                f"{flag} does nothing where text is generated",
+                expected="fairseq-eval-lm, or --score-reference",
+                found=flag,
+                do="leave it out",
+            )
+
+
 def check_stock_is_enough(options: Options, what: str) -> None:
     """Refuses flags that only our scorer heeds where fairseq's own will do the work.
 

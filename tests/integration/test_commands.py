@@ -232,9 +232,6 @@ def test_hub_interface_scores_with_neighbours(lab: Lab, datastore: Path) -> None
     mixed = score(**memory, lmbda=0.5)
     assert same == pytest.approx(base, abs=1e-6)
     assert mixed != pytest.approx(base, abs=1e-3)
-    # Sampling would leave the neighbours out; it says so instead.
-    with pytest.raises(ConfigError, match="--knnlm does not work with generation"):
-        hub(**memory).sample("w1 w2", beam=1, max_len_b=3)
 
 
 def test_every_key_type(lab: Lab, tmp_path: Path) -> None:
