@@ -40,9 +40,9 @@ DIVERSE = {"beam": 4, "diverse_beam_groups": 2, "diverse_beam_strength": 0.0}
 
 
 @pytest.fixture(scope="module")
-def tuned(lab: Lab, datastore: Path) -> Path:
+def tuned(lab: Lab, datastore: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A datastore with a calibration."""
-    store = Path(shutil.copytree(datastore, lab.folder / "tuned"))
+    store = Path(shutil.copytree(datastore, tmp_path_factory.mktemp("tuned") / "dstore"))
     must(
         *("fairseq-knnlm", "tune", "--dstore", store, "--data", lab.data, "--k", 32),
         *("--path", lab.checkpoint(), *BLOCKS, "--sample-break-mode", "none", "--cpu"),
