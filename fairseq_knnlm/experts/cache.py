@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fairseq_knnlm.bounds import check_count
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.contract import Joined
+from fairseq_knnlm.experts.contract import Joined, reordered
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
 from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePrediction, SparseSetting
@@ -234,8 +234,7 @@ class CacheExpert:
     def reorder(self, order: Tensor) -> None:
         """Text i goes on where text ``order[i]`` stood."""
         self._asked = []
-        known = self._texts
-        self._texts = {to: known[text] for to, text in enumerate(order.tolist()) if text in known}
+        self._texts = reordered(self._texts, order)
 
     def _read(self, text: int, contexts: Contexts, order: Tensor) -> list[tuple[Recent, Recent]]:
         """Pairs of some positions in the order of the text, and these with the window before."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fairseq_knnlm.lm.contexts import Contexts
+
+T = TypeVar("T")
 
 
 class Distribution(NamedTuple):
@@ -80,6 +82,11 @@ class Expert(Protocol):
 
     def reorder(self, order: Tensor) -> None:
         """From now on text i goes on where text ``order[i]`` stood, (B,) int64 (beam search)."""
+
+
+def reordered(texts: Mapping[int, T], order: Tensor) -> dict[int, T]:
+    """What is kept of each text, where text i goes on where text ``order[i]`` stood, (B,) int64."""
+    return {to: texts[text] for to, text in enumerate(order.tolist()) if text in texts}
 
 
 class Timeless:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.experts.contract import reordered
 from fairseq_knnlm.experts.knn import KnnExpert, KnnSetting
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.retrieval.local import LocalRetriever
@@ -65,8 +66,7 @@ class PointerExpert(KnnExpert):
 
     def reorder(self, order: Tensor) -> None:
         """Text i goes on where text ``order[i]`` stood."""
-        known = self._texts
-        self._texts = {to: known[text] for to, text in enumerate(order.tolist()) if text in known}
+        self._texts = reordered(self._texts, order)
 
     def near(self, contexts: Contexts) -> Neighbours:
         """The neighbours found, and beside them the pointers; (N, k + P) with P at most k / 4."""
