@@ -25,11 +25,7 @@ LogProb = Annotated[float, msgspec.Meta(le=0.001)] | None
 Place = tuple[float, float]
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all records have in common."""
-
-
-class Memory(Record):
+class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A datastore that was asked.
 
     Attributes:
@@ -47,7 +43,7 @@ class Memory(Record):
     index: str
 
 
-class Run(Record):
+class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What all texts of a record have in common.
 
     Attributes:
@@ -67,7 +63,7 @@ class Run(Record):
     version: int = VERSION
 
 
-class Voice(Record):
+class Voice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one expert had to do with a token. The language model's is the first of a token.
 
     Attributes:
@@ -84,7 +80,7 @@ class Voice(Record):
     bits: float
 
 
-class Guess(Record):
+class Guess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A token that might have come.
 
     Attributes:
@@ -96,7 +92,7 @@ class Guess(Record):
     probability: Share
 
 
-class Source(Record):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An entry of a datastore that spoke for a token, or for another one.
 
     Attributes:
@@ -128,7 +124,7 @@ class Source(Record):
     place: Place | None = None
 
 
-class Token(Record):
+class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A token and what was known before it came.
 
     Attributes:
@@ -157,7 +153,7 @@ class Token(Record):
     place: Place | None = None
 
 
-class Explained(Record):
+class Explained(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A text.
 
     Attributes:
