@@ -31,6 +31,11 @@ class Vocabulary:
     eos: int
     bos: int | None = None
 
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of each type; the first, where one stands there twice."""
+        return {symbol: number for number, symbol in reversed([*enumerate(self.symbols)])}
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -92,10 +92,10 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         """For ``fairseq-interactive``, ``fairseq-generate`` and the hub interface."""
         if all(map(is_supported, models)):
             if getattr(args, "score_reference", False):
-                return make_scorer(self._inputs(models))
+                return make_scorer(self.inputs(models))
             loading.check_writes_nothing(self.options)
             if self.memory is not None:
-                models = MixtureEnsemble(make_writer(self._inputs(models)))
+                models = MixtureEnsemble(make_writer(self.inputs(models)))
         else:
             loading.check_stock_is_enough(self.options, "this decoder")
         return super().build_generator(models, args, *rest, **kwargs)
@@ -147,7 +147,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             "context_window": context_window,
             "sample_break_mode": str(self.args.sample_break_mode),
         }
-        run = EvaluationRun(self._inputs(self.models, context), sizes, left_out + omitted)
+        run = EvaluationRun(self.inputs(self.models, context), sizes, left_out + omitted)
         if run.sample_every:
             run.learn(
                 # A shard is every n-th batch. Its first blocks see context that is not theirs,
@@ -164,14 +164,14 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         experts = self.memory.experts.values() if self.memory is not None else ()
         return any(expert.kind.needs_order(expert.options) for expert in experts)
 
-    def _inputs(self, models: Any, context: dict[str, Any] | None = None) -> Inputs:
+    def inputs(self, models: Any, context: dict[str, Any] | None = None) -> Inputs:
         """The same ones as long as the models are: their weights are read once."""
         known, models = self._known, list(models)
         if known is None or not known.are_of(models, self.split, context):
             known = self._known = Inputs(
                 options=self.options,
                 models=models,
-                vocabulary=self._vocabulary(),
+                vocabulary=self.vocabulary(),
                 split=self.split,
                 memory=self.memory,
                 others=self._others(models[0]),
@@ -179,7 +179,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             )
         return known
 
-    def _vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> Vocabulary:
         types = self.target_dictionary
         bos = types.bos() if self.args.add_bos_token else None
         return Vocabulary(types.symbols, types.pad(), types.eos(), bos)

@@ -1,0 +1,75 @@
+"""From text to tokens and back, as a language model's text was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fairseq_knnlm.runs.inputs import Vocabulary
+
+#: Begins a word, in pieces of sentencepiece.
+WORD_BEGINS = "\u2581"
+#: Ends a piece that is not the end of a word, in pieces of subword-nmt.
+WORD_GOES_ON = "@@"
+#: Writes one symbol of a dictionary as text, given whether it begins a line.
+Join = Callable[[str, bool], str]
+
+
+def join_words(symbol: str, begins_line: bool) -> str:
+    """A word, with the space before it."""
+    return symbol if begins_line else f" {symbol}"
+
+
+def join_pieces(symbol: str, begins_line: bool) -> str:
+    """A piece of sentencepiece, whose mark is the space before it."""
+    text = symbol.replace(WORD_BEGINS, " ")
+    return text.removeprefix(" ") if begins_line else text
+
+
+def join_halves(symbol: str, _: bool) -> str:
+    """A piece of subword-nmt, with the space after it where it ends a word."""
+    return symbol.removesuffix(WORD_GOES_ON) if symbol.endswith(WORD_GOES_ON) else f"{symbol} "
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a text is cut into tokens, and what tokens are as text.
+
+    Attributes:
+        vocabulary: the dictionary.
+        split: from a line of text to symbols of the dictionary.
+        join: from a symbol to text.
+        unknown: the id of what the dictionary does not have.
+    """
+
+    vocabulary: Vocabulary
+    split: Callable[[str], Sequence[str]]
+    join: Join
+    unknown: int
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text; where it has several lines, an end of line stands between them."""
+        ids = self.vocabulary.ids
+        found: list[int] = []
+        for number, line in enumerate(text.split("\n")):
+            found += [self.vocabulary.eos] if number else []
+            found += [ids.get(symbol, self.unknown) for symbol in self.split(line)]
+        return found
+
+    def pieces(self, tokens: Iterable[int]) -> list[str]:
+        """The text of each token; one after the other they are the whole text."""
+        vocabulary, found, begins_line = self.vocabulary, [], True
+        for token in tokens:
+            if token == vocabulary.eos:
+                found.append("\n")
+            elif token in (vocabulary.pad, vocabulary.bos):
+                found.append("")
+                continue
+            else:
+                found.append(self.join(vocabulary.symbols[token], begins_line))
+            begins_line = token == vocabulary.eos
+        return found
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """The text of all tokens."""
+        return "".join(self.pieces(tokens))

@@ -1,0 +1,94 @@
+"""A language model, its memory and its spelling, opened once for a command of this package."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.dataclass.configs import EvalLMConfig
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
+
+from fairseq_knnlm.runs.inputs import Inputs
+from fairseq_knnlm.runs.spelling import Spelling
+from fairseq_knnlm.tasks.spelling import spelling
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was opened.
+
+    Attributes:
+        cfg: fairseq's whole configuration.
+        task: ``knn_lm``, with its memory.
+        models: the language models, ready to predict.
+        spelling: how their text is cut.
+    """
+
+    cfg: Any
+    task: Any
+    models: Sequence[Any]
+    spelling: Spelling
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Options, models and memory."""
+        found: Inputs = self.task.inputs(self.models)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        found: torch.device = next(self.models[0].parameters()).device
+        return found
+
+
+def open_session(data: str, flags: Sequence[str]) -> Session:
+    """Opens all that fairseq's flags name, as ``fairseq-interactive`` does.
+
+    Args:
+        data: folder that fairseq-preprocess wrote.
+        flags: fairseq's own and those of ``knn_lm``, with ``--path``.
+
+    Raises:
+        KnnlmError: of the kind that fits what is wrong.
+    """
+    for name in ("fairseq", "fairseq_cli"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    package = Path(__file__).resolve().parents[1]
+    words = [data, "--user-dir", str(package), "--task", "knn_lm", *flags]
+    sys.argv = ["fairseq-interactive", *words]  # where fairseq looks for --user-dir
+    parser = options.get_interactive_generation_parser(default_task="knn_lm")
+    gen_parser_from_dataclass(parser.add_argument_group("LM Evaluation"), EvalLMConfig())
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
+    utils.import_user_module(cfg.common)
+    if not cfg.generation.no_seed_provided:
+        utils.set_torch_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    vocabulary = task.vocabulary()
+    cut = spelling(cfg, vocabulary, task.target_dictionary.unk())  # refused before models are read
+    return Session(cfg, task, _models(cfg, task), cut)
+
+
+def _models(cfg: Any, task: Any) -> list[Any]:
+    models, _ = checkpoint_utils.load_model_ensemble(
+        cfg.common_eval.path.split(os.pathsep),
+        arg_overrides=ast.literal_eval(cfg.common_eval.model_overrides),
+        task=task,
+    )
+    on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+    for model in models:
+        if cfg.common.fp16:
+            model.half()
+        if on_gpu:
+            model.cuda()
+        model.prepare_for_inference_(cfg)
+    return list(models)
