@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.contract import Joined, reordered
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
+from fairseq_knnlm.experts.recent import Recent
 from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePrediction, SparseSetting
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.files.sizes import available_memory
@@ -116,51 +117,6 @@ def over_root(theta: float, width: int) -> float:
     return theta / math.sqrt(width)
 
 
-@dataclass(frozen=True)
-class Recent:
-    """Positions of a text, the latest at the end.
-
-    Attributes:
-        keys: (M, D) float32, the language model's features.
-        tokens: (M,) int64, what followed; -1 where that is not known yet.
-        before: (M, CONTEXT) int64, what came before.
-        documents: (M,) int64, the number of the document, ascending; -1 before all text.
-        row: of the last position; -1 before all text.
-    """
-
-    keys: Tensor
-    tokens: Tensor
-    before: Tensor
-    documents: Tensor
-    row: int = -1
-
-    @classmethod
-    def nothing(cls, length: int, like: Tensor) -> Recent:
-        """``length`` positions before all text, for keys like these."""
-        none = torch.full((length,), -1, device=like.device)
-        keys = like.new_zeros((length, like.shape[1]))
-        return cls(keys, none, none[:, None].expand(-1, CONTEXT), none)
-
-    def __add__(self, other: Recent) -> Recent:
-        keys, tokens, before, documents = map(
-            torch.cat, zip(self._parts, other._parts, strict=True)
-        )
-        return Recent(keys, tokens, before, documents, other.row)
-
-    def __getitem__(self, part: slice) -> Recent:
-        keys, tokens, before, documents = (whole[part] for whole in self._parts)
-        return Recent(keys, tokens, before, documents, self.row)
-
-    @property
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.keys, self.tokens, self.before, self.documents
-
-    def ending(self, tokens: Tensor) -> Recent:
-        """The same, now that it is known what followed the last positions."""
-        tokens = tokens[-len(self.tokens) :]
-        return replace(self, tokens=torch.cat([self.tokens[: -len(tokens) or None], tokens]))
-
-
 class CacheExpert:
     """p_cache, from the text before each context.
 
@@ -236,6 +192,13 @@ class CacheExpert:
         self._asked = []
         self._texts = reordered(self._texts, order)
 
+    def forget(self, counts: Tensor) -> None:
+        """Takes back the last ``counts[i]`` contexts of text i."""
+        self._asked = []
+        for text, count in enumerate(counts.tolist()):
+            if count and text in self._texts:
+                self._texts[text] = self._texts[text].without(count)
+
     def _read(self, text: int, contexts: Contexts, order: Tensor) -> list[tuple[Recent, Recent]]:
         """Pairs of some positions in the order of the text, and these with the window before."""
         keys, rows, before = (
@@ -243,13 +206,15 @@ class CacheExpert:
             contexts.rows[order],
             contexts.before[order],
         )
-        earlier = self._earlier(text, rows, keys, several=contexts.texts is not None)
-        if len(earlier.tokens) and int(rows[0]) == earlier.row + 1:
-            earlier = earlier.ending(before[:1, 0])
+        kept = self._earlier(text, rows, keys, several=contexts.texts is not None)
+        if len(kept.tokens) and int(rows[0]) == kept.row + 1:
+            kept = kept.ending(before[:1, 0])
+        earlier = kept[-self.length :]
         none = Recent.nothing(self.length - len(earlier.tokens), keys)
         tokens = _followed(rows, before[:, 0])
         new = Recent(keys, tokens, before, self._documents(earlier, tokens), int(rows[-1]))
-        self._texts[text] = (earlier + new)[-self.length :]
+        # More than the window, of which some may be taken back.
+        self._texts[text] = (kept + new)[-self.length - len(rows) :]
         self._asked.append((text, order))
         everything = none + earlier + new
         return [
@@ -259,7 +224,7 @@ class CacheExpert:
         ]
 
     def _earlier(self, text: int, rows: Tensor, keys: Tensor, *, several: bool) -> Recent:
-        """What is known of the text before these rows, ``length`` positions at most."""
+        """What is known of the text before these rows, ``length`` positions at least."""
         known = self._texts.get(text)
         if known is None or (several and int(rows[0]) == 0):
             return Recent.nothing(0, keys)

@@ -83,6 +83,12 @@ class Expert(Protocol):
     def reorder(self, order: Tensor) -> None:
         """From now on text i goes on where text ``order[i]`` stood, (B,) int64 (beam search)."""
 
+    def forget(self, counts: Tensor) -> None:
+        """Takes back the last ``counts[i]`` contexts of text i, (B,) int64 (a draft's).
+
+        They were all predicted at once, last, and nothing was observed since.
+        """
+
 
 def reordered(texts: Mapping[int, T], order: Tensor) -> dict[int, T]:
     """What is kept of each text, where text i goes on where text ``order[i]`` stood, (B,) int64."""
@@ -101,6 +107,9 @@ class Timeless:
 
     def reorder(self, order: Tensor) -> None:
         """Has nothing to reorder."""
+
+    def forget(self, counts: Tensor) -> None:
+        """Has nothing to take back."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -119,6 +119,27 @@ def vote(near: Neighbours, temperatures: Sequence[float]) -> SparsePrediction:
     return SparsePrediction(entries_of(near, [near.valid]), settings)
 
 
+class KnnPrediction(SparsePrediction):
+    """p_kNN of N contexts.
+
+    Args:
+        near: their neighbours.
+        entries: the same, as a prediction has them.
+        settings: a column each.
+        features: by name, (N,) or (N, M).
+    """
+
+    def __init__(
+        self,
+        near: Neighbours,
+        entries: Entries,
+        settings: Sequence[SparseSetting],
+        features: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(entries, settings, features)
+        self.near = near
+
+
 class KnnExpert(Timeless):
     """p_kNN, from the k nearest entries of a datastore.
 
@@ -171,7 +192,7 @@ class KnnExpert(Timeless):
         if features:
             self._counts = retriever.token_counts().float().log1p()
 
-    def predict(self, contexts: Contexts) -> SparsePrediction:
+    def predict(self, contexts: Contexts) -> KnnPrediction:
         """What follows contexts, given their keys."""
         assert contexts.keys is not None
         started = time.perf_counter()
@@ -183,7 +204,8 @@ class KnnExpert(Timeless):
         self.asked += len(contexts)
         if self.retriever.measures_l2:
             self._own = Own.among(near, contexts.keys)
-        return SparsePrediction(
+        return KnnPrediction(
+            near,
             entries_of(near, shared, self._fewer),
             self._columns,
             self._features(near, shared, contexts.before) if self.features else None,

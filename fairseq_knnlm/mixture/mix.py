@@ -42,3 +42,27 @@ def mix(log_probs: Tensor, log_weights: Tensor, abstain: Abstain = "share") -> T
     nobody = torch.isneginf(norm)
     mixed = torch.logsumexp(log_probs.masked_fill(abstains, -math.inf) + weights, dim=1) - norm
     return torch.where(nobody, log_probs[:, 0], mixed)
+
+
+def effective(log_probs: Tensor, log_weights: Tensor, abstain: Abstain = "share") -> Tensor:
+    """What each expert weighs once the weights of those that abstain went elsewhere.
+
+    Args:
+        log_probs: (N, E) float32, as for ``mix``.
+        log_weights: (E,) or (N, E), as for ``mix``.
+        abstain: as for ``mix``.
+
+    Returns:
+        (N, E) float32, natural log; exp sums to 1 a row. The mixture is the logsumexp of these and
+        of the log-probabilities of those that do not abstain.
+    """
+    weights, abstains = log_weights.expand_as(log_probs), log_probs.isnan()
+    left = weights.masked_fill(abstains, -math.inf)
+    if abstain == "lm":
+        given = weights.masked_fill(~abstains, -math.inf).logsumexp(dim=1)
+        lm = torch.logaddexp(left[:, 0], given)
+        return torch.cat([lm[:, None], left[:, 1:]], dim=1)
+    norm = left.logsumexp(dim=1, keepdim=True)
+    alone = torch.full_like(left, -math.inf)
+    alone[:, 0] = 0.0
+    return torch.where(norm.isneginf(), alone, left - norm)

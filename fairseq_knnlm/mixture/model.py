@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.contract import Distribution, Expert, Prediction
+from fairseq_knnlm.experts.knn import KnnPrediction
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.mixture.components import LM, Component, searches
-from fairseq_knnlm.mixture.mix import mix
+from fairseq_knnlm.mixture.mix import effective, mix
 from fairseq_knnlm.mixture.mixers import ALONE, Mixer, Skip
+from fairseq_knnlm.mixture.shares import Found, Shares, by_expert, entries_found, over
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class MixturePrediction(Protocol):
     def log_probs(self) -> Tensor:
         """log p of every token: (N, V) float32, natural log."""
 
+    def shares(self, tokens: Tensor) -> Shares:
+        """Who made up the probability of one token (N,) each, and how much of it."""
+
+    def found(self) -> dict[str, Found]:
+        """By the expert's name, the neighbours of those that search."""
+
+
+#: Is shown contexts, the tokens that came after them, and what was said of them before.
+Watch = Callable[[Contexts, Tensor, MixturePrediction], None]
+
 
 @dataclass(frozen=True)
 class Weighed:
@@ -72,8 +84,27 @@ class Weighed:
         """(N,) of the mixture, from the columns (N, S) of each expert."""
         if list(self.mixer.components) == [LM]:
             return columns[LM.expert][:, 0]
-        chosen = [columns[one.expert][:, self._place(one)] for one in self.mixer.components]
-        return self._mix(torch.stack(chosen, dim=1))
+        return self._mix(self._chosen(columns))
+
+    def shares(self, tokens: Tensor) -> Shares:
+        """Who made up the probability of one token (N,) each, and how much of it."""
+        names = list(dict.fromkeys(self._experts))
+        columns = self._chosen({name: self.predictions[name].log_prob(tokens) for name in names})
+        return by_expert(names, self._experts, self._effective(columns), columns)
+
+    def found(self) -> dict[str, Found]:
+        """By the expert's name, the neighbours of those that search."""
+        found = {}
+        for name, prediction in self.predictions.items():
+            ours = [place for place, expert in enumerate(self._experts) if expert == name]
+            if ours and isinstance(prediction, KnnPrediction):
+                settings = [self._place(self.mixer.components[place]) for place in ours]
+                said = prediction.log_prob(prediction.near.values[:, 0])[:, settings]
+                weights = self.log_weights.to(said.device).exp().expand(len(said), -1)[:, ours]
+                found[name] = entries_found(
+                    prediction, settings, weights.masked_fill(said.isnan(), 0.0)
+                )
+        return found
 
     def log_probs(self) -> Tensor:
         """log p of every token: (N, V) float32, natural log."""
@@ -85,6 +116,20 @@ class Weighed:
             lm if one == LM else self._of_all(one, lm.shape[1]) for one in self.mixer.components
         ]
         return self._mix(torch.stack(columns, dim=1))
+
+    @property
+    def _experts(self) -> list[str]:
+        """Whose each component is."""
+        return [component.expert for component in self.mixer.components]
+
+    def _chosen(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """(N, C), of the components, from the columns (N, S) of each expert."""
+        chosen = [columns[one.expert][:, self._place(one)] for one in self.mixer.components]
+        return torch.stack(chosen, dim=1)
+
+    def _effective(self, columns: Tensor) -> Tensor:
+        """(N, C) log weights, natural, with those of who abstains given to others."""
+        return effective(columns, self.log_weights.to(columns.device), self.mixer.abstain)
 
     def _mix(self, log_probs: Tensor) -> Tensor:
         return mix(log_probs, self.log_weights.to(log_probs.device), self.mixer.abstain)
@@ -139,18 +184,27 @@ class MixtureLM:
         for one in self.everyone:
             one.reorder(order)
 
-    def score(self, contexts: Contexts, tokens: Tensor) -> Scores:
+    def forget(self, counts: Tensor) -> None:
+        """Takes back the last ``counts[i]`` contexts of text i, (B,) int64."""
+        for one in self.everyone:
+            one.forget(counts)
+
+    def score(self, contexts: Contexts, tokens: Tensor, watch: Watch | None = None) -> Scores:
         """Predicts, is told what came, and says how likely that was; piece by piece.
 
         Args:
             contexts: N of them.
             tokens: (N,) int64, what came after each.
+            watch: is shown each piece: its contexts, tokens and prediction.
         """
         size = min([len(contexts) or 1, *(one.at_a_time for one in self.experts)])
         parts = []
         for start in range(0, max(len(contexts), 1), size):
             part = slice(start, start + size)
-            parts.append(self.predict(contexts[part]).score(tokens[part]))
+            prediction = self.predict(contexts[part])
+            parts.append(prediction.score(tokens[part]))
+            if watch is not None:
+                watch(contexts[part], tokens[part], prediction)
             self.observe(tokens[part])
         return _joined(parts)
 
@@ -187,6 +241,22 @@ class Skipped:
     def log_probs(self) -> Tensor:
         """log p of every token: (N, V) float32, natural log."""
         return self.rest.log_probs().index_copy(0, self.rows, self.whole.log_probs())
+
+    def shares(self, tokens: Tensor) -> Shares:
+        """Who made up the probability of one token (N,) each, and how much of it."""
+        some, every = self.whole.shares(tokens[self.rows]), self.rest.shares(tokens)
+        names = list(dict.fromkeys([*every.experts, *some.experts]))
+        some, every = over(some, names), over(every, names)
+        return Shares(
+            names,
+            every.weights.index_copy(0, self.rows, some.weights),
+            every.log_probs.index_copy(0, self.rows, some.log_probs),
+        )
+
+    def found(self) -> dict[str, Found]:
+        """By the expert's name, the neighbours of those that search."""
+        some = self.whole.found()
+        return {name: replace(one, rows=self.rows[one.rows]) for name, one in some.items()}
 
 
 class Picked:

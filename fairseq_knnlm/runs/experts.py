@@ -12,7 +12,7 @@ from fairseq_knnlm.lm.fingerprints import check_finite
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.mixture.mixers import Mixer
-from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM
+from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM, Watch
 from fairseq_knnlm.runs.inputs import Inputs, several_models
 from fairseq_knnlm.runs.mixing import mixture
 from fairseq_knnlm.runs.opening import Memory
@@ -25,7 +25,10 @@ KEY = "lm_key"
 
 
 def make_scorer(
-    inputs: Inputs, blocks: Blocks | None = None, listeners: Sequence[Listener] = ()
+    inputs: Inputs,
+    blocks: Blocks | None = None,
+    listeners: Sequence[Listener] = (),
+    watch: Watch | None = None,
 ) -> KnnScorer:
     """A scorer, once the models' weights are known to be those of the datastore.
 
@@ -33,6 +36,7 @@ def make_scorer(
         inputs: options, models, memory.
         blocks: where the blocks lie; left out, every sentence is a text of its own.
         listeners: told of every batch.
+        watch: is shown every prediction.
 
     Raises:
         DatastoreError: where the datastore is of another checkpoint.
@@ -64,6 +68,7 @@ def make_scorer(
         others={name: language_model(model) for name, model in inputs.others.items()},
         mixture_from=source,
         listeners=listeners,
+        watch=watch,
     )
 
 

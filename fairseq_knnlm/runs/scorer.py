@@ -22,7 +22,7 @@ from fairseq_knnlm.experts.lm import LMExpert, member
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.lm.transformer import TransformerLM
-from fairseq_knnlm.mixture.model import MixtureLM, Scores
+from fairseq_knnlm.mixture.model import MixtureLM, Scores, Watch
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ class KnnScorer:
         others: further language models, by the name of their expert.
         mixture_from: where the mixer comes from, in words.
         listeners: told of every batch.
+        watch: is shown every prediction.
     """
 
     def __init__(
@@ -191,7 +192,9 @@ class KnnScorer:
         others: Mapping[str, TransformerLM] | None = None,
         mixture_from: str = "",
         listeners: Sequence[Listener] = (),
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.pad = pad
         self.eos = eos
         self.blocks = blocks if blocks is not None else Sentences()
@@ -226,7 +229,7 @@ class KnnScorer:
         mask = target.ne(self.pad)
         contexts, mask = self._contexts(sample, mask)
         targets = target[:, -mask.shape[1] :][mask]
-        scores = self.mixture.score(contexts, targets)
+        scores = self.mixture.score(contexts, targets, self.watch)
         batch = Batch(contexts.rows.cpu().numpy(), targets, contexts, scores)
         _check_numbers(batch.base)
         for listener in self.listeners:
