@@ -6,13 +6,21 @@ A datastore is a folder that describes itself (``docs/format.md``):
 * ``keys.npy``: (rows, width) float16 or float32, the language model's representation of a context,
   unless the keys went into the index only;
 * ``values.npy``: (rows,) integers, the token that followed;
-* ``projection.npy``, ``weights.npy``: only in a datastore made of a larger one (``compress``).
+* ``projection.npy``, ``weights.npy``: only in a datastore made of a larger one (``compress``);
+* ``documents.npz``: where the documents of the text begin.
 
 Row i belongs to the i-th token of the split, in the order of the text, so row i + 1 follows row i,
 unless entries were merged. The folder is written under a temporary name and renamed whole,
 manifest last.
 """
 
+from fairseq_knnlm.datastore.documents import (
+    Documents,
+    around,
+    first_line,
+    read_documents,
+    write_documents,
+)
 from fairseq_knnlm.datastore.manifest import (
     FORMAT,
     INDEX,
@@ -56,17 +64,22 @@ __all__ = [
     "Compression",
     "Datastore",
     "DatastoreWriter",
+    "Documents",
     "Manifest",
     "Origin",
     "Sums",
+    "around",
     "check_finite",
     "check_new",
     "check_numbers",
     "check_room",
     "datastore_bytes",
+    "first_line",
     "open_array",
     "open_datastore",
     "outline",
+    "read_documents",
     "read_manifest",
     "value_dtype",
+    "write_documents",
 ]

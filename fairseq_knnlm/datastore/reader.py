@@ -73,6 +73,11 @@ class Datastore:
         """Where the counts of its n-grams lie."""
         return self.index_path.with_name(self.index_path.name.replace(INDEX, "ngram.npz"))
 
+    @property
+    def documents_path(self) -> Path:
+        """Where it is said where its documents begin."""
+        return self.index_path.with_name(self.index_path.name.replace(INDEX, "documents.npz"))
+
     def full_keys(self) -> np.ndarray:
         """The keys.
 

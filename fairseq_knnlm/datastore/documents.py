@@ -1,0 +1,228 @@
+"""Where the documents of a datastore begin, as a file beside its manifest (``docs/format.md``).
+
+The file is of its own, so that no fingerprint changes and a datastore of before can be given it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from fairseq_knnlm.datastore.reader import Datastore
+from fairseq_knnlm.errors import DatastoreError
+from fairseq_knnlm.files import check_mapped, parse_json, publish, typed
+from fairseq_knnlm.files.arrays import Archive, opened, write_card
+
+FORMAT = "fairseq-knnlm documents"
+VERSION = 1
+#: Characters of an expression at most.
+MOST_EXPRESSION = 1000
+#: Tokens that are looked at before ``first_line`` takes a line to be no more than empty.
+SEARCHED = 65_536
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds of what the file says of itself (``docs/format.md``)."""
+
+    rows: Annotated[int, msgspec.Meta(ge=1, le=2**48)]
+    eos: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    boundary: Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_EXPRESSION)] | None
+    datastore: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Where the documents of a text begin.
+
+    Attributes:
+        starts: (D,) int64, the first row of each document, ascending; the first is 0.
+        rows: entries of the datastore, N; the last document ends there.
+        eos: the token that ends a line.
+        boundary: what the first line of a document matches; None where documents begin after empty
+            lines.
+    """
+
+    starts: np.ndarray
+    rows: int
+    eos: int
+    boundary: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def document_of(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the document that entries are from.
+
+        Args:
+            rows: (n,) integers; those below 0 are no entries.
+
+        Returns:
+            (n,) int64, -1 for those.
+
+        Raises:
+            IndexError: where a row is beyond the datastore.
+        """
+        rows = np.asarray(rows)
+        if rows.size and int(rows.max()) >= self.rows:
+            raise IndexError(f"row {int(rows.max()):,} of {self.rows:,}")
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def extent(self, document: int) -> tuple[int, int]:
+        """The rows of a document, from the first to the one behind the last."""
+        last = document == len(self) - 1
+        return int(self.starts[document]), self.rows if last else int(self.starts[document + 1])
+
+    def describe(self) -> str:
+        """``"1,200, found by lines that match '= [^=]'"``."""
+        how = "empty lines" if self.boundary is None else f"lines that match {self.boundary!r}"
+        return f"{len(self):,}, found by {how}"
+
+
+def write_documents(store: Datastore, documents: Documents) -> Path:
+    """Writes where the documents of a datastore begin, atomically, in the place of what was there.
+
+    Args:
+        store: the datastore, of which neither keys nor values are read.
+        documents: of its rows.
+
+    Raises:
+        DatastoreError: where the entries were merged, so that they are no text.
+        OutputError: where another process is writing it.
+    """
+    check_text(store)
+    card = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rows": documents.rows,
+        "eos": documents.eos,
+        "boundary": documents.boundary,
+        "datastore": store.fingerprint,
+    }
+    arrays = {"card": write_card(card), "starts": documents.starts}
+    with publish(store.documents_path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    return store.documents_path
+
+
+def read_documents(store: Datastore) -> Documents | None:
+    """Where the documents of a datastore begin; None where nobody has said so yet.
+
+    Args:
+        store: the datastore, of which neither keys nor values are read.
+
+    Raises:
+        DatastoreError: where the file is damaged or of another datastore.
+    """
+    path = store.documents_path
+    if not path.exists() and not path.is_symlink():
+        return None
+    remedy = f"make it anew: fairseq-knnlm verify --dstore {store.path} --documents"
+    try:
+        with opened(path) as archive:
+            card = _read_card(archive)
+            if card.datastore != store.fingerprint:
+                raise DatastoreError(
+                    f"{path} is of another datastore",
+                    expected=f"datastore {store.fingerprint[:12]}...",
+                    found=f"datastore {card.datastore[:12]}...",
+                    do=remedy,
+                )
+            if card.rows != len(store):
+                raise ValueError(f"{card.rows:,} rows in the place of {len(store):,}")
+            return Documents(_read_starts(archive, card), card.rows, card.eos, card.boundary)
+    except ValueError as error:
+        raise DatastoreError(
+            f"{path} is damaged",
+            expected=f"beginnings of documents, version {VERSION}",
+            found=error,
+            do=remedy,
+        ) from None
+
+
+def _read_card(archive: Archive) -> Card:
+    if unknown := set(archive.names) - {"card", "starts"}:
+        raise ValueError(f"an array that does not belong to documents, {min(unknown)}")
+    fields = parse_json(archive.text("card"))
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise ValueError("a file of another kind")
+    if (version := fields.pop("version", None)) != VERSION:
+        raise ValueError(f"version {version!r}")
+    return typed(fields, Card)
+
+
+def _read_starts(archive: Archive, card: Card) -> np.ndarray:
+    starts = archive.vector("starts", "int64")
+    if not len(starts) or starts[0] != 0 or starts[-1] >= card.rows:
+        raise ValueError(f"starts: rows that are not from 0 to below {card.rows:,}")
+    if not (starts[1:] > starts[:-1]).all():
+        raise ValueError("starts: rows that do not ascend")
+    return starts
+
+
+def check_text(store: Datastore) -> None:
+    """Refuses a datastore whose rows are no text any more.
+
+    Raises:
+        DatastoreError: where entries were merged.
+    """
+    if store.manifest.merged:
+        raise DatastoreError(
+            f"the datastore {store.path} has no text, and so no documents",
+            expected="a datastore in which row i + 1 follows row i",
+            found="entries that were merged (compress --merge)",
+            do="ask the datastore that it was made of",
+        )
+
+
+def first_line(store: Datastore, documents: Documents, document: int, most: int = 64) -> np.ndarray:
+    """The tokens of a document's first line that is not empty, which names it.
+
+    Args:
+        store: the datastore, with its values.
+        documents: its own.
+        document: the number of one of them.
+        most: tokens of the line at most.
+
+    Returns:
+        (n,) token ids without the one that ends the line; none where the document is empty.
+    """
+    check_mapped(store.values, "values")
+    start, stop = documents.extent(document)
+    head = np.asarray(store.values[start : min(stop, start + SEARCHED)])
+    words = np.flatnonzero(head != documents.eos)
+    if not len(words):
+        return head[:0]
+    line = store.values[start + words[0] : min(stop, start + words[0] + most)]
+    ends = np.flatnonzero(line == documents.eos)
+    return np.array(line[: ends[0]] if len(ends) else line)
+
+
+def around(
+    store: Datastore, row: int, before: int, after: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The text around an entry, as far as the datastore goes.
+
+    Args:
+        store: the datastore, with its values.
+        row: of the entry.
+        before: tokens wanted before it.
+        after: tokens wanted after it.
+
+    Returns:
+        (b,) and (a,) token ids, at most so many; None where entries were merged, which has taken
+        the text apart.
+
+    Raises:
+        IndexError: where there is no such row.
+    """
+    if store.manifest.merged:
+        return None
+    if not 0 <= row < len(store):
+        raise IndexError(f"row {row:,} of {len(store):,}")
+    check_mapped(store.values, "values")
+    values = store.values
+    return np.array(values[max(row - before, 0) : row]), np.array(values[row + 1 : row + 1 + after])
