@@ -16,10 +16,11 @@ from fairseq_knnlm.explanation.record_file import Record
 MOST_TEXTS = 20
 #: Tokens that are named as those that gained or lost most.
 NAMED = 5
-#: Bits from which on a token has the next darker colour, of who gains and of who loses.
+#: Bits from which on a token has the next style, of who gains and of who loses. These differ on
+#: every terminal, light or dark, of 16 colours or more.
 STEPS = (0.25, 1.0, 2.0, 4.0)
-GAINS = ("#d5f0d8", "#a3dbab", "#6cc27a", "#35a24a")
-LOSSES = ("#fbdcd9", "#f5b3ad", "#ec857d", "#dc574e")
+GAINS = ("green", "bold green", "black on bright_green", "bold white on green")
+LOSSES = ("red", "bold red", "black on bright_red", "bold white on red")
 
 
 @dataclass
@@ -177,7 +178,7 @@ def _show_coloured(texts: Sequence[Explained]) -> None:
     for colours, sign in ((LOSSES, -1), (GAINS, 1)):
         pairs = list(zip(colours, STEPS, strict=True))
         for each, bits in pairs if sign > 0 else reversed(pairs):
-            legend.append(f" {sign * bits:+g} ", style=f"black on {each}")
+            legend.append(f" {sign * bits:+g} ", style=each)
     console.print(legend)
     if any(text.given < len(text.tokens) for text in texts):
         console.print(Text("underlined: given, not written"))
@@ -186,7 +187,7 @@ def _show_coloured(texts: Sequence[Explained]) -> None:
 def colour(bits: float) -> str:
     """A style of rich for a token that gained so much; of none where that is next to nothing."""
     step = sum(abs(bits) >= each for each in STEPS)
-    return f"black on {(GAINS if bits > 0 else LOSSES)[step - 1]}" if step else ""
+    return (GAINS if bits > 0 else LOSSES)[step - 1] if step else ""
 
 
 def visible(text: str) -> str:
@@ -259,7 +260,8 @@ def show_token(run: Run, number: int, token: Token) -> None:
     )
     for memory, agreement in zip(run.memories, token.agreement, strict=False):
         if agreement is not None:
-            print(f"{visible(memory.name)}: {agreement:.0%} of the neighbours' probability agrees")
+            name, share = visible(memory.name), f"{agreement:.0%}"
+            print(f"{name}: the neighbours give their likeliest token {share} of their probability")
     if token.sources:
         _show_sources(run, token.sources)
 

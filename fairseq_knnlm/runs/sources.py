@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Tokens that are shown before an entry's own, and after it.
 BEFORE, AFTER = 12, 8
+#: Of those before it, as many may be left out so that the first one begins a word.
+CUT = 4
 #: Characters of a document's name.
 LONGEST_NAME = 80
 
@@ -105,19 +108,20 @@ class Text:
             "".join(spelling.pieces([entry.value])),
             entry.value == asked.token,
         )
-        text = around(store, entry.row, BEFORE, AFTER)
+        text = around(store, entry.row, BEFORE + 1, AFTER)
         if text is None:
             return found
         before, after = (part.tolist() for part in text)
         pieces = spelling.pieces([*before, entry.value, *after])
         here = len(before)
+        first = _first_word(pieces[:here]) if here > BEFORE else 0
         name, row = self._document(entry.row)
         return msgspec.structs.replace(
             found,
             value=pieces[here],
-            before="".join(pieces[:here]),
+            before="".join(pieces[first:here]),
             after="".join(pieces[here + 1 :]),
-            matched=_matched(before, asked.before),
+            matched=_matched(before[first:], asked.before),
             document=name,
             document_row=row,
         )
@@ -138,6 +142,13 @@ class Text:
         keys = self.store.full_keys()
         check_mapped(keys, f"keys of {self.store.path}")
         return np.asarray(keys[list(rows)], np.float32)
+
+
+def _first_word(pieces: Sequence[str]) -> int:
+    """The first piece that begins a word, of the first few behind the first; 1 where none does."""
+    pairs = enumerate(pairwise(pieces[: CUT + 1]), start=1)
+    begins = (n for n, (one, another) in pairs if one[-1:].isspace() or another.startswith(" "))
+    return next(begins, 1)
 
 
 def _matched(theirs: Sequence[int], ours: Sequence[int]) -> int:
