@@ -53,6 +53,10 @@ class NGramError(KnnlmError):
     """N-gram counts that are missing, damaged, or of another datastore or dictionary."""
 
 
+class RecordError(KnnlmError):
+    """A record of where tokens came from that is missing, damaged, or of another kind."""
+
+
 class OutputError(KnnlmError):
     """A file or folder that cannot be written."""
 

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
 
-from fairseq_knnlm.cli import build_index, compress, import_, info, report, save, tune, verify
+from fairseq_knnlm.cli import (
+    build_index,
+    compress,
+    explain,
+    import_,
+    info,
+    report,
+    save,
+    tune,
+    verify,
+)
 from fairseq_knnlm.errors import ConfigError, told, wants_traceback
 from fairseq_knnlm.signals import end_on_request, tell_crashes
 
@@ -42,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "build-index": build_index,
     "tune": tune,
     "report": report,
+    "explain": explain,
     "info": info,
     "verify": verify,
     "compress": compress,

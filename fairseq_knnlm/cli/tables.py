@@ -8,14 +8,22 @@ benchmarks and the tools print theirs by this too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 #: Wider than any table: a line ends where the table does.
 WIDE = 1000
 
 
-def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table of figures: the first column to the left, the others to the right."""
+def show(
+    header: Sequence[str], rows: Sequence[Sequence[object]], words: Collection[int] = (0,)
+) -> None:
+    """Prints a table of figures, words to the left and numbers to the right.
+
+    Args:
+        header: above the columns.
+        rows: of the table.
+        words: the columns of words, the first is 0.
+    """
     # Here, not above: help prints no tables, and need not wait for what does.
     from rich import box
     from rich.console import Console
@@ -24,7 +32,7 @@ def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
     table = Table(box=box.MARKDOWN, show_edge=True)
     for number, title in enumerate(header):
-        table.add_column(Text(title), justify="right" if number else "left", no_wrap=True)
+        table.add_column(Text(title), justify="left" if number in words else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     console = Console(file=sys.stdout, width=WIDE, force_terminal=False, color_system=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,8 +53,18 @@ class MixturePrediction(Protocol):
         """By the expert's name, the neighbours of those that search."""
 
 
-#: Is shown contexts, the tokens that came after them, and what was said of them before.
-Watch = Callable[[Contexts, Tensor, MixturePrediction], None]
+class Watch(Protocol):
+    """Is shown contexts, the tokens that came after them, and what was said of them before.
+
+    Attributes:
+        at_a_time: contexts that it is shown at a time, at most.
+    """
+
+    at_a_time: int
+
+    def __call__(
+        self, contexts: Contexts, tokens: Tensor, prediction: MixturePrediction
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -198,6 +208,7 @@ class MixtureLM:
             watch: is shown each piece: its contexts, tokens and prediction.
         """
         size = min([len(contexts) or 1, *(one.at_a_time for one in self.experts)])
+        size = size if watch is None else min(size, watch.at_a_time)
         parts = []
         for start in range(0, max(len(contexts), 1), size):
             part = slice(start, start + size)

@@ -123,7 +123,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         omitted = stock.omitted(dataset)
         loading.name_omitted(omitted, str(self.args.sample_break_mode))
         stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
-        if self._needs_order():
+        if self.needs_order():
             loading.check_order(num_shards)
             dataset = InTextOrder(dataset)
         load = partial(
@@ -143,12 +143,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         on_gpu = next(self.models[0].parameters()).is_cuda
         if (whole := whole_run(self.args)) is not None:
             loading.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
-        context = {
-            "tokens_per_sample": self.args.tokens_per_sample,
-            "context_window": context_window,
-            "sample_break_mode": str(self.args.sample_break_mode),
-        }
-        run = EvaluationRun(self.inputs(self.models, context), sizes, left_out + omitted)
+        inputs = self.inputs(self.models, self.context(context_window))
+        run = EvaluationRun(inputs, sizes, left_out + omitted)
         if run.sample_every:
             run.learn(
                 # A shard is every n-th batch. Its first blocks see context that is not theirs,
@@ -160,10 +156,18 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         hand_over(run.scorer)
         return WithEnd(load(num_shards=num_shards, shard_id=shard_id), run.finish)
 
-    def _needs_order(self) -> bool:
+    def needs_order(self) -> bool:
         """Whether somebody must be given the text in its order."""
         experts = self.memory.experts.values() if self.memory is not None else ()
         return any(expert.kind.needs_order(expert.options) for expert in experts)
+
+    def context(self, window: int) -> dict[str, Any]:
+        """Blocks and context of a run over a split."""
+        return {
+            "tokens_per_sample": self.args.tokens_per_sample,
+            "context_window": window,
+            "sample_break_mode": str(self.args.sample_break_mode),
+        }
 
     def inputs(self, models: Any, context: dict[str, Any] | None = None) -> Inputs:
         """The same ones as long as the models are: their weights are read once."""

@@ -55,8 +55,12 @@ def _check_one_process(num_shards: int, problem: str) -> None:
         )
 
 
-def check_writes_nothing(options: Options) -> None:
-    """Refuses files of an evaluation where text is generated.
+def check_writes_nothing(options: Options, where: str = "where text is generated") -> None:
+    """Refuses files of an evaluation.
+
+    Args:
+        options: what the run is asked to do.
+        where: what else is done.
 
     Raises:
         ConfigError: naming the flag.
@@ -68,7 +72,7 @@ def check_writes_nothing(options: Options) -> None:
     for flag, value in given.items():
         if value:
             raise ConfigError(
-                f"{flag} does nothing where text is generated",
+                f"{flag} does nothing {where}",
                 expected="fairseq-eval-lm, or --score-reference",
                 found=flag,
                 do="leave it out",

@@ -72,6 +72,7 @@ def open_session(data: str, flags: Sequence[str]) -> Session:
     utils.import_user_module(cfg.common)
     if not cfg.generation.no_seed_provided:
         utils.set_torch_seed(cfg.common.seed)
+    cfg.task.tokens_per_sample -= cfg.eval_lm.context_window  # as fairseq-eval-lm does
     task = tasks.setup_task(cfg.task)
     vocabulary = task.vocabulary()
     cut = spelling(cfg, vocabulary, task.target_dictionary.unk())  # refused before models are read

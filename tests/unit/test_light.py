@@ -13,7 +13,9 @@ from conftest import ROOT
 
 #: Libraries that take seconds to load, are not everywhere, or only print what takes long itself.
 HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "rich", "torch"}
-SUBCOMMANDS = (*("save", "build-index", "tune", "report", "info", "verify", "compress", "import"),)
+SUBCOMMANDS = (
+    *("save", "build-index", "tune", "report", "explain", "info", "verify", "compress", "import"),
+)
 
 
 def loaded(program: str, *words: object) -> set[str]:
