@@ -15,6 +15,7 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import msgspec
 
@@ -26,6 +27,8 @@ from fairseq_knnlm.files import human_bytes, publish
 MOST_BYTES = 5 * 2**20
 #: Of the template's folder, in the order in which they are read by a browser.
 SCRIPTS = ("elements", "record", "figures", "text", "picture", "sources", "details", "page")
+#: Of a probability, a distance or a place.
+DIGITS = 5
 #: zlib's name for a stream in the format of gzip.
 GZIP = 31
 
@@ -51,7 +54,8 @@ def write_page(path: Path, run: Run, texts: Iterable[Explained]) -> int:
     template = Template(_part("page.html"))
     style = _part("page.css")
     script = "\n".join(_part(f"{name}.js") for name in SCRIPTS)
-    packing = _Packing(run, _packed(MOST_BYTES - len((style + script + template.template).encode())))
+    around = len((style + script + template.template).encode())
+    packing = _Packing(run, _packed(MOST_BYTES - around))
     shown, left_out = 0, 0
     for text in texts:
         if not left_out and packing.add(text, shorten=not shown):
@@ -106,15 +110,24 @@ class _Packing:
         return self._done + self._stream.flush()
 
     def _line(self, part: Run | Explained) -> bytes:
-        return self._encoder.encode(part) + b"\n"
+        return self._encoder.encode(_rounded(msgspec.to_builtins(part))) + b"\n"
 
 
 def _with_sources(text: Explained, most: int) -> Explained:
     """A text with the first sources of every token alone, which have the largest shares."""
-    tokens = [
-        msgspec.structs.replace(token, sources=token.sources[:most]) for token in text.tokens
-    ]
+    tokens = [msgspec.structs.replace(token, sources=token.sources[:most]) for token in text.tokens]
     return msgspec.structs.replace(text, tokens=tokens)
+
+
+def _rounded(value: Any) -> Any:
+    """Plain objects with as many digits of a number as anybody can see: half of the bytes."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(each) for each in value]
+    return value
 
 
 def _packed(size: int) -> int:

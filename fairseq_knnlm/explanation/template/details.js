@@ -19,9 +19,12 @@ function aboutToken(state, token) {
 function heading(state, token) {
   const { text } = state;
   const number = `${token.given && text.given < text.tokens.length ? "given" : "token"} ${count(token.index + 1)} of ${count(text.tokens.length)}`;
-  const close = element("button", { type: "button", class: "close", "aria-label": "Close (Escape)", title: "Close (Escape)", on: { click: () => state.choose(null) } }, "\u00d7");
+  const button = (sign, name, click) => element("button", { type: "button", "aria-label": name, title: name, on: { click } }, sign);
+  const buttons = element("div", { class: "buttons" },
+    button("\u2039", "Token before (arrow left)", () => state.step(-1)), button("\u203a", "Next token (arrow right)", () => state.step(1)),
+    button("\u00d7", "Close (Escape)", () => state.choose(null)));
   return element("div", { class: "heading" },
-    element("div", {}, element("h2", { tabindex: -1, id: "chosen" }, element("bdi", {}, visible(token.text, token.symbol))), element("p", { class: "hint" }, number, " \u00b7 ", element("code", {}, token.symbol))), close);
+    element("div", {}, element("h2", { tabindex: -1, id: "chosen" }, element("bdi", {}, visible(token.text, token.symbol))), element("p", { class: "hint" }, number, " \u00b7 ", element("code", {}, token.symbol))), buttons);
 }
 
 function probabilities(token) {
@@ -34,12 +37,13 @@ function probabilities(token) {
 
 function experts(token) {
   if (!token.voices.length) return null;
+  const cell = (length, kind, words) => element("td", {}, bar(length, kind), element("span", { class: "number" }, words));
   const most = Math.max(1, ...token.voices.map((voice) => Math.abs(voice.bits)));
   const rows = token.voices.map((voice, first) => element("tr", {},
     element("th", { scope: "row" }, first === 0 ? "language model" : voice.name),
-    element("td", {}, bar(voice.weight), percent(voice.weight)),
-    element("td", {}, bar(toProbability(voice.log_prob) ?? 0), percent(toProbability(voice.log_prob))),
-    element("td", {}, first === 0 ? "" : [bar(Math.abs(voice.bits) / most, voice.bits < 0 ? "lost" : "gained"), signed(voice.bits)])));
+    cell(voice.weight, "", percent(voice.weight)),
+    cell(toProbability(voice.log_prob) ?? 0, "", percent(toProbability(voice.log_prob))),
+    first === 0 ? element("td") : cell(Math.abs(voice.bits) / most, voice.bits < 0 ? "lost" : "gained", signed(voice.bits))));
   const head = ["Expert", "Weight", "Own probability", "Bits moved"].map((name) => element("th", { scope: "col" }, name));
   return part("Experts", element("table", { class: "experts" }, element("thead", {}, element("tr", {}, head)), element("tbody", {}, rows)));
 }

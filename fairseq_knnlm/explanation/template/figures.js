@@ -11,7 +11,7 @@ function drawFigures(record) {
     const change = element("span", { class: average.gain < 0 ? "lost" : "gained" }, signed(average.gain, 2));
     place.append(
       figure("Perplexity without memory", average.before.toFixed(1)),
-      figure("with memory", element("strong", {}, average.after.toFixed(1))),
+      figure("Perplexity with memory", element("strong", {}, average.after.toFixed(1))),
       figure("Bits gained a token", change),
       figure("Tokens", count(average.tokens)),
     );

@@ -25,6 +25,14 @@ const state = {
     else if (before) stand(drawn(before), focus);
   },
 
+  step(by) {
+    const at = state.shown.indexOf(state.token);
+    const next = state.shown[at + by];
+    if (!next) return;
+    state.choose(next, false);
+    drawn(next)?.scrollIntoView({ block: "nearest" });
+  },
+
   // Chosen again, it is closed.
   chooseSource(source) {
     state.source = source === state.source ? null : source;

@@ -20,7 +20,7 @@ function option(token, bits, kind, ...children) {
   return element("span", { ...properties, "aria-label": described(token, bits) }, ...children);
 }
 
-// Space around a word stands outside of its colour.
+// Space around a word stands outside of its colour; one that begins a line is left out.
 function drawText(text, expert) {
   const both = text.given > 0 && text.given < text.tokens.length;
   const parts = [];
@@ -32,7 +32,8 @@ function drawText(text, expert) {
     const kind = `token${both && token.given ? " given" : ""}${word ? "" : " space"}`;
     const drawn = option(token, bitsOf(token, expert), kind, visible(token.text, token.symbol));
     token.drawn = drawn;
-    parts.push(token.index ? before : "", drawn, after);
+    const begins = token.index === 0 || text.whole[token.start - 1] === "\n";
+    parts.push(begins ? before.replace(/^ /, "") : before, drawn, after);
   }
   byId("text").replaceChildren(...parts);
 }
