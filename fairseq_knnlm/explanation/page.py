@@ -25,6 +25,8 @@ from fairseq_knnlm.files import human_bytes, publish
 
 #: Bytes of a page: more would be slow to open, and to pass on.
 MOST_BYTES = 5 * 2**20
+#: Bytes of them for the little that is put into the template beside the large parts.
+SLACK = 2**10
 #: Of the template's folder, in the order in which they are read by a browser.
 SCRIPTS = ("elements", "record", "figures", "text", "picture", "sources", "details", "page")
 #: Of a probability, a distance or a place.
@@ -54,7 +56,7 @@ def write_page(path: Path, run: Run, texts: Iterable[Explained]) -> int:
     template = Template(_part("page.html"))
     style = _part("page.css")
     script = "\n".join(_part(f"{name}.js") for name in SCRIPTS)
-    around = len((style + script + template.template).encode())
+    around = len((style + script + template.template).encode()) + SLACK
     packing = _Packing(run, _packed(MOST_BYTES - around))
     shown, left_out = 0, 0
     for text in texts:
@@ -89,7 +91,7 @@ class _Packing:
         self._encoder = msgspec.json.Encoder()
         self._most = most
         self._stream = zlib.compressobj(wbits=GZIP)
-        self._done = self._stream.compress(self._line(run))
+        self._done = bytearray(self._stream.compress(self._line(run)))
 
     def add(self, text: Explained, shorten: bool) -> bool:
         """Adds a text where there is room for it; with ``shorten``, as much of it as there is."""
@@ -99,7 +101,8 @@ class _Packing:
             trial = self._stream.copy()
             more = trial.compress(self._line(text))
             if len(self._done) + len(more) + len(trial.copy().flush()) <= self._most:
-                self._stream, self._done = trial, self._done + more
+                self._stream = trial
+                self._done += more
                 return True
             if not shorten or not sources:
                 return False
@@ -107,7 +110,7 @@ class _Packing:
             text = _with_sources(text, sources)
 
     def finish(self) -> bytes:
-        return self._done + self._stream.flush()
+        return bytes(self._done) + self._stream.flush()
 
     def _line(self, part: Run | Explained) -> bytes:
         return self._encoder.encode(_rounded(msgspec.to_builtins(part))) + b"\n"

@@ -13,7 +13,7 @@ function drawDetails(state) {
 }
 
 function aboutToken(state, token) {
-  return [heading(state, token), probabilities(token), experts(token), alternatives(token), agreement(state, token), sources(state, token), part("Where the neighbours lie", drawPicture(token, state.showSource))].filter(Boolean);
+  return [heading(state, token), probabilities(token), experts(token), alternatives(token), sources(state, token), part("Where the neighbours lie", drawPicture(token, state.showSource))].filter(Boolean);
 }
 
 function heading(state, token) {
@@ -62,19 +62,20 @@ function alternatives(token) {
 function agreement(state, token) {
   const known = token.agreement.map((share, at) => [share, state.record.run.memories[at]]).filter(([share]) => share !== null);
   if (!known.length) return null;
-  const rows = known.map(([share, memory]) => [element("span", {}, memory ? memory.name : "datastore"), bar(share), element("span", { class: "number" }, percent(share))]);
-  return part("Agreement of the neighbours", element("div", { class: "pair" }, rows), element("p", { class: "hint" }, "The part of their probability that their likeliest token has."));
+  const rows = known.map(([share, memory]) => [element("span", {}, known.length > 1 && memory ? `neighbours of ${memory.name} agree` : "neighbours agree"), bar(share), element("span", { class: "number" }, percent(share))]);
+  return element("div", { class: "pair agreement", title: "the part of the neighbours\u2019 probability that their likeliest token has" }, rows);
 }
 
 function sources(state, token) {
-  if (!token.sources.length) return part("Sources", element("p", { class: "hint" }, "No entry of a datastore was asked for this token."));
+  if (!token.sources.length) return part("Sources", element("p", { class: "hint" }, "No entry of a datastore spoke for this token or another one."), agreement(state, token));
   const { query, scope } = state.filter;
   const found = query && scope !== "text" ? token.sources.filter((source) => sourceHas(source, query)) : [];
   const shown = found.length && !state.allSources ? found : token.sources;
   const rest = token.sources.length - shown.length;
   const list = element("ol", { class: "sources" }, shown.map((source) => sourceCard(state, token, source)));
   const more = rest > 0 && element("button", { type: "button", class: "more", on: { click: state.showAllSources } }, `Show ${plural(rest, "source")} without the words searched for`);
-  return part("Sources", element("p", { class: "hint" }, "Entries of the datastore by their share of the neighbours\u2019 probability. Marked: words that stand before this token too."), list, more);
+  const hint = element("p", { class: "hint" }, "By their share of the neighbours\u2019 probability. ", element("mark", {}, "Marked"), " is what stands before this token too.");
+  return part("Sources", agreement(state, token), list, hint, more);
 }
 
 // Where nothing is chosen: how to read, and tokens to begin with.
