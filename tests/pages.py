@@ -37,8 +37,8 @@ def source(row: int, value: str, agrees: bool, share: float, **fields: object) -
 
 
 def token(text: str, bits: float = 0.0, sources: Sequence[Source] = (), **fields: object) -> Token:
-    """A token of 1/16 before, that knn moved by some bits and the cache by none."""
-    lm = math.log(1 / 16)
+    """A token of 1/20 before, that knn moved by some bits and the cache by none."""
+    lm = math.log(1 / 20)
     mixture = lm + bits * math.log(2)
     known = {
         "symbol": text.strip() or "</s>",
@@ -47,7 +47,7 @@ def token(text: str, bits: float = 0.0, sources: Sequence[Source] = (), **fields
             Voice("knn", 0.25, mixture if bits > 0 else None, bits),
             Voice("cache", 0.25, None, 0.0),
         ],
-        "lm_guesses": [Guess(" dog", 0.5), Guess(text, 1 / 16)],
+        "lm_guesses": [Guess(" dog", 0.5), Guess(text, 1 / 20)],
         "mixture_guesses": [Guess(text, math.exp(mixture)), Guess(" dog", 0.05)],
         "sources": list(sources),
         "agreement": [0.75, None] if sources else [None, None],
@@ -57,7 +57,7 @@ def token(text: str, bits: float = 0.0, sources: Sequence[Source] = (), **fields
 
 
 def cats() -> Explained:
-    """Nine tokens, the first two given; of those written bits are 3, -1, 2, 0, 0, 2, 1."""
+    """Nine tokens, the first two given; the others gained 3.5, -1.5, 3, 0, 0, 1.5, 0.7 bits."""
     sat = [
         source(7, " sat", True, 0.6),
         source(8, " ran", False, 0.4, document="Of dogs", document_row=200),
@@ -74,13 +74,13 @@ def cats() -> Explained:
         [
             token("The"),
             token(" cat"),
-            token(" sat", 3.0, sat),
-            token(" on", -1.0),
-            token(" mat", 2.0, mat),
+            token(" sat", 3.5, sat),
+            token(" on", -1.5),
+            token(" mat", 3.0, mat),
             token(" and"),
             token(" mat"),
-            token(".", 2.0, dot),
-            token("\n", 1.0),
+            token(".", 1.5, dot),
+            token("\n", 0.7),
         ],
     )
 

@@ -17,7 +17,7 @@ function drawFigures(record) {
     );
   }
   for (const memory of record.run.memories)
-    place.append(figure(`Datastore of ${memory.expert}`, memory.name, element("small", {}, plural(memory.rows, "entry", "entries"))));
+    place.append(figure(`Datastore of ${memory.expert}`, memory.name, " ", element("small", {}, plural(memory.rows, "entry", "entries"))));
   byId("run").append(aboutTheRun(record.run));
 }
 

@@ -154,7 +154,11 @@ function listen() {
     if (token) target.title = `${signed(bitsOf(token, state.filter.expert))} bits`;
   });
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
-  byId("controls").addEventListener("input", (event) => (event.target.name === "text" ? showText(record.texts[event.target.value]) : readFilter()));
+  form.query.addEventListener("input", readFilter);
+  byId("controls").addEventListener("change", ({ target }) => {
+    if (target === form.text) showText(record.texts[form.text.value]);
+    else if (target !== form.query) readFilter();
+  });
   byId("more").addEventListener("click", () => { state.most += SHOWN; draw(); });
   document.addEventListener("keydown", (event) => {
     const typing = event.target.closest("input, select");

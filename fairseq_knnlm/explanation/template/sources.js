@@ -51,7 +51,7 @@ function helpedList(state, title, found) {
       element("span", { class: "around" }, where && element("em", {}, `${where} `), around(text, token, 24)), element("span", { class: "number" }, percent(source.share))));
   });
   const rest = found.length - rows.length;
-  return [element("h4", {}, title), element("ul", {}, rows), rest > 0 && element("p", { class: "hint" }, `and ${count(rest)} more, outlined in the text`)];
+  return [element("h4", {}, title), rows.length > 0 && element("ul", {}, rows), rest > 0 && element("p", { class: "hint" }, `and ${count(rest)} more, outlined in the text`)];
 }
 
 function markHelped(state, source) {

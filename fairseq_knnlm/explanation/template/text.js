@@ -1,6 +1,6 @@
 // The text, token by token, and the list of tokens by what they gained or lost.
 
-const STEPS = [0.5, 1, 2, 4]; // bits at which a colour begins
+const STEPS = [0.5, 1, 2.5, 6]; // bits at which a colour begins
 const SHOWN = 200; // tokens of the list that are drawn at a time
 
 function colour(bits) {
