@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_knnlm", "fairseq_knnlm.*"]),
-    package_data={"fairseq_knnlm": ["py.typed"]},
+    package_data={"fairseq_knnlm": ["py.typed", "explanation/template/*"]},
     zip_safe=False,  # fairseq is given the package's folder
     python_requires=">=3.11",
     install_requires=[FAIRSEQ, "torch>=2.0", "numpy", "safetensors", "msgspec", "rich", "tqdm"],
@@ -31,7 +31,7 @@ setup(
         "demo": ["sentencepiece"],
         "plot": ["matplotlib"],
         "cluster": ["ray"],
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-tqdm"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "selenium", "types-tqdm"],
     },
     entry_points={"console_scripts": ["fairseq-knnlm = fairseq_knnlm.cli:main"]},
 )

@@ -13,7 +13,7 @@ from stores import random_entries, write_store
 from fairseq_knnlm import cli
 from fairseq_knnlm.calibration.stored import Calibration, FittedMixture, write_calibration
 from fairseq_knnlm.calibration.writer import ScoreTableWriter
-from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.datastore import Datastore, Documents, write_documents
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.experts.ngram_file import save_counts
 from fairseq_knnlm.mixture.components import LM, Component
@@ -72,12 +72,19 @@ def indexed_store(folder: Path, capsys: Capture) -> Datastore:
 
 
 def whole_store(folder: Path, capsys: Capture) -> Datastore:
-    """With index, calibration, n-grams and a score table."""
+    """With index, calibration, n-grams, documents and a score table."""
     store = indexed_store(folder, capsys)
     write_calibration(store.calibration_path, calibration(store.fingerprint))
     save_counts(NGramModel.count(store.values, 50, 3), store.ngram_path, store.fingerprint)
+    write_documents(store, documents(store))
     write_table(store.path / "valid.npz", store.fingerprint)
     return store
+
+
+def documents(store: Datastore) -> Documents:
+    """Every line of its text as one."""
+    begins = np.flatnonzero(np.asarray(store.values[:-1]) == 2) + 1
+    return Documents(np.array([0, *begins]), len(store), eos=2, boundary=".")
 
 
 def legacy_store(folder: Path) -> Path:

@@ -45,7 +45,7 @@ REST: tuple[str, ...] = ()
 GROUPS: dict[str, tuple[str, ...]] = {
     "Saving a datastore": (
         *("save_knnlm_dstore", "dstore_mmap", "knn_keytype", "dstore_fp32"),
-        *("no_save_keys", "recipe", "max_bytes_per_key"),
+        *("no_save_keys", "recipe", "max_bytes_per_key", "document_boundary"),
     ),
     "Evaluating with it": (
         *("knnlm", "dstore_filename", "indexfile", "k", "results_json", "score_table"),
@@ -61,6 +61,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 #: What stands for a value, where its type does not say enough.
 VALUES = {
     "data": "DATA",
+    "dictionary": "DATA",
+    "document_boundary": "REGEX",
     "dstore": "DSTORE",
     "dstore_filename": "DSTORE",
     "dstore_mmap": "DSTORE",

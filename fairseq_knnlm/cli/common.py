@@ -32,12 +32,18 @@ def check_store(args: argparse.Namespace) -> None:
     check_range("--dstore-size", args.dstore_size, 1, MOST_ENTRIES, "counts entries")
 
 
-def opened(args: argparse.Namespace, vocabulary: int | None = None) -> Datastore:
+def opened(
+    args: argparse.Namespace, vocabulary: int | None = None, *, load_keys: bool = True
+) -> Datastore:
     """The datastore that the arguments name."""
     if not is_legacy(args.dstore):
         name_foreign(args.dstore_size, args.dstore_fp16)
     return open_store(
-        args.dstore, rows=args.dstore_size, fp16=args.dstore_fp16, vocabulary=vocabulary
+        args.dstore,
+        rows=args.dstore_size,
+        fp16=args.dstore_fp16,
+        vocabulary=vocabulary,
+        load_keys=load_keys,
     )
 
 

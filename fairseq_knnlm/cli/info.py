@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
 from fairseq_knnlm.cli.common import add_store, check_store, outlined
-from fairseq_knnlm.datastore import Datastore, open_datastore
+from fairseq_knnlm.datastore import Datastore, open_datastore, read_documents
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.experts.ngram_file import describe_counts
 from fairseq_knnlm.files import human_bytes
@@ -31,7 +31,13 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Prints what the manifest says, then a line for each part."""
     store = outlined(args)
     _print_manifest(store)
-    parts = {"arrays": _arrays, "index": _index, "n-grams": _ngrams, "calibration": _calibration}
+    parts = {
+        "arrays": _arrays,
+        "index": _index,
+        "n-grams": _ngrams,
+        "documents": _documents,
+        "calibration": _calibration,
+    }
     for name, look in parts.items():
         try:
             said = look(store)
@@ -76,6 +82,15 @@ def _ngrams(store: Datastore) -> str:
     if not store.ngram_path.exists():
         return "none; counted when they are first asked for"
     return describe_counts(store.ngram_path, store.fingerprint)
+
+
+def _documents(store: Datastore) -> str:
+    documents = read_documents(store)
+    if documents is not None:
+        return documents.describe()
+    if store.manifest.merged:
+        return "none, since entries were merged"
+    return "none; find them with `fairseq-knnlm verify --documents`"
 
 
 def _calibration(store: Datastore) -> str:

@@ -13,7 +13,7 @@ from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.files import check_mapped
 
 #: Values that are looked at at a time.
-VALUES_AT_A_TIME = 2**22
+VALUES_AT_A_TIME = 2**20
 #: Tokens of a line that an expression sees: a beginning needs no more, and a text may be one line.
 LINE = 256
 

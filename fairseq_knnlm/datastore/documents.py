@@ -77,9 +77,10 @@ class Documents:
         return int(self.starts[document]), self.rows if last else int(self.starts[document + 1])
 
     def describe(self) -> str:
-        """``"1,200, found by lines that match '= [^=]'"``."""
-        how = "empty lines" if self.boundary is None else f"lines that match {self.boundary!r}"
-        return f"{len(self):,}, found by {how}"
+        """``"1,200, each from a line that matches '= [^=]' on"``."""
+        if self.boundary is None:
+            return f"{len(self):,}, with empty lines between them"
+        return f"{len(self):,}, each from a line that matches {self.boundary!r} on"
 
 
 def write_documents(store: Datastore, documents: Documents) -> Path:

@@ -78,6 +78,21 @@ class TransformerLM:
         keys = captured[-1][-features.shape[1] :].transpose(0, 1)[mask] if captured else None
         return Encoded(features[mask], keys, before, mask)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether all layers are known to do nothing between positions but attend.
+
+        Then a state can be read into several tokens at a time, and tokens can be taken back.
+        """
+        return all(map(_is_plain, self.decoder.layers))
+
+    @contextmanager
+    def reading_keys(self) -> Iterator[list[Tensor]]:
+        """While the block runs, gathers what the key's spot sees, time first."""
+        captured: list[Tensor] = []
+        with _reading(self.decoder, self.key_type, captured):
+            yield captured
+
     @torch.no_grad()
     def step(self, tokens: Tensor, state: dict[str, Any]) -> Encoded:
         """Reads one more token of each text, and keeps the last position.
@@ -157,12 +172,17 @@ def _narrows(layer: Any) -> bool:
     """Whether this is fairseq's plain layer, whose attention takes fewer queries than keys."""
     attention = layer.self_attn
     return (
-        f"{type(layer).__module__}.{type(layer).__name__}" in PLAIN_LAYERS
-        and not layer.cross_self_attention
+        _is_plain(layer)
         # These two ways of computing attention take keys and values from the queries.
         and not attention.use_xformers
         and not attention.skip_embed_dim_check
     )
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether this is fairseq's plain layer."""
+    name = f"{type(layer).__module__}.{type(layer).__name__}"
+    return name in PLAIN_LAYERS and not layer.cross_self_attention
 
 
 @contextmanager

@@ -22,6 +22,9 @@ from fairseq_knnlm.datastore import (
     check_finite,
     check_new,
     check_room,
+    outline,
+    read_documents,
+    write_documents,
 )
 from fairseq_knnlm.errors import ConfigError, IndexFileError
 from fairseq_knnlm.files import Claim, check_mapped, partial_prefix, reserve
@@ -61,8 +64,8 @@ def compress(
         ConfigError: where there is nothing to do, ``pca``, ``merge`` or ``seed`` do not fit, or
             ``out`` lies in the datastore.
         IndexFileError: where ``merge`` finds no index, or one of another datastore or metric.
-        DatastoreError: where the datastore has no keys, or one that is no number, ``out`` exists,
-            or the disk is too small.
+        DatastoreError: where the datastore has no keys, or one that is no number, where what it
+            says of its documents is damaged, ``out`` exists, or the disk is too small.
     """
     _check(store, pca, merge)
     check_seed(seed)
@@ -77,6 +80,7 @@ def _compress(
 ) -> Path:
     keys = store.full_keys()
     weights = store.weights
+    documents = None if merge is not None or weights is not None else read_documents(store)
     if merge is not None:
         weights = merged_weights(store, _open_index(store, index, merge), merge, out, seed)
     rows = np.arange(len(store)) if weights is None else np.flatnonzero(weights)
@@ -99,7 +103,9 @@ def _compress(
         if projection is not None:
             chunk = chunk.astype(np.float32, copy=False) @ projection
         writer.write(np.arange(at.start, at.stop), chunk, store.values[rows[at]])
-    return writer.publish()
+    if documents is None:
+        return writer.publish()
+    return writer.publish(lambda folder, _: write_documents(outline(folder), documents))
 
 
 def fit_pca(keys: np.ndarray, components: int, seed: int) -> np.ndarray:

@@ -92,6 +92,11 @@ class SavingOptions:
     max_bytes_per_key: int | None = flag(
         None, "memory that --recipe auto may spend on a key (default: 72)", counts="bytes"
     )
+    document_boundary: str | None = flag(
+        None,
+        "regular expression that the first line of each document of the text matches at its "
+        "beginning, such as '= [^=]' of WikiText (default: documents begin after empty lines)",
+    )
 
     @property
     def key_dtype(self) -> str | None:

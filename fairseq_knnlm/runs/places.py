@@ -13,7 +13,7 @@ from fairseq_knnlm.errors import OutputError
 OF_INDEX = "knn."
 PARTS: tuple[str, ...] = (
     *("manifest.", "keys.", "values.", "projection.", "weights.", OF_INDEX, "ngram."),
-    *("calibration.json", "calibration.npz"),
+    *("documents.", "calibration.json", "calibration.npz"),
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from fairseq_knnlm.background import Behind
-from fairseq_knnlm.datastore import INDEX, DatastoreWriter, Origin
+from fairseq_knnlm.datastore import (
+    INDEX,
+    DatastoreWriter,
+    Documents,
+    Origin,
+    open_datastore,
+    write_documents,
+)
 from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
 from fairseq_knnlm.index.device import wants_gpu
 from fairseq_knnlm.index.recipes import choose
@@ -19,10 +28,13 @@ from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.lm.transformer import TransformerLM
+from fairseq_knnlm.runs.documents import find_documents
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.runs.scorer import Batch, Blocks
 from fairseq_knnlm.versions import versions
+
+logger = logging.getLogger(__name__)
 
 #: Keys that are gathered before they are added to an index, which is faster for many.
 KEYS_AT_A_TIME = 65_536
@@ -33,12 +45,19 @@ class Saving:
 
     Args:
         writer: of the datastore.
+        find: the documents of its values (N,), once all of them are written.
         builder: of the index that the keys are streamed into; None where they are only written.
     """
 
-    def __init__(self, writer: DatastoreWriter, builder: IndexBuilder | None = None) -> None:
+    def __init__(
+        self,
+        writer: DatastoreWriter,
+        find: Callable[[np.ndarray], Documents],
+        builder: IndexBuilder | None = None,
+    ) -> None:
         self.builder = builder
         self._writer = writer
+        self._find = find
         self._write = Behind(writer.write)
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -82,13 +101,28 @@ class Saving:
         """Gives the datastore its name, once everything is in it."""
         self._write.wait()
         if self.builder is None:
-            return self._writer.publish()
+            return self._writer.publish(self._add_documents)
         if self._waiting:
             self._add(self.builder)
         index, card = self.builder.finish()
-        return self._writer.publish(
-            lambda folder, fingerprint: save_index(index, card, folder / INDEX, fingerprint)
-        )
+
+        def add_files(folder: Path, fingerprint: str) -> None:
+            save_index(index, card, folder / INDEX, fingerprint)
+            self._add_documents(folder, fingerprint)
+
+        return self._writer.publish(add_files)
+
+    def _add_documents(self, folder: Path, _: str) -> None:
+        """Where they cannot be written, that is no reason to lose the datastore."""
+        store = open_datastore(folder, load_keys=False)
+        try:
+            write_documents(store, self._find(store.values))
+        except OSError as error:
+            logger.warning(
+                "where documents begin cannot be kept (%s); add it later with `fairseq-knnlm "
+                "verify --documents`",
+                error.strerror,
+            )
 
     def _add(self, builder: IndexBuilder) -> None:
         rows, keys = _joined(self._waiting)
@@ -134,7 +168,14 @@ def open_saving(inputs: Inputs, rows: int) -> Saving:
     width = inputs.loaded.width
     builder = _index_builder(inputs.options, rows, width) if options.no_save_keys else None
     writer = DatastoreWriter(Path(options.dstore_mmap), rows, width, origin, options.key_dtype)
-    return Saving(writer, builder)
+    vocabulary = inputs.vocabulary
+    find = partial(
+        find_documents,
+        eos=vocabulary.eos,
+        boundary=options.document_boundary,
+        symbols=vocabulary.symbols,
+    )
+    return Saving(writer, find, builder)
 
 
 def _index_builder(options: Options, rows: int, width: int) -> IndexBuilder:

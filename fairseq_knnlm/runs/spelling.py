@@ -11,8 +11,40 @@ from fairseq_knnlm.runs.inputs import Vocabulary
 WORD_BEGINS = "\u2581"
 #: Ends a piece that is not the end of a word, in pieces of subword-nmt.
 WORD_GOES_ON = "@@"
+#: Part of a dictionary that ends or begins in a mark, from which on it is one of pieces.
+MARKED = 0.05
 #: Writes one symbol of a dictionary as text, given whether it begins a line.
 Join = Callable[[str, bool], str]
+
+
+def pieces_of(symbols: Sequence[str]) -> str:
+    """The mark of pieces of words, where the dictionary is one of these; else nothing."""
+    least = MARKED * len(symbols)
+    if sum(symbol.startswith(WORD_BEGINS) for symbol in symbols) > least:
+        return WORD_BEGINS
+    return WORD_GOES_ON if sum(map(_goes_on, symbols)) > least else ""
+
+
+def _goes_on(symbol: str) -> bool:
+    return symbol.endswith(WORD_GOES_ON)
+
+
+def line_spelling(symbols: Sequence[str]) -> Callable[[Iterable[int]], str]:
+    """Writes the tokens of a line as text, without the one that ends it.
+
+    What of ``--post-process`` fairseq-eval-lm knows is done anyway: a symbol that ends in the mark
+    of subword-nmt is never a word.
+
+    Args:
+        symbols: the dictionary, which tells of itself whether it is one of sentencepiece.
+    """
+    join = join_pieces if pieces_of(symbols) == WORD_BEGINS else join_halves
+
+    def write(tokens: Iterable[int]) -> str:
+        pieces = [join(symbols[token], not place) for place, token in enumerate(tokens)]
+        return "".join(pieces).rstrip()
+
+    return write
 
 
 def join_words(symbol: str, begins_line: bool) -> str:

@@ -18,7 +18,10 @@ from fairseq_knnlm.datastore import (
     Datastore,
     check_numbers,
     open_array,
+    read_documents,
 )
+from fairseq_knnlm.datastore.boundaries import after_empty_lines
+from fairseq_knnlm.datastore.documents import check_text
 from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
 from fairseq_knnlm.experts.ngram_file import load_counts
 from fairseq_knnlm.files.arrays import kind_of
@@ -65,6 +68,7 @@ def verified(store: Datastore) -> Iterator[Finding]:
         store.index_path: lambda: _index(store),
         store.ngram_path: lambda: _ngrams(store, values),
         store.calibration_path: lambda: _calibration(store),
+        store.documents_path: lambda: _documents(store, values),
     }
     for path, look in parts.items():
         if path.exists() or path.is_symlink():
@@ -163,6 +167,27 @@ def _calibration(store: Datastore) -> str:
     if calibration is None:
         return "of other datastores than this alone"
     return f"{calibration.best.name}, fitted for this datastore"
+
+
+def _documents(store: Datastore, values: np.ndarray | None) -> str:
+    check_text(store)
+    documents = read_documents(store)
+    assert documents is not None  # only of a file that is there
+    if values is not None:
+        if documents.boundary is None:
+            right = np.array_equal(
+                documents.starts, after_empty_lines(values, documents.eos).starts
+            )
+        else:  # which lines match only the dictionary could tell
+            right = bool((values[documents.starts[1:] - 1] == documents.eos).all())
+        if not right:
+            raise DatastoreError(
+                f"{store.documents_path} was not made of this datastore's values",
+                expected="the first row of each document, which begins a line",
+                found="other rows",
+                do="make it anew: fairseq-knnlm verify --documents",
+            )
+    return f"documents of this datastore: {documents.describe()}"
 
 
 def _others(folder: Path, known: set[str]) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_knnlm.bounds import MOST, MOST_ENTRIES, check_count, check_range
+from fairseq_knnlm.datastore.boundaries import check_expression
 from fairseq_knnlm.datastore.legacy import is_legacy
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.kind import spelled
@@ -131,6 +132,9 @@ def _check_saving(options: SavingOptions, *, fp16: bool) -> None:
         _need(saving, "--no-save-keys", "--save-knnlm-dstore")
     if options.recipe != "auto" or options.max_bytes_per_key is not None:
         _need(options.no_save_keys, "--recipe", "--no-save-keys (else build-index takes it)")
+    if options.document_boundary is not None:
+        _need(saving, "--document-boundary", "--save-knnlm-dstore (else verify takes it)")
+        check_expression("--document-boundary", options.document_boundary)
 
 
 def _check_experts(options: Options) -> None:

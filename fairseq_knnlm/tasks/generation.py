@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairseq.sequence_generator import EnsembleModel
+import torch
+from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
 
-from fairseq_knnlm.runs.generate import Writer
+from fairseq_knnlm.generation.writer import Writer
 
 
 class MixtureEnsemble(EnsembleModel):
@@ -15,11 +16,18 @@ class MixtureEnsemble(EnsembleModel):
 
     Args:
         writer: says how likely each next token is.
+        eos: the id that ends a line.
     """
 
     def __init__(self, writer: Writer) -> None:
         super().__init__([writer.lm.model])
         self._writer = writer
+        self._prompts = torch.empty((0, 0), dtype=torch.int64)
+        self._given = torch.empty((0, 0))
+
+    def expect(self, prompts: Tensor) -> None:
+        """Tells how the next B texts begin, all of them: (B, T) int64, read at once."""
+        self._prompts = prompts if self._writer.reads_ahead else prompts[:, :0]
 
     def forward_decoder(
         self,
@@ -29,7 +37,16 @@ class MixtureEnsemble(EnsembleModel):
         temperature: float = 1.0,
     ) -> tuple[Tensor, None]:
         """log p of each next token, (B, V), of texts (B, t); no attention."""
-        log_probs = self._writer.log_probs(tokens, incremental_states[0])
+        writer, step = self._writer, tokens.shape[1] - 1
+        if not writer.reads_ahead:
+            contexts = writer.step(tokens, incremental_states[0])
+        else:
+            if step == 0:
+                self._begin(tokens)
+            if step < self._given.shape[1]:
+                return self._told(step), None
+            contexts = writer.read(tokens[:, -1:])
+        log_probs = writer.mixture.predict(contexts).log_probs()
         if temperature != 1.0:
             log_probs = (log_probs / temperature).log_softmax(dim=1)
         return log_probs, None
@@ -38,5 +55,53 @@ class MixtureEnsemble(EnsembleModel):
         self, incremental_states: list[dict[str, Any]], new_order: Tensor
     ) -> None:
         """Text i goes on where text ``new_order[i]`` stood."""
-        super().reorder_incremental_state(incremental_states, new_order)
-        self._writer.reorder(new_order)
+        if not self._writer.reads_ahead:
+            super().reorder_incremental_state(incremental_states, new_order)
+            self._writer.reorder(new_order)
+        elif not torch.equal(new_order, torch.arange(len(self._given), device=new_order.device)):
+            self._writer.keep(new_order)
+            self._given = self._given[new_order]
+
+    def _begin(self, tokens: Tensor) -> None:
+        """Reads the prompts but for their last token, once for all beams of a text."""
+        writer, prompts = self._writer, self._prompts.to(tokens.device)
+        self._given = torch.empty((len(tokens), 0), device=tokens.device)
+        if not prompts.numel():
+            writer.begin(len(tokens))
+            return
+        beams = len(tokens) // len(prompts)
+        writer.begin(len(prompts))
+        contexts = writer.read(torch.cat([tokens[::beams], prompts[:, :-1]], dim=1))
+        scores = writer.mixture.score(contexts, prompts.flatten())
+        order = torch.arange(len(prompts), device=tokens.device).repeat_interleave(beams)
+        writer.keep(order)
+        self._given = scores.log_probs.view_as(prompts)[order]
+        self._prompts = prompts[order]
+
+    def _told(self, step: int) -> Tensor:
+        """(B, V): log p of the prompts' next tokens; of others nobody asks."""
+        shape = len(self._given), self._writer.vocabulary
+        told = self._given.new_full(shape, -torch.inf)
+        return told.scatter_(1, self._prompts[:, step, None], self._given[:, step, None])
+
+
+class MixtureGenerator(SequenceGenerator):
+    """fairseq's generator, which reads the part of the prompts at once that all of them have."""
+
+    model: MixtureEnsemble
+
+    def _generate(
+        self, sample: Any, prefix_tokens: Tensor | None = None, *args: Any, **how: Any
+    ) -> Any:
+        source = sample["net_input"]["src_tokens"]
+        self.model.expect(self._known(source, prefix_tokens))
+        return super()._generate(sample, prefix_tokens, *args, **how)
+
+    def _known(self, source: Tensor, prompts: Tensor | None) -> Tensor:
+        """(B, t) int64, how all texts will begin, whatever is thought of it."""
+        if prompts is None or self.temperature != 1.0:
+            return source[:, :0]
+        most = min(int(self.max_len_a * source.shape[1] + self.max_len_b), self.max_len - 1)
+        ends = prompts.eq(self.pad) | prompts.eq(self.eos)
+        told = (ends.cumsum(dim=1) == 0).sum(dim=1)
+        return prompts[:, : min(int(told.min()), most)]

@@ -32,7 +32,7 @@ from fairseq_knnlm.signals import end_on_request
 from fairseq_knnlm.tasks import host, loading, stock
 from fairseq_knnlm.tasks.checks import check
 from fairseq_knnlm.tasks.flags import KnnlmConfig, options_of, whole_run
-from fairseq_knnlm.tasks.generation import MixtureEnsemble
+from fairseq_knnlm.tasks.generation import MixtureEnsemble, MixtureGenerator
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
 from fairseq_knnlm.tasks.idle import name_ignored
 from fairseq_knnlm.tasks.outputs import check_writes
@@ -96,6 +96,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             loading.check_writes_nothing(self.options)
             if self.memory is not None:
                 models = MixtureEnsemble(make_writer(self.inputs(models)))
+                kwargs["seq_gen_cls"] = MixtureGenerator
         else:
             loading.check_stock_is_enough(self.options, "this decoder")
         return super().build_generator(models, args, *rest, **kwargs)

@@ -13,16 +13,13 @@ from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.inputs import Vocabulary
 from fairseq_knnlm.runs.spelling import (
     WORD_BEGINS,
-    WORD_GOES_ON,
     Join,
     Spelling,
     join_halves,
     join_pieces,
     join_words,
+    pieces_of,
 )
-
-#: Part of a dictionary that ends or begins in a mark, from which on it is one of pieces.
-MARKED = 0.05
 
 
 def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> Spelling:
@@ -46,18 +43,6 @@ def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> Spelling:
         return list(tokenize_line(line))
 
     return Spelling(vocabulary, split, _join(bpe, vocabulary), unknown)
-
-
-def pieces_of(symbols: Sequence[str]) -> str:
-    """The mark of pieces of words, where the dictionary is one of these; else nothing."""
-    least = MARKED * len(symbols)
-    if sum(symbol.startswith(WORD_BEGINS) for symbol in symbols) > least:
-        return WORD_BEGINS
-    return WORD_GOES_ON if sum(map(_goes_on, symbols)) > least else ""
-
-
-def _goes_on(symbol: str) -> bool:
-    return symbol.endswith(WORD_GOES_ON)
 
 
 def _join(bpe: Any, vocabulary: Vocabulary) -> Join:

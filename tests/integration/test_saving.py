@@ -28,7 +28,7 @@ def streamed(lab: Lab) -> Path:
 
 def test_a_streamed_datastore_has_no_keys(streamed: Path, datastore: Path) -> None:
     names = {file.name for file in streamed.iterdir()}
-    assert names == {"manifest.json", "values.npy", "knn.index"}
+    assert names == {"manifest.json", "values.npy", "knn.index", "documents.npz"}
     found, expected = open_datastore(streamed), open_datastore(datastore)
     assert found.keys is None
     assert found.manifest.key_dtype is None

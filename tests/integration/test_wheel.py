@@ -65,7 +65,8 @@ def libraries_of(environment: Path) -> Path:
 
 
 def package_files() -> set[str]:
-    files = {*(ROOT / "fairseq_knnlm").rglob("*.py"), ROOT / "fairseq_knnlm/py.typed"}
+    package = ROOT / "fairseq_knnlm"
+    files = {*package.rglob("*.py"), package / "py.typed", *package.glob("explanation/template/*")}
     return {str(file.relative_to(ROOT)) for file in files}
 
 

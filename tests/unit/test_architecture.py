@@ -23,7 +23,7 @@ GROUND = ""
 #: From the ground up. A folder imports itself and those before it.
 FOLDERS = (
     *(GROUND, "files", "lm", "datastore", "index", "retrieval", "experts", "mixture"),
-    *("calibration", "explanation", "runs", "tasks", "cli"),
+    *("calibration", "explanation", "generation", "runs", "tasks", "cli"),
 )
 #: Folders that share no more than the ground: a datastore and an index know no language model.
 APART = {"datastore": {"lm"}, "index": {"lm"}}

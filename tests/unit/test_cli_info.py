@@ -46,7 +46,10 @@ def prefix(tmp_path: Path) -> Path:
 
 
 #: Files of which each is spoilt.
-SPOILT = ("keys.npy", "values.npy", "knn.index", "ngram.npz", "calibration.json", "valid.npz")
+SPOILT = (
+    *("keys.npy", "values.npy", "knn.index", "ngram.npz", "documents.npz"),
+    *("calibration.json", "valid.npz"),
+)
 
 
 def test_info_says_what_the_manifest_says(store: Datastore, capsys: Capture) -> None:
@@ -111,6 +114,6 @@ def test_info_says_of_each_part_what_is_wrong(whole: Datastore, capsys: Capture)
         truncate(whole.path / name)
     said = say(capsys, "info", "--dstore", whole.path)
     assert "400 entries of width 8" in said
-    for part in ("arrays", "index", "n-grams", "calibration"):
+    for part in ("arrays", "index", "n-grams", "documents", "calibration"):
         line = next(line for line in said.splitlines() if line.startswith(f"  {part} "))
         assert "found:" in line

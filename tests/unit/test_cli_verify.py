@@ -16,6 +16,8 @@ from cli_calls import (
     Capture,
     call,
     indexed_store,
+    legacy_store,
+    refuse,
     said_and_wrong,
     say,
     small_store,
@@ -24,7 +26,7 @@ from cli_calls import (
 from stores import alter, random_entries, truncate, write_compressed, write_store
 
 from fairseq_knnlm import files
-from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.datastore import Datastore, Documents, read_documents, write_documents
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.experts.ngram_file import save_counts
 
@@ -45,7 +47,10 @@ def whole(tmp_path: Path, capsys: Capture) -> Datastore:
 
 
 #: Files of which each is spoilt.
-SPOILT = ("keys.npy", "values.npy", "knn.index", "ngram.npz", "calibration.json", "valid.npz")
+SPOILT = (
+    *("keys.npy", "values.npy", "knn.index", "ngram.npz", "documents.npz"),
+    *("calibration.json", "valid.npz"),
+)
 
 
 def test_info_and_verify_of_a_compressed_datastore(tmp_path: Path, capsys: Capture) -> None:
@@ -129,6 +134,7 @@ def test_verify_looks_at_everything(whole: Datastore, capsys: Capture) -> None:
         "store": "400 entries, every byte as it was written (keys.npy, values.npy)",
         "knn.index": "IVF8,Flat, nprobe 4",
         "ngram.npz": "n-grams up to 3 tokens",
+        "documents.npz": "documents of this datastore: ",
         "calibration.json": "knn, fixed, fitted for this datastore",
         "valid.npz": "score table of valid, 960 tokens",
     }.items():
@@ -150,7 +156,9 @@ def test_verify_lists_all_that_is_wrong(whole: Datastore, capsys: Capture) -> No
     assert said.count("not as it should be") == len(SPOILT) - 1  # keys and values are one thing
 
 
-@pytest.mark.parametrize("name", ["knn.index", "ngram.npz", "calibration.json", "more"])
+@pytest.mark.parametrize(
+    "name", ["knn.index", "ngram.npz", "documents.npz", "calibration.json", "more"]
+)
 def test_verify_waits_for_no_pipe(whole: Datastore, name: str, capsys: Capture) -> None:
     (whole.path / name).unlink(missing_ok=True)
     os.mkfifo(whole.path / name)
@@ -181,3 +189,91 @@ def test_verify_tells_the_n_grams_of_another_text(store: Datastore, capsys: Capt
     save_counts(NGramModel.count(store.values[:9], 50, 3), store.ngram_path, store.fingerprint)
     _, wrong = said_and_wrong(capsys, 1, "verify", "--dstore", store.path)
     assert "not counted from this datastore" in wrong
+
+
+# Documents
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--document-boundary", "x"], "--document-boundary does nothing without --documents"),
+        (["--data", "."], "--data does nothing without --documents"),
+        (["--documents", "--document-boundary", "x"], "--data DATA, the folder"),
+        (["--documents", "--document-boundary", "(", "--data", "."], "no regular expression"),
+        (["--documents", "--document-boundary="], "--document-boundary is empty"),
+        (["--documents", "--data", "nowhere"], "no dictionary at nowhere"),
+        (["--documents", "--data", "tests"], "a folder without dict.txt"),
+    ],
+)
+def test_what_finds_no_documents_is_refused(
+    store: Datastore, flags: list[str], words: str, capsys: Capture
+) -> None:
+    said = refuse(capsys, "verify", "--dstore", store.path, *flags)
+    assert words in said
+    assert "expected: " in said
+    assert not store.documents_path.exists()
+
+
+def lines_store(folder: Path) -> Datastore:
+    """``/ a / / b c / / a`` with 2 for the end of a line."""
+    values = np.array([2, 5, 2, 2, 6, 7, 2, 2, 5])
+    return write_store(folder / "store", np.ones((9, 4), np.float32), values)
+
+
+def test_documents_are_found_and_verified(tmp_path: Path, capsys: Capture) -> None:
+    store = lines_store(tmp_path)
+    assert "documents    none; find them" in say(capsys, "info", "--dstore", store.path)
+    said = say(capsys, "verify", "--dstore", store.path, "--documents")
+    assert "documents.npz: documents of this datastore: 3, with empty lines between them" in said
+    found = read_documents(store)
+    assert found is not None
+    assert found.starts.tolist() == [0, 4, 8]
+    assert "documents    3, with empty lines" in say(capsys, "info", "--dstore", store.path)
+
+
+@pytest.mark.parametrize(
+    ("starts", "boundary"), [([0, 4], None), ([0, 4, 5], None), ([0, 5, 8], "b"), ([0, 1, 2], ".")]
+)
+def test_verify_tells_the_documents_of_another_text(
+    tmp_path: Path, starts: list[int], boundary: str | None, capsys: Capture
+) -> None:
+    """In a file whose checksums and fingerprint are right."""
+    store = lines_store(tmp_path)
+    write_documents(store, Documents(np.array(starts), len(store), 2, boundary))
+    _, wrong = said_and_wrong(capsys, 1, "verify", "--dstore", store.path)
+    assert "documents.npz was not made of this datastore's values" in wrong
+    say(capsys, "verify", "--dstore", store.path, "--documents")
+    say(capsys, "verify", "--dstore", store.path)
+
+
+def test_documents_of_merged_entries_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    store = write_compressed(tmp_path / "store")
+    assert "has no text" in refuse(capsys, "verify", "--dstore", store.path, "--documents")
+    assert "documents    none, since entries were merged" in say(
+        capsys, "info", "--dstore", store.path
+    )
+    other = lines_store(tmp_path / "other")
+    write_documents(other, Documents(np.array([0]), len(other), 2))
+    shutil.copy(other.documents_path, store.documents_path)
+    _, wrong = said_and_wrong(capsys, 1, "verify", "--dstore", store.path)
+    assert "has no text" in wrong
+
+
+def test_a_place_where_documents_cannot_be_written(tmp_path: Path, capsys: Capture) -> None:
+    store = lines_store(tmp_path)
+    store.documents_path.mkdir()
+    said = refuse(capsys, "verify", "--dstore", store.path, "--documents")
+    assert "--documents cannot be written" in said
+
+
+def test_documents_of_an_old_datastore(tmp_path: Path, capsys: Capture) -> None:
+    """Files of urvashik/knnlm do not know their dictionary."""
+    prefix = legacy_store(tmp_path)
+    old = ["--dstore", prefix, "--dstore-size", ROWS, "--dstore-fp16"]
+    said = say(capsys, "verify", *old, "--documents")
+    assert "old_documents.npz: documents of this datastore: " in said
+    (tmp_path / "dict.txt").write_text("a 1\n")
+    data = ["--data", tmp_path, "--document-boundary", "a"]
+    said = refuse(capsys, "verify", *old, "--documents", *data)
+    assert "another dictionary than that of --data" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -9,10 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import alter, assert_helps, lengthen, truncate, write_compressed, write_store
+from stores import (
+    alter,
+    assert_helps,
+    lengthen,
+    origin,
+    truncate,
+    write_compressed,
+    write_store,
+)
 
 from fairseq_knnlm.datastore import (
     Datastore,
+    DatastoreWriter,
     Documents,
     around,
     boundaries,
@@ -27,6 +37,9 @@ from fairseq_knnlm.datastore.boundaries import (
     check_expression,
 )
 from fairseq_knnlm.errors import ConfigError, DatastoreError
+from fairseq_knnlm.runs.compress import compress
+from fairseq_knnlm.runs.save import Saving
+from fairseq_knnlm.runs.spelling import line_spelling
 
 EOS = 2
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "=", "a", "b", "c"]
@@ -298,3 +311,45 @@ def test_merged_entries_have_no_text(tmp_path: Path) -> None:
     with pytest.raises(DatastoreError, match="has no text") as caught:
         write_documents(merged, Documents(np.array([0]), len(merged), EOS))
     assert_helps(caught, "merged")
+
+
+# Text of lines, and what a run does with it
+
+
+@pytest.mark.parametrize(
+    ("symbols", "text"),
+    [
+        (["=", "big", "-", "cat"], "= big - cat"),
+        (["\u2581=", "\u2581bi", "g", "\u2581cat"], "= big cat"),
+        (["\u2581", "=", "\u2581b", "ig"], "= big"),
+        (["=", "b@@", "ig", "c@@"], "= big c"),
+        (["\u2581=", *[f"w{number}" for number in range(99)]], "\u2581= w0 w1 w2"),  # a word
+    ],
+)
+def test_a_line_is_spelled_as_its_dictionary_says(symbols: list[str], text: str) -> None:
+    """Pieces of sentencepiece and of subword-nmt are joined again."""
+    assert line_spelling([*WORDS[:4], *symbols])([4, 5, 6, 7]) == text
+
+
+def test_compressing_refuses_damaged_documents(written: Datastore, tmp_path: Path) -> None:
+    alter(written.documents_path)
+    with pytest.raises(DatastoreError, match=r"documents\.npz is damaged"):
+        compress(written, tmp_path / "out", pca=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_datastore_whose_documents_cannot_be_kept_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    values = tokens("a / / b /")
+    writer = DatastoreWriter(tmp_path / "store", len(values), 4, origin(len(WORDS)))
+    writer.write(np.arange(len(values)), np.ones((len(values), 4), np.float32), values)
+    saving = Saving(writer, lambda values: after_empty_lines(values, EOS))
+    monkeypatch.setattr("fairseq_knnlm.runs.save.write_documents", full)
+    path = saving.publish()
+    assert "cannot be kept (No space left on device)" in caplog.text
+    assert "verify --documents" in caplog.text
+    assert read_documents(outline(path)) is None

@@ -1,4 +1,4 @@
-"""Archives of arrays that are wrong: score tables, n-gram counts."""
+"""Archives of arrays that are wrong: score tables, n-gram counts, beginnings of documents."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ MUST = "refused with a message that names what is wrong"
 
 
 def cases() -> Iterator[Case]:
-    """Score tables for ``tune`` and ``report``, then n-grams."""
+    """Score tables for ``tune`` and ``report``, then n-grams, then documents."""
     for name, says, change in TABLES:
         play = partial(_table, says=says, change=change)
         yield Case("reading", f"table: {name}", f"a score table: {name}", MUST, play)
     for name, says, change in NGRAMS:
         play = partial(_ngrams, says=says, change=change)
         yield Case("reading", f"n-grams: {name}", f"n-gram counts: {name}", MUST, play)
+    for name, says, change in DOCUMENTS:
+        play = partial(_documents, says=says, change=change)
+        yield Case("reading", f"documents: {name}", f"documents.npz: {name}", MUST, play)
 
 
 def load(path: Path) -> Arrays:
@@ -70,6 +73,22 @@ def _ngrams(stage: Stage, *, says: str, change: Callable[[Arrays], Arrays | byte
     words = ("--experts", "ngram", "--ngram-lmbda", "0.2", "--dstore-filename", store)
     refused = stage.refused(stage.world.evaluate(*words), says)
     stage.refused(knnlm("verify", "--dstore", store), f"{says}|ngram")
+    return refused
+
+
+def _documents(stage: Stage, *, says: str, change: Callable[[Arrays], Arrays | bytes]) -> str:
+    """Also who takes them along refuses them; made anew they are right again."""
+    store = stage.store()
+    path = store / "documents.npz"
+    found = change(load(path))
+    path.write_bytes(found if isinstance(found, bytes) else pack(found))
+    says = rf"(?s)(?=.*documents\.npz).*({says})"
+    refused = stage.refused(knnlm("verify", "--dstore", store), says)
+    if change not in UNTOLD:
+        out = stage.folder / "out"
+        stage.refused(knnlm("compress", "--dstore", store, "--out", out, "--pca", "4"), says)
+    anew = ("verify", "--dstore", store, "--documents")
+    stage.works(knnlm(*anew), changes=["store/documents.npz"])
     return refused
 
 
@@ -157,6 +176,9 @@ def _garbled(data: bytes) -> bytes:
     return data[: len(data) // 2] + b"\x01" * 200 + data[len(data) // 2 + 200 :]
 
 
+#: What only who reads the values can tell.
+_moved, _another_end = _put("starts", 4, 1), _card(eos=7)
+UNTOLD = (_moved, _another_end)
 ARCHIVES: tuple[tuple[str, str, Callable[[Arrays], Arrays | bytes]], ...] = (
     ("empty file", "npz", _bytes(lambda data: b"")),
     ("half a file", "npz", _bytes(lambda data: data[: len(data) // 2])),
@@ -248,6 +270,33 @@ NGRAMS: tuple[tuple[str, str, Callable[[Arrays], Arrays | bytes]], ...] = (
     ("another vocabulary", "vocabulary", _card(vocabulary=129)),
     ("tokens 0", "tokens|counts", _card(tokens=0)),
     ("tokens -5", "tokens", _card(tokens=-5)),
+    ("of another datastore", "datastore", _card(datastore="f" * 64)),
+    ("datastore a number", "datastore", _card(datastore=7)),
+    ("card without datastore", "datastore", _card_without("datastore")),
+    ("an unknown field", "colour", _card(colour=1)),
+)
+DOCUMENTS: tuple[tuple[str, str, Callable[[Arrays], Arrays | bytes]], ...] = (
+    *ARCHIVES,
+    ("without starts", "starts", _without("starts")),
+    ("starts as int32", "starts", _as_type("starts", "i4")),
+    ("starts as floats", "starts", _as_type("starts", "f8")),
+    ("starts of objects", "starts|pickle|object", _objects("starts")),
+    ("starts twice", "starts|twice|npz", _twice("starts")),
+    ("no starts", "starts", lambda arrays: {**arrays, "starts": arrays["starts"][:0]}),
+    ("the first not 0", "starts", _put("starts", 1, 0)),
+    ("a start below 0", "starts|ascend", _put("starts", -5)),
+    ("a start beyond the last row", "starts", _put("starts", 10**12, -1)),
+    ("starts out of order", "starts|ascend", _put("starts", 1, -1)),
+    ("a start within a line", "values", _moved),
+    ("an array of another", "lm", lambda arrays: {**arrays, "lm": arrays["starts"]}),
+    ("rows 0", "rows", _card(rows=0)),
+    ("another number of rows", "rows", _card(rows=10**6)),
+    ("rows as text", "rows", _card(rows="5")),
+    ("eos -1", "eos", _card(eos=-1)),
+    ("another eos", "values", _another_end),
+    ("a boundary of nothing", "boundary", _card(boundary="")),
+    ("a boundary of a million characters", "boundary", _card(boundary="w" * 10**6)),
+    ("a boundary as a number", "boundary", _card(boundary=7)),
     ("of another datastore", "datastore", _card(datastore="f" * 64)),
     ("datastore a number", "datastore", _card(datastore=7)),
     ("card without datastore", "datastore", _card_without("datastore")),

@@ -55,6 +55,7 @@ KNN: dict[str, tuple[str, str]] = {
     "no-save-keys while evaluating": ("--no-save-keys", "--no-save-keys"),
     "recipe while evaluating": ("--recipe Flat", "--recipe"),
     "bytes a key while evaluating": ("--max-bytes-per-key 9", "--max-bytes-per-key|--recipe"),
+    "documents while evaluating": ("--document-boundary w", "--document-boundary"),
     "expert nobody knows": ("--experts knn,oracle", "--experts"),
     "expert twice": ("--experts knn,knn", "--experts"),
     "expert without a name": ("--experts knn,", "--experts"),
@@ -134,6 +135,14 @@ BASE: dict[str, tuple[str, str]] = {
         "shard",
     ),
     "save with k": ("--save-knnlm-dstore --dstore-mmap x --k 8", "--k"),
+    "documents at no expression": (
+        "--save-knnlm-dstore --dstore-mmap x --document-boundary (",
+        "--document-boundary",
+    ),
+    "documents at an empty expression": (
+        "--save-knnlm-dstore --dstore-mmap x --document-boundary=",
+        "--document-boundary",
+    ),
     "no-save-keys with Flat": (
         "--save-knnlm-dstore --dstore-mmap x --no-save-keys --recipe Flat",
         "recipe|streamed",

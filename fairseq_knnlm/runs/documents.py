@@ -1,0 +1,87 @@
+"""Finding the documents of a datastore: when it is saved, or at any time later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fairseq_knnlm.datastore import Datastore, Documents, write_documents
+from fairseq_knnlm.datastore.boundaries import (
+    after_empty_lines,
+    at_matching_lines,
+    check_expression,
+)
+from fairseq_knnlm.datastore.documents import check_text
+from fairseq_knnlm.errors import DatastoreError
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
+from fairseq_knnlm.runs.spelling import line_spelling
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--document-boundary"
+#: The token that ends a line in every dictionary that fairseq makes.
+EOS = 2
+
+
+def find_documents(
+    values: np.ndarray, eos: int, boundary: str | None, symbols: Sequence[str]
+) -> Documents:
+    """Where the documents of a text begin.
+
+    Args:
+        values: (N,) token ids, mapped or not.
+        eos: the token that ends a line.
+        boundary: the expression that the first line of a document matches; None where documents
+            begin after empty lines.
+        symbols: the dictionary, which only an expression asks for.
+
+    Raises:
+        ConfigError: where ``boundary`` is no expression.
+    """
+    if boundary is None:
+        return after_empty_lines(values, eos)
+    expression = check_expression(FLAG, boundary)
+    found = at_matching_lines(values, eos, expression, line_spelling(symbols))
+    if len(found) == 1:
+        logger.warning(
+            "%s %r matches no line, or only the first: all of the text is one document",
+            *(FLAG, boundary),
+        )
+    return found
+
+
+def add_documents(
+    store: Datastore, boundary: str | None, symbols: Sequence[str] | None, eos: int = EOS
+) -> Path:
+    """Finds the documents of a datastore and keeps where they begin beside its manifest.
+
+    Args:
+        store: the datastore, with its values.
+        boundary: as ``find_documents`` has it.
+        symbols: its dictionary; None where that is not at hand, which empty lines can do without.
+        eos: the token that ends a line.
+
+    Raises:
+        ConfigError: where ``boundary`` is no expression.
+        DatastoreError: where entries were merged, or the dictionary is another.
+        OutputError: where another process is writing the same.
+    """
+    check_text(store)
+    if symbols is not None:
+        _check_dictionary(store, symbols)
+    return write_documents(store, find_documents(store.values, eos, boundary, symbols or ()))
+
+
+def _check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
+    origin = store.manifest.origin
+    store.check_origin(dictionary=dictionary_fingerprint(symbols))
+    if len(symbols) < origin.vocabulary:  # of files of urvashik/knnlm no more is known
+        raise DatastoreError(
+            f"the datastore {store.path} is of another dictionary than that of --data",
+            expected=f"{origin.vocabulary:,} types or more",
+            found=f"{len(symbols):,}",
+            do="name the data that the language model was trained on",
+        )
