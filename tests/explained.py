@@ -39,7 +39,7 @@ def token(word: str, lm: float, mixture: float, source: Source | None = None) ->
 
 
 def text(name: str, given: int = 3) -> Explained:
-    """Three tokens: the second gained 2 bits, the third lost 1 as the neighbours did not know it."""
+    """Three tokens: one gained 2 bits, one lost 1 since the neighbours did not know it."""
     source = Source(
         *(0, 7, 1.5, 0.75, " cat", True, " saw the", " sit", 1, "The cats", 0, (1.0, -1.0))
     )

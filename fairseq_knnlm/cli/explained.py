@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fairseq_knnlm.cli.tables import show, show_prose
@@ -213,23 +213,19 @@ def check_token(number: int | None, count: int) -> None:
 
 
 def token_of(record: Record, number: int) -> Token:
-    """A token by its number among those of all texts; the first is 1.
+    """A token by its number among those of all texts, which are read to their end; the first is 1.
 
     Raises:
         ConfigError: where there are fewer.
     """
-    count = 0
-    for token in _tokens(record.texts):
-        count += 1
-        if count == number:
-            return token
+    count, found = 0, None
+    for text in record.texts:
+        if count < number <= count + len(text.tokens):
+            found = text.tokens[number - count - 1]
+        count += len(text.tokens)
     check_token(number, count)
-    raise AssertionError
-
-
-def _tokens(texts: Iterable[Explained]) -> Iterator[Token]:
-    for text in texts:
-        yield from text.tokens
+    assert found is not None
+    return found
 
 
 def show_token(run: Run, number: int, token: Token) -> None:
