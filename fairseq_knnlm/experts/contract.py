@@ -30,16 +30,26 @@ class Distribution(NamedTuple):
     tokens: Tensor
     log_probs: Tensor
 
-    def over(self, vocabulary: int) -> Tensor:
-        """(N, V) float32, natural log, of every token; NaN throughout where the expert abstains."""
-        abstains, tokens = self.log_probs.isnan(), self.tokens.long()
-        shares = self.log_probs.masked_fill(abstains, -torch.inf)
+    def sums(self, vocabulary: int) -> Tensor:
+        """(N, K) float32, natural log: of all entries with the token of each; -inf of none.
+
+        Args:
+            vocabulary: V, above all ids.
+        """
+        tokens = self.tokens.long()
+        shares = self.log_probs.masked_fill(self.log_probs.isnan(), -torch.inf)
         # Relative to the largest share of each token, so that no small one underflows.
         whole = shares.new_full((len(shares), vocabulary), -torch.inf)
-        tops = whole.scatter_reduce(1, tokens, shares, "amax")
-        known = tops.nan_to_num(neginf=0.0).gather(1, tokens)
-        sums = torch.zeros_like(whole).scatter_add_(1, tokens, (shares - known).exp_())
-        return (sums.log_() + tops).masked_fill_(abstains.all(dim=1, keepdim=True), torch.nan)
+        tops = whole.scatter_reduce_(1, tokens, shares, "amax").gather(1, tokens)
+        known = tops.nan_to_num(neginf=0.0)
+        sums = whole.zero_().scatter_add_(1, tokens, (shares - known).exp_())
+        return sums.gather(1, tokens).log_() + tops
+
+    def over(self, vocabulary: int) -> Tensor:
+        """(N, V) float32, natural log, of every token; NaN throughout where the expert abstains."""
+        whole = self.log_probs.new_full((len(self.log_probs), vocabulary), -torch.inf)
+        whole.scatter_(1, self.tokens.long(), self.sums(vocabulary))
+        return whole.masked_fill_(self.log_probs.isnan().all(dim=1, keepdim=True), torch.nan)
 
 
 class Prediction(Protocol):

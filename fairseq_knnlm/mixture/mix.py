@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.experts.contract import Distribution
 from fairseq_knnlm.mixture.components import Abstain
 
 
@@ -66,3 +67,25 @@ def effective(log_probs: Tensor, log_weights: Tensor, abstain: Abstain = "share"
     alone = torch.full_like(left, -math.inf)
     alone[:, 0] = 0.0
     return torch.where(norm.isneginf(), alone, left - norm)
+
+
+def abstaining(said: Tensor | Distribution) -> Tensor:
+    """(N,) bool: of which contexts an expert says nothing."""
+    return (said if isinstance(said, Tensor) else said.log_probs)[:, 0].isnan()
+
+
+def added(mixed: Tensor, said: Tensor | Distribution, log_weights: Tensor) -> Tensor:
+    """What is mixed so far and one expert more: log(exp(mixed) + w p), of every token.
+
+    Args:
+        mixed: (N, V) float32, natural log.
+        said: the expert's log p, of every token or of a few.
+        log_weights: (N,) float32, natural log; -inf where it abstains.
+    """
+    if isinstance(said, Tensor):
+        shares = said.masked_fill(said.isnan(), -math.inf) + log_weights[:, None]
+        return torch.logaddexp(mixed, shares)
+    tokens = said.tokens.long()
+    sums = said.sums(mixed.shape[1]) + log_weights[:, None]
+    # Those of the same token all write the same.
+    return mixed.scatter(1, tokens, torch.logaddexp(mixed.gather(1, tokens), sums))

@@ -12,7 +12,8 @@ from fairseq_knnlm.lm.fingerprints import check_finite
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.mixture.mixers import Mixer
-from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM, Watch
+from fairseq_knnlm.mixture.model import MixtureLM, Watch
+from fairseq_knnlm.mixture.skipping import SkippingMixtureLM
 from fairseq_knnlm.runs.inputs import Inputs, several_models
 from fairseq_knnlm.runs.mixing import mixture
 from fairseq_knnlm.runs.opening import Memory

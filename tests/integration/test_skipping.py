@@ -32,7 +32,8 @@ from fairseq_knnlm.experts.lm import KeyExpert
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import ALONE, Fixed, Gate, Skip
-from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM
+from fairseq_knnlm.mixture.model import MixtureLM
+from fairseq_knnlm.mixture.skipping import SkippingMixtureLM
 from fairseq_knnlm.runs.opening import find_skipping
 from fairseq_knnlm.tasks.checks import check
 from fairseq_knnlm.tasks.flags import KnnlmConfig

@@ -28,7 +28,8 @@ from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import ALONE, Bins, Fixed, Gate, Mixer, Skip
-from fairseq_knnlm.mixture.model import MixtureLM, SkippingMixtureLM
+from fairseq_knnlm.mixture.model import MixtureLM
+from fairseq_knnlm.mixture.skipping import SkippingMixtureLM
 from fairseq_knnlm.retrieval.local import LocalRetriever
 
 TOKENS = 5
