@@ -11,7 +11,7 @@ import msgspec
 from fairseq_knnlm.calibration.card import Card
 from fairseq_knnlm.experts.registry import find_kind
 from fairseq_knnlm.mixture.mixers import Fixed
-from fairseq_knnlm.mixture.model import SkippingMixtureLM
+from fairseq_knnlm.mixture.skipping import SkippingMixtureLM
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.mixing import describe, described, mixed_experts
 from fairseq_knnlm.runs.opening import Memory
