@@ -44,7 +44,7 @@ class Text:
         number: among all texts, which decides what is drawn.
         tokens: so far.
         given: how many of them were given.
-        log_probs: of each, natural log; of those that were given too.
+        log_probs: of each that was not given, natural log.
         draws: (most,) float64, what decides at each new place.
     """
 
@@ -157,17 +157,12 @@ def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _begun(writer: Writer, texts: Sequence[Text], begin: int) -> MixturePrediction:
-    """Reads the prompts, notes how likely they were, and predicts what comes next."""
+    """Reads the prompts, and predicts what comes next."""
     writer.begin(len(texts))
     contexts = writer.read(padded([[begin, *text.tokens] for text in texts], writer.device))
     lengths = torch.tensor([text.given for text in texts], device=writer.device)
     last = contexts.rows == lengths[contexts.texts]
-    given = [token for text in texts for token in text.tokens]
-    if given:
-        scores = writer.mixture.score(contexts[~last], torch.tensor(given, device=writer.device))
-        parts = scores.log_probs.split([text.given for text in texts])
-        for text, part in zip(texts, parts, strict=True):
-            text.log_probs += part.tolist()
+    writer.mixture.read(contexts[~last])
     return writer.mixture.predict(contexts[last])
 
 

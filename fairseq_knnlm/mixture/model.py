@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fairseq_knnlm.experts.contract import Expert, Prediction
+from fairseq_knnlm.experts.contract import Expert, Prediction, Timeless
 from fairseq_knnlm.experts.knn import KnnPrediction
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.mixture.components import LM, Component
@@ -200,6 +200,13 @@ class MixtureLM:
         features = _features(predictions)
         log_weights = self.mixer.log_weights(features)
         return Weighed(predictions, self.mixer, self._settings, features, log_weights)
+
+    def read(self, contexts: Contexts) -> None:
+        """Has those that live on the text know contexts of which nothing is asked."""
+        for one in self.everyone:
+            if not isinstance(one, Timeless):
+                for start in range(0, len(contexts), one.at_a_time):
+                    one.predict(contexts[start : start + one.at_a_time])
 
     def observe(self, tokens: Tensor) -> None:
         """Tells what came after the contexts of the last prediction, (N,) int64."""
