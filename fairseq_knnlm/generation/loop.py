@@ -94,7 +94,7 @@ def go_on(
     speculation: Drafts | None = None,
     first: int = 0,
     counts: Counts | None = None,
-    told: Callable[[int], None] = lambda _: None,
+    told: Callable[[int], object] = lambda _: None,
 ) -> list[Text]:
     """Continues B texts.
 

@@ -1,7 +1,15 @@
-"""A mixture that writes, put together for a run."""
+"""A mixture that writes, put together for a run, and what it makes of many prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.experts.registry import kind_of
+from fairseq_knnlm.generation.choosing import Decoding
+from fairseq_knnlm.generation.drafts import Drafts
+from fairseq_knnlm.generation.loop import Counts, Length, Text, go_on
 from fairseq_knnlm.generation.writer import Writer
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.runs.experts import make_mixture
@@ -34,3 +42,101 @@ def make_writer(inputs: Inputs) -> Writer:
         len(inputs.vocabulary.symbols),
         inputs.vocabulary.pad,
     )
+
+
+#: Texts at a time up to which drafts pay: with more, a forward pass is well used without them.
+FEW = 4
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How many prompts are continued.
+
+    Attributes:
+        length: how far.
+        decoding: how tokens are chosen.
+        batch: texts at a time.
+        speculate: try drafts; None for where they pay.
+    """
+
+    length: Length
+    decoding: Decoding
+    batch: int = 1
+    speculate: bool | None = None
+
+
+def continued(
+    inputs: Inputs,
+    prompts: Sequence[Sequence[int]],
+    how: Generation,
+    counts: Counts,
+    told: Callable[[int], object] = lambda _: None,
+) -> Iterator[Text]:
+    """Continues prompts, in their order, a batch at a time.
+
+    Args:
+        inputs: options, models, and the memory, which must be there.
+        prompts: ids of each, none or more.
+        how: the texts go on.
+        counts: is added to.
+        told: of how many tokens were written, at every step.
+
+    Raises:
+        ConfigError: where the model cannot take tokens back, and drafts are asked for.
+        KnnlmError: as ``make_writer``.
+    """
+    writer = make_writer(inputs)
+    if not writer.reads_ahead:
+        raise ConfigError(
+            "this decoder cannot take tokens back, or read several at a time",
+            expected="fairseq's plain Transformer layers, for text that is drafted and checked",
+            found=type(inputs.models[0]).__name__,
+            do="use fairseq-interactive, or pass --beam 2 or more",
+        )
+    speculation = _speculation(inputs, how)
+    vocabulary = inputs.vocabulary
+    begin = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
+    for start in range(0, len(prompts), how.batch):
+        yield from go_on(
+            writer,
+            prompts[start : start + how.batch],
+            begin,
+            how.length,
+            how.decoding,
+            speculation=speculation,
+            first=start,
+            counts=counts,
+            told=told,
+        )
+
+
+def _speculation(inputs: Inputs, how: Generation) -> Drafts | None:
+    """What makes drafts, of the text of those datastores that still hold it."""
+    if how.speculate is False or (how.speculate is None and how.batch > FEW):
+        return None
+    assert inputs.memory is not None
+    stores = inputs.memory.stores
+    names = kind_of("knn").names(len(stores))
+    texts = zip(names, stores, strict=True)
+    return Drafts({name: store.values for name, store in texts if not store.manifest.merged})
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], new: int, most: int | None) -> None:
+    """Refuses prompts that the model cannot read with what is to follow.
+
+    Args:
+        prompts: ids of each.
+        new: tokens that will follow.
+        most: positions of the model; None where there is no end to them.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if most is not None and len(prompt) + new > most:
+            raise ConfigError(
+                f"prompt {number:,} is too long for the model",
+                expected=f"at most {most:,} tokens, with the {new:,} new ones",
+                found=f"{len(prompt):,} tokens",
+                do="shorten it, or pass a smaller --new-tokens",
+            )

@@ -45,6 +45,12 @@ class Session:
         return found
 
     @property
+    def longest(self) -> int | None:
+        """Tokens that the model takes; None where there is no end to them."""
+        most = self.models[0].max_positions()
+        return int(most[0] if isinstance(most, tuple) else most) if most else None
+
+    @property
     def device(self) -> torch.device:
         """Where the models are."""
         found: torch.device = next(self.models[0].parameters()).device
