@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,9 +40,7 @@ class Decoding:
 
     def draws(self, text: int, count: int) -> Tensor:
         """(count,) float64, 0 to 1: what decides at each new place of a text, by its number."""
-        # Texts of neighbouring seeds must not be those of another seed.
-        state = torch.Generator().manual_seed((self.seed << 32) + text)
-        return torch.rand(count, generator=state, dtype=torch.float64)
+        return torch.from_numpy(np.random.default_rng([self.seed, text]).random(count))
 
     def choose(self, log_probs: Tensor, draws: Tensor) -> Tensor:
         """A token for each of N contexts, (N,) int64.
