@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 BATCH = 16
 #: Flags of fairseq's in whose place there are ours.
 OURS = {"--max-len-a": "--new-tokens", "--max-len-b": "--new-tokens", "--input": "--prompts"}
-SPECULATE = {"auto": None, "on": True, "off": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--speculate",
-        choices=tuple(SPECULATE),
+        choices=("auto", "on", "off"),
         default="auto",
         help="draft several tokens, by the text and its neighbours, and check them at once; the "
         "text stays the same (default: auto, for batches in which that pays)",
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from fairseq_knnlm.tasks.session import open_session
 
     flags = ["--path", args.path, "--knnlm", "--dstore-filename", args.dstore]
-    flags += ["--beam", "1", "--seed", str(args.seed), *rest]
+    flags += ["--speculate", args.speculate, "--beam", "1", "--seed", str(args.seed), *rest]
     session = open_session(args.data, flags)
     check_writes_nothing(session.task.options)
     prompts = [session.spelling.tokens(line) for line in _lines(args.prompts)]
@@ -156,7 +155,7 @@ def _written(
         Length(args.new_tokens, session.cfg.generation.min_len, None if args.lines else eos),
         decoding(session),
         args.batch_size,
-        SPECULATE[args.speculate],
+        session.inputs.options.generation.wanted,
     )
     counts, started = Counts(), time.perf_counter()
     total = len(prompts) * args.new_tokens

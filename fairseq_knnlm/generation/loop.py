@@ -29,11 +29,13 @@ class Length:
         most: new tokens.
         least: before it may end.
         end: the id that ends it; None where nothing does.
+        closed: whether it ends with that id in any case, its last token otherwise.
     """
 
     most: int
     least: int = 0
     end: int | None = None
+    closed: bool = False
 
 
 @dataclass
@@ -41,14 +43,14 @@ class Text:
     """A text that goes on.
 
     Attributes:
-        number: among all texts, which decides what is drawn.
+        length: how far it goes on.
         tokens: so far.
         given: how many of them were given.
-        log_probs: of each that was not given, natural log.
+        log_probs: of each, natural log; those that were given are left out unless asked for.
         draws: (most,) float64, what decides at each new place.
     """
 
-    number: int
+    length: Length
     tokens: list[int]
     given: int
     draws: Tensor
@@ -58,6 +60,11 @@ class Text:
     def new(self) -> int:
         """Tokens that were not given."""
         return len(self.tokens) - self.given
+
+    @property
+    def ended(self) -> bool:
+        """Whether it goes on no more."""
+        return self.new >= self.length.most or (self.new > 0 and self.tokens[-1] == self.length.end)
 
 
 @dataclass
@@ -88,9 +95,10 @@ def go_on(
     writer: Writer,
     prompts: Sequence[Sequence[int]],
     begin: int,
-    length: Length,
+    lengths: Sequence[Length],
     decoding: Decoding,
     *,
+    score_given: bool = False,
     speculation: Drafts | None = None,
     first: int = 0,
     counts: Counts | None = None,
@@ -102,33 +110,34 @@ def go_on(
         writer: one that ``reads_ahead``.
         prompts: ids of each, none or more.
         begin: the id that stands before every text.
-        length: how far.
+        lengths: how far each goes on.
         decoding: how tokens are chosen.
+        score_given: say how likely the prompts were, too.
         speculation: makes drafts; None for none.
         first: number of the first text, among all.
         counts: is added to.
         told: of how many tokens were written, at every step.
     """
     texts = [
-        Text(first + place, list(prompt), len(prompt), decoding.draws(first + place, length.most))
-        for place, prompt in enumerate(prompts)
+        Text(length, list(prompt), len(prompt), decoding.draws(number, length.most))
+        for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True), first)
     ]
-    going = [text for text in texts if length.most]
+    going = [text for text in texts if text.length.most]
     counts = counts if counts is not None else Counts()
     if not going:
         return texts
-    prediction = _begun(writer, going, begin)
+    prediction = _begun(writer, going, begin, score_given)
     drafts = [Draft() for _ in going]
     while True:
-        chosen, log_probs = _chosen(prediction, going, drafts, length, decoding)
-        kept = _kept(going, drafts, chosen, log_probs, length)
+        chosen, log_probs = _chosen(prediction, going, drafts, decoding)
+        kept = _kept(going, drafts, chosen, log_probs)
         counts.add(drafts, kept)
         told(sum(kept))
         if speculation is not None:
             for draft, count in zip(drafts, kept, strict=True):
                 speculation.learn(draft, count - 1)
         lasts = _lasts(drafts, kept)
-        alive = [place for place, text in enumerate(going) if not _ended(text, length)]
+        alive = [place for place, text in enumerate(going) if not text.ended]
         if not alive:
             return texts
         back = [len(draft) + 1 - count for draft, count in zip(drafts, kept, strict=True)]
@@ -142,7 +151,7 @@ def go_on(
             tried = speculation.of(prediction, rows, [text.tokens for text in going])
             # The last token of all needs no draft: it is chosen anyway.
             drafts = [
-                draft.cut(length.most - text.new - 1)
+                draft.cut(text.length.most - text.new - 1)
                 for draft, text in zip(tried, going, strict=True)
             ]
         read = [[text.tokens[-1], *one.tokens] for text, one in zip(going, drafts, strict=True)]
@@ -156,13 +165,22 @@ def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
-def _begun(writer: Writer, texts: Sequence[Text], begin: int) -> MixturePrediction:
+def _begun(
+    writer: Writer, texts: Sequence[Text], begin: int, score_given: bool
+) -> MixturePrediction:
     """Reads the prompts, and predicts what comes next."""
     writer.begin(len(texts))
     contexts = writer.read(padded([[begin, *text.tokens] for text in texts], writer.device))
     lengths = torch.tensor([text.given for text in texts], device=writer.device)
     last = contexts.rows == lengths[contexts.texts]
-    writer.mixture.read(contexts[~last])
+    if score_given:
+        given = [token for text in texts for token in text.tokens]
+        scores = writer.mixture.score(contexts[~last], torch.tensor(given, device=writer.device))
+        parts = scores.log_probs.split([text.given for text in texts])
+        for text, part in zip(texts, parts, strict=True):
+            text.log_probs += part.tolist()
+    else:
+        writer.mixture.read(contexts[~last])
     return writer.mixture.predict(contexts[last])
 
 
@@ -170,7 +188,6 @@ def _chosen(
     prediction: MixturePrediction,
     texts: Sequence[Text],
     drafts: Sequence[Draft],
-    length: Length,
     decoding: Decoding,
 ) -> tuple[list[int], list[float]]:
     """A token behind every token that was read last, and its log p."""
@@ -180,9 +197,14 @@ def _chosen(
         for text, draft in zip(texts, drafts, strict=True)
         for step in range(len(draft) + 1)
     ]
-    if length.end is not None:
-        early = [place for place, (_, new) in enumerate(places) if new < length.least]
-        log_probs[early, length.end] = -torch.inf
+    for place, (text, new) in enumerate(places):
+        length = text.length
+        if length.end is not None and new < length.least:
+            log_probs[place, length.end] = -torch.inf
+        if length.closed and new == length.most - 1:
+            assert length.end is not None
+            log_probs[place, : length.end] = -torch.inf
+            log_probs[place, length.end + 1 :] = -torch.inf
     draws = torch.stack([text.draws[new] for text, new in places])
     chosen = decoding.choose(log_probs, draws)
     said = log_probs.gather(1, chosen[:, None]).squeeze(1)
@@ -194,7 +216,6 @@ def _kept(
     drafts: Sequence[Draft],
     chosen: Sequence[int],
     log_probs: Sequence[float],
-    length: Length,
 ) -> list[int]:
     """Writes what is to be kept; how many tokens that are of each text."""
     kept, start = [], 0
@@ -204,17 +225,11 @@ def _kept(
             count += 1
             text.tokens.append(chosen[place])
             text.log_probs.append(log_probs[place])
-            if chosen[place] != tried or _ended(text, length):
+            if chosen[place] != tried or text.ended:
                 break
         kept.append(count)
         start += len(draft) + 1
     return kept
-
-
-def _ended(text: Text, length: Length) -> bool:
-    return text.new >= length.most or (
-        text.new > 0 and length.end is not None and text.tokens[-1] == length.end
-    )
 
 
 def _lasts(drafts: Sequence[Draft], kept: Sequence[int]) -> list[int]:

@@ -93,15 +93,16 @@ def continued(
             found=type(inputs.models[0]).__name__,
             do="use fairseq-interactive, or pass --beam 2 or more",
         )
-    speculation = _speculation(inputs, how)
+    speculation = drafts_for(inputs, how.batch, how.speculate)
     vocabulary = inputs.vocabulary
     begin = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
     for start in range(0, len(prompts), how.batch):
+        some = prompts[start : start + how.batch]
         yield from go_on(
             writer,
-            prompts[start : start + how.batch],
+            some,
             begin,
-            how.length,
+            [how.length] * len(some),
             how.decoding,
             speculation=speculation,
             first=start,
@@ -110,9 +111,15 @@ def continued(
         )
 
 
-def _speculation(inputs: Inputs, how: Generation) -> Drafts | None:
-    """What makes drafts, of the text of those datastores that still hold it."""
-    if how.speculate is False or (how.speculate is None and how.batch > FEW):
+def drafts_for(inputs: Inputs, batch: int, speculate: bool | None) -> Drafts | None:
+    """What makes drafts, of the text of those datastores that still hold it.
+
+    Args:
+        inputs: options and memory.
+        batch: texts at a time.
+        speculate: whether drafts are asked for; None for where they pay.
+    """
+    if speculate is False or (speculate is None and batch > FEW):
         return None
     assert inputs.memory is not None
     stores = inputs.memory.stores

@@ -120,6 +120,23 @@ class WritingOptions:
 
 
 @dataclass(frozen=True)
+class GenerationOptions:
+    """How text is generated."""
+
+    speculate: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "greedy search (--beam 1) drafts several tokens by the text and its neighbours, and checks "
+        "them in one forward pass; what is written stays the same: on, off, or auto for batches in "
+        "which that pays",
+    )
+
+    @property
+    def wanted(self) -> bool | None:
+        """Whether drafts are asked for; None for where they pay."""
+        return None if self.speculate == "auto" else self.speculate == "on"
+
+
+@dataclass(frozen=True)
 class Options:
     """All that a run is asked to do.
 
@@ -128,6 +145,7 @@ class Options:
         mixing: who is mixed, and how.
         saving: the datastore to be saved.
         writing: what else is left behind.
+        generation: how text is generated.
         experts: the options of every kind of expert, by its name.
     """
 
@@ -135,6 +153,7 @@ class Options:
     mixing: MixingOptions = field(default_factory=MixingOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)
     writing: WritingOptions = field(default_factory=WritingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
     experts: Mapping[str, Any] = field(
         default_factory=lambda: {kind.name: kind.options() for kind in kinds()}
     )

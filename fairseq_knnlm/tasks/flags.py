@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from fairseq_knnlm.experts.registry import kinds
 from fairseq_knnlm.runs.options import (
     DatastoreOptions,
+    GenerationOptions,
     MixingOptions,
     Options,
     SavingOptions,
@@ -30,6 +31,7 @@ OPTIONS: dict[str, type] = {
     "datastores": DatastoreOptions,
     "saving": SavingOptions,
     "writing": WritingOptions,
+    "generation": GenerationOptions,
 }
 
 

@@ -24,7 +24,7 @@ OF_STREAMING = ("probe", "knn_device")
 
 def of_experts() -> list[str]:
     """Flags that mean nothing without experts to ask."""
-    of_all = ["mixer", "skip_searches", "lm_features", "move_dstore_to_mem"]
+    of_all = ["mixer", "skip_searches", "lm_features", "move_dstore_to_mem", "speculate"]
     return [*of_all, *(name for kind in kinds() for name in kind.flags())]
 
 

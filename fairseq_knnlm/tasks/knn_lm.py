@@ -24,7 +24,7 @@ from fairseq_knnlm.experts.kind import spelled
 from fairseq_knnlm.lm.registry import check_model, is_supported
 from fairseq_knnlm.runs.evaluate import EvaluationRun
 from fairseq_knnlm.runs.experts import make_scorer
-from fairseq_knnlm.runs.generate import make_writer
+from fairseq_knnlm.runs.generate import drafts_for, make_writer
 from fairseq_knnlm.runs.inputs import Inputs, Vocabulary, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
 from fairseq_knnlm.runs.options import Options
@@ -95,8 +95,10 @@ class KnnLanguageModelingTask(LanguageModelingTask):
                 return make_scorer(self.inputs(models))
             loading.check_writes_nothing(self.options)
             if self.memory is not None:
-                models = MixtureEnsemble(make_writer(self.inputs(models)))
-                kwargs["seq_gen_cls"] = MixtureGenerator
+                inputs = self.inputs(models)
+                models = MixtureEnsemble(make_writer(inputs))
+                drafts = partial(drafts_for, inputs, speculate=self.options.generation.wanted)
+                kwargs["seq_gen_cls"] = partial(MixtureGenerator, drafts=drafts)
         else:
             loading.check_stock_is_enough(self.options, "this decoder")
         return super().build_generator(models, args, *rest, **kwargs)

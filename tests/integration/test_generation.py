@@ -206,3 +206,20 @@ def test_the_command_people_type(lab: Lab, datastore: Path, tmp_path: Path) -> N
     interface = with_memory(lab, datastore, "knn")
     expected = [interface.decode(each[0]["tokens"]) for each in written(interface)]
     assert [text for _, _, text in lines] == expected
+
+
+@pytest.mark.parametrize("name", list(MIXTURES))
+def test_drafts_change_nothing(lab: Lab, datastore: Path, name: str) -> None:
+    """Greedy text of fairseq's own search, token by token, and of drafts that were checked."""
+    how = {"min_len": 1, "max_len_b": 40}
+    plain = written(with_memory(lab, datastore, name, speculate="off"), **how)
+    drafted = written(with_memory(lab, datastore, name, speculate="on"), **how)
+    assert tokens(drafted) == tokens(plain)
+    for ours, theirs in zip(drafted, plain, strict=True):
+        torch.testing.assert_close(
+            ours[0]["positional_scores"].cpu(),
+            theirs[0]["positional_scores"].cpu(),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+        assert abs(float(ours[0]["score"] - theirs[0]["score"])) < 1e-4

@@ -80,7 +80,7 @@ def written(
             writer(),
             PROMPTS[start : start + batch],
             EOS,
-            length,
+            [length] * len(PROMPTS[start : start + batch]),
             how,
             speculation=drafts,
             first=start,
