@@ -137,7 +137,7 @@ def _written(
     args: argparse.Namespace, session: Session, prompts: Sequence[Sequence[int]]
 ) -> Iterator[list[int]]:
     """The tokens of each text, its prompt's first."""
-    from fairseq_knnlm.generation.loop import Counts, Length
+    from fairseq_knnlm.generation.loop import Counts
     from fairseq_knnlm.runs.generate import Generation, continued
     from fairseq_knnlm.tasks.decoding import by_search, decoding, wants_search
 
@@ -152,7 +152,9 @@ def _written(
         return
     eos = session.inputs.vocabulary.eos
     how = Generation(
-        Length(args.new_tokens, session.cfg.generation.min_len, None if args.lines else eos),
+        args.new_tokens,
+        session.cfg.generation.min_len,
+        None if args.lines else eos,
         decoding(session),
         args.batch_size,
         session.inputs.options.generation.wanted,

@@ -53,13 +53,17 @@ class Generation:
     """How many prompts are continued.
 
     Attributes:
-        length: how far.
+        new: tokens that follow each at most.
+        least: tokens of a text, its prompt's too, before it may end, as fairseq's ``--min-len``.
+        end: the id that ends a text; None where nothing does.
         decoding: how tokens are chosen.
         batch: texts at a time.
         speculate: try drafts; None for where they pay.
     """
 
-    length: Length
+    new: int
+    least: int
+    end: int | None
     decoding: Decoding
     batch: int = 1
     speculate: bool | None = None
@@ -102,7 +106,7 @@ def continued(
             writer,
             some,
             begin,
-            [how.length] * len(some),
+            [Length(how.new, max(how.least - len(one), 0), how.end) for one in some],
             how.decoding,
             speculation=speculation,
             first=start,

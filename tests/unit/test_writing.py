@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from test_lm import PAD, VOCABULARY, decoder
 from torch import Tensor
 
+from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.generation.choosing import Decoding
 from fairseq_knnlm.generation.drafts import LONGEST, Draft, Drafts, behind, past
 from fairseq_knnlm.generation.loop import Counts, Length, Text, go_on
@@ -17,6 +19,7 @@ from fairseq_knnlm.generation.writer import Writer
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.mixture.model import MixtureLM
 from fairseq_knnlm.retrieval.neighbours import Neighbours
+from fairseq_knnlm.runs import generate as module
 
 EOS = 2
 PROMPTS = [[5, 6, 7, 8, 5, 6], [9], [], [11, 12, 11, 12, 11]]
@@ -176,3 +179,18 @@ def test_trust_follows_what_was_right() -> None:
     for _ in range(200):
         drafts.learn(draft, 3)
     assert drafts.trust["past"].rate > before
+
+
+def test_a_decoder_that_cannot_take_tokens_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder()
+
+    class Other(type(model.decoder.layers[0])):  # type: ignore[misc]
+        """A layer that may remember anything."""
+
+    model.decoder.layers[0].__class__ = Other
+    writer = Writer(TransformerLM(model), MixtureLM, {}, VOCABULARY, PAD)
+    monkeypatch.setattr(module, "make_writer", lambda _: writer)
+    inputs: Any = type("Inputs", (), {"models": [model]})
+    how = module.Generation(3, 0, None, Decoding(), speculate=True)
+    with pytest.raises(ConfigError, match="cannot take tokens back"):
+        next(module.continued(inputs, [[5]], how, Counts()))
