@@ -9,7 +9,9 @@ import pytest
 import torch
 from stores import knn_log_probs
 
-from fairseq_knnlm.mixture.mix import mix
+from fairseq_knnlm.experts.contract import Distribution
+from fairseq_knnlm.mixture.components import Abstain
+from fairseq_knnlm.mixture.mix import added, effective, mix
 
 Rows = list[list[float]]
 
@@ -247,3 +249,39 @@ def test_no_neighbours_where_the_processor_flushes_denormals() -> None:
         torch.set_flush_denormal(False)
     assert math.isnan(found[0].item())
     assert found[1].item() == -math.inf
+
+
+def some_log_probs(experts: int, types: int = 9) -> torch.Tensor:
+    """(7, experts, types), of which some experts abstain and some are certain of what cannot be."""
+    x = torch.randn(7, experts, types, generator=torch.manual_seed(3)).log_softmax(dim=2)
+    x[1, 1:] = torch.nan
+    x[2, 1] = torch.nan
+    x[3, :, 4] = -torch.inf
+    return x
+
+
+@pytest.mark.parametrize("abstain", ["share", "lm"])
+@pytest.mark.parametrize("weights", [[0.5, 0.2, 0.3], [0.0, 0.4, 0.6], [1.0, 0.0, 0.0]])
+def test_effective_weights_are_those_of_the_mixture(abstain: Abstain, weights: list[float]) -> None:
+    """What they and the probabilities of those who speak come to, added up in plain numbers."""
+    x, log_weights = some_log_probs(3)[:, :, 0], torch.tensor(weights).log()
+    found = effective(x, log_weights, abstain).exp()
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(7))
+    assert not found[x.isnan()].any()
+    sums = (found * x.exp().nan_to_num(nan=0.0)).sum(dim=1)
+    torch.testing.assert_close(sums, mix(x, log_weights, abstain).exp())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_one_expert_more(sparse: bool) -> None:
+    """p + w q of every token, where q names tokens several times or not at all."""
+    mixed = torch.randn(2, 6, generator=torch.manual_seed(1)).log_softmax(dim=1)
+    tokens, shares = (
+        torch.tensor([[4, 1, 4], [0, 0, 0]]),
+        torch.tensor([[0.2, 0.5, 0.3], [0.1] * 3]),
+    )
+    shares[1] = torch.nan  # abstains
+    q = torch.tensor([[0, 0.5, 0, 0, 0.5, 0], [0.0] * 6])
+    said = Distribution(tokens, shares.log()) if sparse else q.log()
+    found = added(mixed, said, torch.tensor([0.25, 0.0]).log())
+    torch.testing.assert_close(found.exp(), mixed.exp() + torch.tensor([[0.25], [0.0]]) * q)
