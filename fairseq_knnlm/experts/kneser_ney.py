@@ -141,7 +141,7 @@ class After:
             probs *= order.backoff[contexts, None]
             texts, grams = order.following(contexts, self.vocabulary)
             tokens = order.keys[grams] - contexts[texts] * self.vocabulary
-            probs[texts, tokens] += order.kept(grams) / order.totals[contexts[texts]]
+            probs[texts, tokens] += order.kept(grams) / np.maximum(order.totals[contexts[texts]], 1)
         return probs
 
     # What a mixer may go by (He et al., 2021, use the like); of the longest context that is known:

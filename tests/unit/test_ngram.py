@@ -124,6 +124,21 @@ def test_the_formula(length: int, order: int) -> None:
     np.testing.assert_allclose(scores.types, np.log(types), rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("order", ORDERS)
+def test_distributions_after_what_only_a_text_begins_with(order: int) -> None:
+    """Such contexts are followed by grams that are counted, but never behind another token."""
+    tokens = np.concatenate([[11, 10, 9], corpus(40, used=8)]).astype(np.uint16)
+    formula = Formula(tokens, VOCABULARY, order)
+    model = count(tokens, order)
+    for context in ((11,), (11, 10), (5, 11, 10), (11, 10, 9), (10,)):
+        expected = [formula.prob(context, token) for token in range(VOCABULARY)]
+        padded = np.array([-1] * (model.order + 1) + list(context))[-model.order - 1 :]
+        found = distribution(model, padded)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=str(context))
+        assert found.sum() == pytest.approx(1)
+
+
 def test_the_longest_corpus_has_estimated_discounts() -> None:
     """And the short ones have not, so that both are tested above."""
     estimated = [tuple(order.discounts) != FALLBACK for order in count(corpus(400)).orders]
