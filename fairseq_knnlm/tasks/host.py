@@ -65,6 +65,9 @@ def settle_in() -> None:
         if wants_traceback() or not (isinstance(error, KnnlmError) or command()):
             previous(kind, error, trace)
             return
+        if isinstance(error, BrokenPipeError):  # as in `fairseq-generate ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
         sys.stdout.flush()  # the log comes first
         print(told(in_our_words(error))[0], file=sys.stderr, flush=True)
         if isinstance(error, Terminated):  # Python would end with code 1

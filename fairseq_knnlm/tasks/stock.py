@@ -8,6 +8,7 @@ beforehand; the rest is told from where it failed.
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -302,8 +303,32 @@ def _first_line(error: BaseException) -> str:
 
 
 #: Who tells a failure that passed through a function, by its module and name; the outermost first.
+def _blocks(_: Mapping[str, Any], error: BaseException) -> KnnlmError | None:
+    """A failure within ``filter_indices_by_size``: fairseq does not leave out blocks unasked."""
+    found = re.search(r"invalid \(=(.*?)\) since max_positions=(\S+),", str(error))
+    if found is None:
+        return None
+    return ConfigError(
+        "a block of the text is longer than the model takes",
+        expected=f"at most {found[2]} tokens",
+        found=found[1],
+        do="pass a smaller --tokens-per-sample; or, to leave such blocks out, "
+        "--skip-invalid-size-inputs-valid-test",
+    )
+
+
+def _flags(_: Mapping[str, Any], error: BaseException) -> KnnlmError | None:
+    """Flags that contradict each other, which fairseq asserts that they do not."""
+    if not isinstance(error, AssertionError) or not str(error).startswith("--"):
+        return None
+    return ConfigError(str(error), do="change one of these flags")
+
+
 FAILURES: dict[tuple[str, str], Callable[[Mapping[str, Any], BaseException], KnnlmError | None]] = {
     ("checkpoint_utils", "load_model_ensemble_and_task"): _loading,
     ("language_modeling", "load_dataset"): _data,
     ("dictionary", "load"): _dictionary,
+    ("fairseq_task", "filter_indices_by_size"): _blocks,
+    ("generate", "main"): _flags,
+    ("interactive", "main"): _flags,
 }

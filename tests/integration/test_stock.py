@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import Lab, run
+from conftest import PLUGIN, Lab, run
 
 from fairseq_knnlm.errors import ConfigError, KnnlmError, ModelError
 from fairseq_knnlm.tasks.stock import (
@@ -136,6 +136,40 @@ def test_a_dictionary_of_another_size(lab: Lab, tmp_path: Path) -> None:
     assert "Traceback" not in ran.out
     assert "does not fit the data's dictionary" in ran.out
     assert ran.out.rstrip().splitlines()[-1].startswith("  found:")
+
+
+def test_flags_of_generation_that_contradict_each_other(lab: Lab, datastore: Path) -> None:
+    words = [*PLUGIN, "--path", lab.checkpoint(), "--cpu"]
+    words += ["--knnlm", "--dstore-filename", datastore, "--sampling", "--beam", 2, "--nbest", 1]
+    ran = run("fairseq-generate", lab.data, *words)
+    assert ran.code == 1
+    said = [line for line in ran.out.splitlines() if not line.startswith("INFO:")]
+    assert said and said[0] == "error: --sampling requires --nbest to be equal to --beam"
+
+
+def test_blocks_that_are_too_long_to_go_on(lab: Lab, datastore: Path) -> None:
+    words = [*PLUGIN, "--path", lab.checkpoint(), "--cpu", "--sample-break-mode", "none"]
+    words += ["--knnlm", "--dstore-filename", datastore, "--tokens-per-sample", 64]
+    ran = run("fairseq-generate", lab.data, *words)
+    assert ran.code == 1
+    assert "error: a block of the text is longer than the model takes" in ran.out
+    assert ran.out.count("at most 16 tokens") == 1
+
+
+def test_who_reads_no_further_is_told_nothing(lab: Lab, datastore: Path) -> None:
+    """As in `fairseq-generate ... | head -n 1`."""
+    words = [lab.data, *PLUGIN, "--path", lab.checkpoint()]
+    words += ["--knnlm", "--dstore-filename", datastore, "--cpu", "--beam", "1"]
+    words += ["--sample-break-mode", "eos", "--tokens-per-sample", "16"]
+    program = Path(sys.executable).with_name("fairseq-generate")
+    with subprocess.Popen(
+        [program, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "error" not in said
+    assert "Broken pipe" not in said
 
 
 def test_other_failures_stay_what_they_are() -> None:
