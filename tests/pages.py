@@ -137,5 +137,5 @@ def long_text(tokens: int = 2000, sources: int = 8) -> Explained:
 
 def page(folder: Path, *texts: Explained, run: Run = RUN) -> Path:
     path = folder / "page.html"
-    assert write_page(path, run, texts) == len(texts)
+    assert write_page(path, run, texts) == (len(texts), 0)
     return path

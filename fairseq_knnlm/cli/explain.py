@@ -154,9 +154,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     if args.json is not None:
         write_record(args.json, record)
     if args.html is not None:
-        from fairseq_knnlm.explanation.page import write_page
-
-        write_page(args.html, record.run, record.texts)
+        _write_page(args.html, record)
     if chosen is not None:
         show_token(record.run, args.token, chosen)
     else:
@@ -164,6 +162,14 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     for path in (args.json, args.html):
         if path is not None:
             print(f"written to {path}")
+
+
+def _write_page(path: Path, record: Record) -> None:
+    from fairseq_knnlm.explanation.page import write_page
+
+    shown, left_out = write_page(path, record.run, record.texts)
+    if left_out:
+        print(f"the page has room for the first {shown:,} texts of {shown + left_out:,}")
 
 
 def _explained(args: argparse.Namespace, rest: Sequence[str]) -> Record:

@@ -45,7 +45,7 @@ def show(
 def show_prose(
     header: Sequence[str], rows: Sequence[Sequence[object]], styles: Sequence[str] = ()
 ) -> None:
-    """Prints a table of sentences, wrapped to fit a terminal.
+    """Prints a table of sentences: wrapped to fit a terminal, and elsewhere as ``show`` does.
 
     Args:
         header: above the columns.
@@ -56,8 +56,12 @@ def show_prose(
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    if not console.is_terminal:
+        show(header, rows, words=range(len(header)))
+        return
     table = Table(*header)
     for number, row in enumerate(rows):
         style = styles[number] if styles else None
         table.add_row(*(Text(str(cell)) for cell in row), style=style)
-    Console().print(table)
+    console.print(table)

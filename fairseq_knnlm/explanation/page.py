@@ -35,7 +35,7 @@ DIGITS = 5
 GZIP = 31
 
 
-def write_page(path: Path, run: Run, texts: Iterable[Explained]) -> int:
+def write_page(path: Path, run: Run, texts: Iterable[Explained]) -> tuple[int, int]:
     """Writes a page whole, or leaves what was there.
 
     Texts are taken one at a time, and as many are shown as fit: where there are more the page
@@ -47,7 +47,7 @@ def write_page(path: Path, run: Run, texts: Iterable[Explained]) -> int:
         texts: in the order in which they are shown.
 
     Returns:
-        How many of the texts are shown.
+        How many of the texts are shown, and how many did not fit.
 
     Raises:
         OutputError: where not even one text fits, or there is none.
@@ -81,7 +81,7 @@ def write_page(path: Path, run: Run, texts: Iterable[Explained]) -> int:
     )
     with publish(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
-    return shown
+    return shown, left_out
 
 
 class _Packing:

@@ -97,7 +97,7 @@ def continued(
             found=type(inputs.models[0]).__name__,
             do="use fairseq-interactive, or pass --beam 2 or more",
         )
-    speculation = drafts_for(inputs, how.batch, how.speculate)
+    speculation = drafts_for(inputs, min(how.batch, len(prompts)), how.speculate)
     vocabulary = inputs.vocabulary
     begin = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
     for start in range(0, len(prompts), how.batch):

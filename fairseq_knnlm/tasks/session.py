@@ -29,14 +29,17 @@ class Session:
     Attributes:
         cfg: fairseq's whole configuration.
         task: ``knn_lm``, with its memory.
-        models: the language models, ready to predict.
         spelling: how their text is cut.
     """
 
     cfg: Any
     task: Any
-    models: Sequence[Any]
     spelling: Spelling
+
+    @cached_property
+    def models(self) -> list[Any]:
+        """The language models, ready to predict; read once they are asked for."""
+        return _models(self.cfg, self.task)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -58,7 +61,7 @@ class Session:
 
 
 def open_session(data: str, flags: Sequence[str]) -> Session:
-    """Opens all that fairseq's flags name, as ``fairseq-interactive`` does.
+    """Opens what fairseq's flags name, as ``fairseq-interactive`` does, but for the models.
 
     Args:
         data: folder that fairseq-preprocess wrote.
@@ -80,9 +83,8 @@ def open_session(data: str, flags: Sequence[str]) -> Session:
         utils.set_torch_seed(cfg.common.seed)
     cfg.task.tokens_per_sample -= cfg.eval_lm.context_window  # as fairseq-eval-lm does
     task = tasks.setup_task(cfg.task)
-    vocabulary = task.vocabulary()
-    cut = spelling(cfg, vocabulary, task.target_dictionary.unk())  # refused before models are read
-    return Session(cfg, task, _models(cfg, task), cut)
+    cut = spelling(cfg, task.vocabulary(), task.target_dictionary.unk())
+    return Session(cfg, task, cut)
 
 
 def _models(cfg: Any, task: Any) -> list[Any]:

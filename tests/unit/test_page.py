@@ -145,10 +145,10 @@ def test_what_does_not_fit_is_left_out_and_said(
     monkeypatch.setattr(module, "MOST_BYTES", 150_000)
     path = tmp_path / "page.html"
     long = pages.long_text(200)
-    assert write_page(path, pages.RUN, [pages.dogs(), long, pages.cats()]) == 1
+    assert write_page(path, pages.RUN, [pages.dogs(), long, pages.cats()]) == (1, 2)
     assert record_of(path)[2] == 2
     assert path.stat().st_size <= 150_000
-    assert write_page(path, pages.RUN, [long]) == 1
+    assert write_page(path, pages.RUN, [long]) == (1, 0)
     assert path.stat().st_size <= 150_000
     _, (text,), _ = record_of(path)
     kept = {len(token.sources) for token in text.tokens}
@@ -171,7 +171,7 @@ def test_texts_are_taken_one_at_a_time(tmp_path: Path) -> None:
             del text
             assert all(each() is None for each in seen[-3:-1])
 
-    assert write_page(tmp_path / "page.html", pages.RUN, texts()) == 10_000
+    assert write_page(tmp_path / "page.html", pages.RUN, texts()) == (10_000, 0)
 
 
 @pytest.mark.parametrize("texts", [[], [pages.long_text(300, 0)]], ids=["none", "too long"])
