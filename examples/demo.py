@@ -3,7 +3,9 @@
 Trains a small language model on the standard library's docstrings, then evaluates it with and
 without nearest neighbours on two texts that it has not seen: other docstrings, with a datastore
 of its own training text, and the language reference, with a datastore of that. In the second
-the model adapts to another domain without any training, as in section 4.3 of Khandelwal et al.
+the model adapts to another domain without any training, as in section 4.3 of Khandelwal et al. At
+the end it goes on with lines of the language reference, with and without a memory of that, and
+shows where each word came from.
 
 Every command is shown as one would type it. The mixtures are fitted on valid.
 """
@@ -33,6 +35,15 @@ DOMAINS = {
     "docstrings": "docstrings of the standard library",
     "reference": "language reference",
 }
+
+# Of what the model writes about, and how much of a line it is given.
+WRITING = "reference"
+PROMPTS, GIVEN, LONG, NEW = 3, 6, 20, 48
+# A document is a heading or a docstring's first sentence, with what follows it.
+BOUNDARY = "[A-Z][^.:;=|]*[.:]?$"
+
+# What a log says of a written text: all but what the loggers say.
+WRITTEN = r"^(?![A-Z]+:|\d[\d,]* tokens in |sources: )."
 
 # Baevski and Auli's model, small: adaptive input and softmax with tied weights.
 MODEL = """
@@ -71,13 +82,15 @@ class Demo:
         self.updates = updates
         for folder in ("logs", "scores", "datastores"):
             (out / folder).mkdir(parents=True)
-        self.steps = Steps(3 + 7 * len(DOMAINS), out / "logs", environment())
+        self.steps = Steps(3 + 7 * len(DOMAINS) + 3, out / "logs", environment())
 
     def run(self) -> list[dict[str, Any]]:
         """Do it all, and return a row for each domain."""
         self.prepare()
         self.train()
-        return [self.evaluate(domain) for domain in DOMAINS]
+        rows = [self.evaluate(domain) for domain in DOMAINS]
+        self.write()
+        return rows
 
     def prepare(self) -> None:
         """Text, pieces, and fairseq's binary files, all with one dictionary."""
@@ -120,7 +133,8 @@ class Demo:
             f"Save a datastore of the {domain}",
             domain,
             "train",
-            ["--save-knnlm-dstore", "--dstore-mmap", store, *SAVING],
+            ["--save-knnlm-dstore", "--dstore-mmap", store, "--document-boundary", BOUNDARY]
+            + SAVING,
             show="saved",
         )
         self.steps.run(
@@ -156,21 +170,58 @@ class Demo:
         )
         return row(domain, *(json.loads(file.read_text()) for file in found.values()))
 
+    def write(self) -> None:
+        """Go on with lines of test text, with and without a memory, and show the sources."""
+        prompts, sources = self.out / "prompts.txt", self.out / "sources.jsonl"
+        test = self.out / "text" / WRITING / "test.txt"
+        prompts.write_text(beginnings(test.read_text(encoding="utf-8")), encoding="utf-8")
+        generate = ["fairseq-knnlm", "generate", "--dstore", self.out / "datastores" / WRITING]
+        generate += [self.data(WRITING), "--path", self.checkpoint, "--prompts", prompts]
+        generate += ["--new-tokens", NEW, "--lines", "--sampling", "--sampling-topp", 0.8, "--cpu"]
+        generate += ["--bpe", "sentencepiece"]
+        generate += ["--sentencepiece-model", self.out / "pieces" / "sentencepiece.model"]
+        self.steps.run(
+            "Go on with lines of test text: the LM alone, since the memory has no weight",
+            [*generate, "--experts", "knn", "--mixer", "fixed", "--lmbda", 0],
+            show=WRITTEN,
+        )
+        self.steps.run(
+            "Go on with the same lines by what served valid best, and keep the sources",
+            [*generate, "--sources", sources],
+            show=WRITTEN,
+        )
+        self.steps.run(
+            "Show where each word came from",
+            ["fairseq-knnlm", "explain", "--sources", sources, "--html", self.out / "explain.html"],
+            show=r"alone|with memory|written to|(\|.*){8}",  # not the table of all tokens
+        )
+
     def eval_lm(
         self, title: str, domain: str, split: str, options: list[object], show: str = ""
     ) -> None:
         """One run of ``fairseq-eval-lm`` over a split."""
-        checkpoint = self.out / "lm" / "checkpoint_best.pt"
         self.steps.run(
             title,
             ["fairseq-eval-lm", self.data(domain), *TASK]
-            + ["--path", checkpoint, "--gen-subset", split, *options],
+            + ["--path", self.checkpoint, "--gen-subset", split, *options],
             show=show,
         )
+
+    @property
+    def checkpoint(self) -> Path:
+        """The language model."""
+        return self.out / "lm" / "checkpoint_best.pt"
 
     def data(self, domain: str) -> Path:
         """The folder that fairseq reads a domain from."""
         return self.out / "data" / domain
+
+
+def beginnings(text: str) -> str:
+    """Prompts, a line each: how the first long lines of a text begin."""
+    lines = (line.split() for line in text.splitlines())
+    long = [words[:GIVEN] for words in lines if len(words) >= LONG]
+    return "".join(" ".join(words) + "\n" for words in long[:PROMPTS])
 
 
 def row(domain: str, knn: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
