@@ -62,38 +62,19 @@ def knn_grid(k: int) -> list[KnnSetting]:
     ]
 
 
-@dataclass(frozen=True)
-class Own:
-    """Entries at no distance: where text is in the datastore, each token finds its own.
+def recalled(near: Neighbours, keys: Tensor, tokens: Tensor) -> int:
+    """How many of N contexts have an entry at no distance with the token (N,) that came.
 
-    Attributes:
-        rows: (R,) int64, the contexts that have some.
-        values: (R, K) their neighbours' tokens.
-        same: (R, K) bool, which of the neighbours are at no distance.
+    Where text is in the datastore, each of its tokens finds its own entry.
+
+    Args:
+        near: the neighbours of each.
+        keys: (N, D), the queries.
     """
-
-    rows: Tensor
-    values: Tensor
-    same: Tensor
-
-    @classmethod
-    def nobody(cls) -> Own:
-        """Of no context."""
-        nothing = torch.empty(0, dtype=torch.int64)
-        return cls(nothing, nothing[:, None], nothing[:, None].bool())
-
-    @classmethod
-    def among(cls, near: Neighbours, keys: Tensor) -> Own:
-        """Of queries (N, D) and what they found."""
-        limits = SAME * keys.float().square().sum(dim=1)
-        rows = (near.distances.amin(dim=1) <= limits).nonzero().squeeze(1)
-        return cls(rows, near.values[rows], near.distances[rows] <= limits[rows, None])
-
-    def count(self, tokens: Tensor) -> int:
-        """How many of the contexts have their own token (N,) at no distance."""
-        if not len(self.rows):
-            return 0
-        return int((self.same & (self.values == tokens[self.rows, None])).any(dim=1).sum())
+    limits = SAME * keys.float().square().sum(dim=1)
+    rows = (near.distances.amin(dim=1) <= limits).nonzero().squeeze(1)
+    same = near.distances[rows] <= limits[rows, None]
+    return int((same & (near.values[rows] == tokens[rows, None])).any(dim=1).sum())
 
 
 def entries_of(near: Neighbours, shared: Sequence[Tensor], fewer: Sequence[int] = ()) -> Entries:
@@ -188,7 +169,7 @@ class KnnExpert(Timeless):
             )
             for setting in settings
         ]
-        self._own = Own.nobody()
+        self._last: tuple[Neighbours, Tensor] | None = None
         if features:
             self._counts = retriever.token_counts().float().log1p()
 
@@ -203,7 +184,7 @@ class KnnExpert(Timeless):
         shared = self._shared(near, contexts.before)
         self.asked += len(contexts)
         if self.retriever.measures_l2:
-            self._own = Own.among(near, contexts.keys)
+            self._last = near, contexts.keys
         return KnnPrediction(
             near,
             entries_of(near, shared, self._fewer),
@@ -213,8 +194,9 @@ class KnnExpert(Timeless):
 
     def observe(self, tokens: Tensor) -> None:
         """Counts the tokens whose own entry was found."""
-        self.recalled += self._own.count(tokens)
-        self._own = Own.nobody()
+        if self._last is not None:
+            self.recalled += recalled(*self._last, tokens)
+        self._last = None
 
     def near(self, contexts: Contexts) -> Neighbours:
         """The candidates."""

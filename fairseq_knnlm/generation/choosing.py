@@ -6,6 +6,7 @@ alone, so the same seed writes the same text, in whatever batch and however far 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +39,16 @@ class Decoding:
     unknown: int = 3
     unknown_penalty: float = 0.0
 
-    def draws(self, text: int, count: int) -> Tensor:
-        """(count,) float64, 0 to 1: what decides at each new place of a text, by its number."""
-        return torch.from_numpy(np.random.default_rng([self.seed, text]).random(count))
+    def draws(self, text: int, count: int) -> list[float]:
+        """What decides at each of ``count`` new places of a text, by its number: 0 to 1."""
+        return np.random.default_rng([self.seed, text]).random(count).tolist()
 
-    def choose(self, log_probs: Tensor, draws: Tensor) -> Tensor:
+    def choose(self, log_probs: Tensor, draws: Sequence[float]) -> Tensor:
         """A token for each of N contexts, (N,) int64.
 
         Args:
             log_probs: (N, V) float32, natural log; written to.
-            draws: (N,) float64, 0 to 1, one a context.
+            draws: N numbers, 0 to 1, one a context.
         """
         if self.never:
             log_probs[:, list(self.never)] = -torch.inf
@@ -55,7 +56,8 @@ class Decoding:
             log_probs[:, self.unknown] -= self.unknown_penalty
         if not self.sampling:
             return log_probs.argmax(dim=1)
-        return _drawn(self._allowed(log_probs / self.temperature), draws)
+        decided = torch.tensor(draws, dtype=torch.float64, device=log_probs.device)
+        return _drawn(self._allowed(log_probs / self.temperature), decided)
 
     def _allowed(self, log_probs: Tensor) -> Tensor:
         """Probabilities (N, V) float64 of the tokens that may be drawn; they need not sum to 1."""
@@ -73,7 +75,7 @@ class Decoding:
 def _drawn(probs: Tensor, draws: Tensor) -> Tensor:
     """(N,) int64: where the running sum of probabilities (N, V) passes the draws (N,)."""
     sums = probs.cumsum(dim=1)
-    wanted = (draws.to(sums.device) * sums[:, -1])[:, None]
+    wanted = (draws * sums[:, -1])[:, None]
     found = torch.searchsorted(sums, wanted, right=True).squeeze(1)
     last = probs.shape[1] - 1 - (probs > 0).flip(1).int().argmax(dim=1)  # of any probability
     return found.minimum(last)

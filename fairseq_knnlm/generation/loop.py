@@ -47,13 +47,13 @@ class Text:
         tokens: so far.
         given: how many of them were given.
         log_probs: of each, natural log; those that were given are left out unless asked for.
-        draws: (most,) float64, what decides at each new place.
+        draws: what decides at each new place.
     """
 
     length: Length
     tokens: list[int]
     given: int
-    draws: Tensor
+    draws: Sequence[float]
     log_probs: list[float] = field(default_factory=list)
 
     @property
@@ -205,8 +205,7 @@ def _chosen(
             assert length.end is not None
             log_probs[place, : length.end] = -torch.inf
             log_probs[place, length.end + 1 :] = -torch.inf
-    draws = torch.stack([text.draws[new] for text, new in places])
-    chosen = decoding.choose(log_probs, draws)
+    chosen = decoding.choose(log_probs, [text.draws[new] for text, new in places])
     said = log_probs.gather(1, chosen[:, None]).squeeze(1)
     return chosen.tolist(), said.tolist()
 

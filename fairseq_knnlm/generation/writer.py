@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.lm import LMExpert
-from fairseq_knnlm.lm.contexts import Contexts, Encoded
+from fairseq_knnlm.lm.contexts import Contexts, Encoded, only
 from fairseq_knnlm.lm.reading import Reading
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.mixture.model import MixtureLM
@@ -117,6 +117,5 @@ def _contexts(encoded: Encoded, places: Tensor, others: Mapping[str, Tensor]) ->
     """Of the places (B, n) that are in the mask."""
     texts = torch.arange(len(places), device=places.device)[:, None].expand_as(places)
     mask = encoded.mask
-    return Contexts(
-        encoded.features, encoded.keys, encoded.before, places[mask], texts[mask], others
-    )
+    rows, texts = only(places, mask), only(texts, mask)
+    return Contexts(encoded.features, encoded.keys, encoded.before, rows, texts, others)

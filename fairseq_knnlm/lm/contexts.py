@@ -79,6 +79,11 @@ class Contexts:
         return dict(zip(numbers.tolist(), places.split(lengths.tolist()), strict=True))
 
 
+def only(values: Tensor, mask: Tensor) -> Tensor:
+    """Of values (B, T, ...) those in a mask (B, T): (N, ...). Mostly that is all, and no work."""
+    return values.flatten(0, 1) if bool(mask.all()) else values[mask]
+
+
 def tokens_before(inputs: Tensor) -> Tensor:
     """(B, T, CONTEXT): the inputs up to each position of (B, T), the nearest first, else -1."""
     # The input at a position is the token before the one that is predicted there.

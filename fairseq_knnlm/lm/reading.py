@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_knnlm.lm.contexts import CONTEXT, Encoded
+from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, only
 from fairseq_knnlm.lm.transformer import TransformerLM
 
 #: Hidden columns that are put up with before the others move together, over those that are seen.
@@ -58,7 +58,7 @@ class Reading:
         """
         there = tokens >= 0
         places = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        self._remember(tokens, places, there)
+        self._remember(tokens, places)
         hidden = torch.cat([self._hidden, ~there], dim=1)
         with self._going_on(places, hidden), self.lm.reading_keys() as captured:
             features, _ = self.lm.decoder(
@@ -68,8 +68,8 @@ class Reading:
         self.lengths = self.lengths + there.sum(dim=1)
         self._tidy()
         # fairseq's layers run time first.
-        keys = captured[-1].transpose(0, 1)[there] if captured else None
-        return Encoded(features[there], keys, self._before(places)[there], there)
+        keys = only(captured[-1].transpose(0, 1), there) if captured else None
+        return Encoded(only(features, there), keys, only(self._before(places), there), there)
 
     def forget(self, counts: Tensor) -> None:
         """Takes back the last ``counts[i]`` tokens of text i, (B,) int64."""
@@ -87,12 +87,11 @@ class Reading:
         self._hidden = self._hidden[order]
         self.lm.reorder(self._state, order)
 
-    def _remember(self, tokens: Tensor, places: Tensor, there: Tensor) -> None:
-        """Writes the new tokens behind those of each text."""
+    def _remember(self, tokens: Tensor, places: Tensor) -> None:
+        """Writes the new tokens behind those of each text, and -1 behind its end."""
         wanted = int(places.max()) + 1 - self._tokens.shape[1]
         self._tokens = nn.functional.pad(self._tokens, (0, max(0, wanted)), value=-1)
-        texts = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-        self._tokens[texts[there], places[there]] = tokens[there]
+        self._tokens.scatter_(1, places, tokens)
 
     def _before(self, places: Tensor) -> Tensor:
         """(B, n, CONTEXT): the tokens up to each place, the nearest first, else -1."""
@@ -105,8 +104,7 @@ class Reading:
     def _going_on(self, places: Tensor, hidden: Tensor) -> Iterator[None]:
         """While the block runs, the decoder takes its tokens for later ones of the texts."""
         old, new = self._hidden.shape[1], places.shape[1]
-        ahead = places.new_full((new, new), -torch.inf, dtype=self._type).triu(1)
-        mask = nn.functional.pad(ahead, (old, 0)) if new > 1 else None
+        mask = self._ahead(old, new) if new > 1 else None
         padding = hidden[:, old:] if bool(hidden.any()) else None
         self._hide(self._hidden if padding is not None else None)
 
@@ -120,7 +118,7 @@ class Reading:
         ]
         positions = self.lm.decoder.embed_positions
         if positions is not None:
-            there = self._positions(int(places.max()) + 1)[places]
+            there = self._positions(self._tokens.shape[1])[places]
             handles.append(positions.register_forward_hook(lambda *_: there))
         try:
             yield
@@ -128,9 +126,11 @@ class Reading:
             for handle in handles:
                 handle.remove()
 
-    @property
-    def _type(self) -> torch.dtype:
-        return next(self.lm.model.parameters()).dtype
+    def _ahead(self, old: int, new: int) -> Tensor:
+        """(new, old + new): -inf where a new column would see one behind it."""
+        like = next(self.lm.model.parameters())
+        ahead = torch.full((new, new), -torch.inf, dtype=like.dtype, device=like.device)
+        return nn.functional.pad(ahead.triu(1), (old, 0))
 
     def _positions(self, count: int) -> Tensor:
         """(count or more, C) what the decoder adds to tokens at places 0, 1, ..."""
@@ -150,7 +150,7 @@ class Reading:
     def _hide(self, hidden: Tensor | None) -> None:
         """Has all layers know what is hidden, (B, C) bool, of what they hold."""
         for attention, buffer in self._buffers():
-            if buffer:
+            if buffer and buffer["prev_key_padding_mask"] is not hidden:
                 buffer["prev_key_padding_mask"] = hidden
                 attention._set_input_buffer(self._state, buffer)
 

@@ -116,10 +116,13 @@ class LocalRetriever:
         """
         valid = ids >= 0
         rows = ids
-        if not bool(valid.all()):
+        if bool(valid.all()):
+            sound = _all_finite(distances)
+        else:
             rows = ids.clamp_min(0)
             distances.masked_fill_(~valid, torch.inf)
-        if not torch.equal(distances.isfinite(), valid):
+            sound = torch.equal(distances.isfinite(), valid)
+        if not sound:
             raise DatastoreError(
                 f"the index of {self.store.path} gives distances that are no numbers",
                 expected="finite distances",

@@ -64,9 +64,9 @@ def test_tokens_are_drawn_as_often_as_they_should_be(
 
 def test_what_decides_is_of_the_place_alone() -> None:
     how = Decoding(sampling=True, seed=3)
-    assert torch.equal(how.draws(7, 10), how.draws(7, 30)[:10])
-    assert not torch.equal(how.draws(7, 10), how.draws(8, 10))
-    assert not torch.equal(how.draws(7, 10), Decoding(seed=4).draws(7, 10))
+    assert how.draws(7, 10) == how.draws(7, 30)[:10]
+    assert how.draws(7, 10) != how.draws(8, 10)
+    assert how.draws(7, 10) != Decoding(seed=4).draws(7, 10)
 
 
 def writer() -> Writer:
