@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import types
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,34 +116,52 @@ def with_memory(args: argparse.Namespace, flags: Sequence[str]) -> Write:
     return write
 
 
-def watched() -> Counter[str]:
-    """Has the parts of our own writing add up the seconds that they take."""
-    from fairseq_knnlm.generation.drafts import Drafts
-    from fairseq_knnlm.lm.reading import Reading
-    from fairseq_knnlm.lm.transformer import TransformerLM
-    from fairseq_knnlm.retrieval.local import LocalRetriever
+class Parts:
+    """Seconds that parts of our own writing take, each without those inside of it.
 
-    parts: Counter[str] = Counter()
-    watch(LocalRetriever, "search", parts, "search")
-    watch(Reading, "read", parts, "decoder")
-    watch(TransformerLM, "log_probs", parts, "output layer")
-    watch(Drafts, "of", parts, "drafts")
-    return parts
+    Attributes:
+        seconds: by the part's name.
+    """
 
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._inside: list[float] = []  # seconds of what ran inside of each part that runs now
 
-def watch(owner: Any, method: str, parts: Counter[str], name: str) -> None:
-    """Has a method add the seconds that it takes to ``parts[name]``."""
-    original = getattr(owner, method)
+    def watch_ours(self) -> None:
+        """Has those parts add up their seconds from now on."""
+        from fairseq_knnlm.generation.choosing import Decoding
+        from fairseq_knnlm.generation.drafts import Drafts
+        from fairseq_knnlm.lm.reading import Reading
+        from fairseq_knnlm.lm.transformer import TransformerLM
+        from fairseq_knnlm.mixture.model import MixtureLM, Weighed
+        from fairseq_knnlm.retrieval.local import LocalRetriever
 
-    @functools.wraps(original)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            parts[name] += time.perf_counter() - started
+        self.watch(Reading, "read", "decoder")
+        self.watch(TransformerLM, "log_probs", "output layer")
+        self.watch(LocalRetriever, "search", "search")
+        self.watch(MixtureLM, "predict", "experts")
+        self.watch(MixtureLM, "read", "experts")
+        self.watch(Weighed, "log_probs", "mixing")
+        self.watch(Decoding, "choose", "choosing")
+        self.watch(Drafts, "of", "drafts")
 
-    setattr(owner, method, timed)
+    def watch(self, owner: Any, method: str, name: str) -> None:
+        """Has a method of a class add the seconds that it takes to those of ``name``."""
+        original = getattr(owner, method)
+
+        @functools.wraps(original)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(0.0)
+            started = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                spent = time.perf_counter() - started
+                self.seconds[name] += spent - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += spent
+
+        setattr(owner, method, timed)
 
 
 def main() -> None:
@@ -158,13 +176,15 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
     write = with_memory(args, flags) if flags else stock(args)
-    parts = watched() if flags else Counter[str]()
+    parts = Parts()
+    if flags:
+        parts.watch_ours()
     write(lines[: max(args.batch, WARM_UP)])
-    parts.clear()
+    parts.seconds.clear()
     started = time.perf_counter()
     written = write(lines)
     written.seconds = time.perf_counter() - started
-    written.parts = dict(parts)
+    written.parts = dict(parts.seconds)
     args.out.write_text(json.dumps(asdict(written)), encoding="utf-8")
 
 
