@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     option("--searches", type=int, default=7, help="timed runs of each search")
     option("--builds", type=int, default=2, help="timed builds of each index")
     option("--prompts", type=int, default=64, help="texts that are written, to time that")
-    option("--calibrated", default="", help="datastore whose calibrated mixture writes, too")
+    option("--calibrated", help="datastore whose mixture writes, too; '' for not even the demo's")
     option("--seed", type=int, default=0, help="of the samples")
     option("--threads", type=int, default=default_threads(), help="of everything")
     return parser.parse_args()
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> bool:
     source = find_source(args.shared, args.demo)
     material = Material(source, choice, work, shell)
     about["setting"] = material.describe()
-    texts = Texts(args.prompts, args.calibrated or str(source.calibrated or ""))
+    calibrated = source.calibrated if args.calibrated is None else args.calibrated
+    texts = Texts(args.prompts, str(calibrated or ""))
     bench = Bench(material, Repeats(args.rounds, args.searches, args.builds), texts)
 
     everything: dict[str, Any] = {}
