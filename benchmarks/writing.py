@@ -67,9 +67,10 @@ class Writing:
             RunError: where rivals that should write the same do not.
         """
         self.runs = {}
-        writers = ["stock", "plain", *(["speculating"] if "speculating_1" in names else [])]
+        ours = ["plain", *(["speculating"] if "speculating_1" in names else [])]
+        writers = ["plain", "stock", *ours[1:]]  # stock right beside those it is compared with
         if self.texts.calibrated:
-            writers += [f"default_{writer}" for writer in writers[1:]]
+            writers += [f"default_{writer}" for writer in ours]
         rivals = [f"{writer}_{batch}" for batch in BATCHES for writer in writers]
         for batch in BATCHES:
             self._run(f"alone_{batch}")
