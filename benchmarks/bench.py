@@ -27,6 +27,7 @@ from figures import FIGURES, Bench, Repeats
 from material import ROOT, Choice, Material, find_source
 from measure import default_threads, keep, machine, show_entries
 from shell import Shell
+from writing import Texts
 
 from fairseq_knnlm.errors import KnnlmError
 
@@ -53,6 +54,8 @@ def arguments() -> argparse.Namespace:
     option("--rounds", type=int, default=3, help="timed runs of each command")
     option("--searches", type=int, default=7, help="timed runs of each search")
     option("--builds", type=int, default=2, help="timed builds of each index")
+    option("--prompts", type=int, default=64, help="texts that are written, to time that")
+    option("--calibrated", help="datastore whose mixture writes, too; '' for not even the demo's")
     option("--seed", type=int, default=0, help="of the samples")
     option("--threads", type=int, default=default_threads(), help="of everything")
     return parser.parse_args()
@@ -69,9 +72,12 @@ def run(args: argparse.Namespace) -> bool:
     shell = Shell(work / "logs", args.threads)
     lines = 0 if args.full else args.lines
     choice = Choice(args.k, args.queries, args.seed, lines, args.first)
-    material = Material(find_source(args.shared, args.demo), choice, work, shell)
+    source = find_source(args.shared, args.demo)
+    material = Material(source, choice, work, shell)
     about["setting"] = material.describe()
-    bench = Bench(material, Repeats(args.rounds, args.searches, args.builds))
+    calibrated = source.calibrated if args.calibrated is None else args.calibrated
+    texts = Texts(args.prompts, str(calibrated or ""))
+    bench = Bench(material, Repeats(args.rounds, args.searches, args.builds), texts)
 
     everything: dict[str, Any] = {}
 

@@ -14,6 +14,7 @@ from memory import peaks
 from perplexity import Perplexities
 from rivals import UNEXAMINED, Searches
 from speeds import Speeds
+from writing import Texts, Writing
 
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.experts.contract import Timeless
@@ -30,6 +31,8 @@ FIGURES = {
     "base_over_stock": Figure("command", "base", "stock", "tokens/s"),
     "knn_over_stock_base": Figure("command", "knn", "stock", "tokens/s", ("ours", "exact")),
     "saving_over_forward": Figure("command", "save", "base", "tokens/s"),
+    "generate_over_stock": Figure("writing", "plain_16", "stock_16", "tokens/s"),
+    "speculate_over_stock": Figure("writing", "speculating_1", "stock_1", "tokens/s"),
     "build_over_paper": Figure("build", "auto", "paper", "seconds"),
     "bytes_per_entry": Figure("size", "streamed", "", "bytes", ("streamed", "exact")),
     "l2_memory": Figure("memory", "l2", "", "GiB"),
@@ -61,14 +64,16 @@ class Bench:
     Args:
         material: what is worked on.
         repeats: how often.
+        texts: what is written.
     """
 
-    def __init__(self, material: Material, repeats: Repeats) -> None:
+    def __init__(self, material: Material, repeats: Repeats, texts: Texts) -> None:
         self.material = material
         self.repeats = repeats
         self.searches = Searches(material, material.choice.k)
         self.perplexities = Perplexities(material, self.searches)
         self.speeds = Speeds(material)
+        self.writing = Writing(material, self.perplexities, texts)
         self.peaks: dict[str, float] = {}
 
     def measure(self, wanted: Sequence[str], done: Callable[[dict[str, Any]], None]) -> bool:
@@ -95,6 +100,7 @@ class Bench:
         measure = {
             "search": self._searches,
             "command": self._commands,
+            "writing": self._writing,
             "build": self._builds,
             "size": self._sizes,
             "memory": self._memory,
@@ -109,6 +115,9 @@ class Bench:
         if kind == "command":
             for name, figure in chosen.items():
                 entries[name] |= self._beside(figure, rates)
+        if kind == "writing":
+            for name, figure in chosen.items():
+                entries[name] |= self.writing.beside(figure, rates)
         return entries
 
     def _searches(self, names: Sequence[str]) -> Rates:
@@ -152,6 +161,10 @@ class Bench:
                 "rates": {"features": summary(rates["forward"])},
             }
         return found
+
+    def _writing(self, names: Sequence[str]) -> Rates:
+        """Tokens a second that follow prompts."""
+        return self.writing.measure(names, self.repeats.rounds)
 
     def _builds(self, names: Sequence[str]) -> Rates:
         """Seconds of training and adding; indexes are not examined."""

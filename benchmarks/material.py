@@ -29,6 +29,7 @@ from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.storage import load as load_index
 from fairseq_knnlm.index.storage import save as save_index
 
+WIKITEXT2 = "WikiText-2"
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN: list[object] = ["--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm"]
 #: Blocks of 64 tokens, each after 192 of context.
@@ -49,6 +50,7 @@ class Source:
         suffix: of their files, ``train`` + suffix and so on.
         checkpoint: the language model.
         dictionary: fairseq's, where it is not that of the train split.
+        calibrated: a datastore of it with a calibration, where there is one.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Source:
     suffix: str
     checkpoint: Path
     dictionary: Path | None = None
+    calibrated: Path | None = None
 
     def file(self, split: str) -> Path:
         return self.text / f"{split}{self.suffix}"
@@ -63,9 +66,7 @@ class Source:
 
 def find_source(shared: Path, demo: Path) -> Source:
     """WikiText-2 where it is at hand, else the demo's docstrings; makes what these lack."""
-    source = Source(
-        "WikiText-2", shared / "data/wikitext-2", ".tokens", shared / "ckpt/wt2-small.pt"
-    )
+    source = Source(WIKITEXT2, shared / "data/wikitext-2", ".tokens", shared / "ckpt/wt2-small.pt")
     if source.checkpoint.is_file() and source.file("train").is_file():
         return source
     checkpoint, pieces = demo / "lm/checkpoint_best.pt", demo / "pieces"
@@ -74,8 +75,14 @@ def find_source(shared: Path, demo: Path) -> Source:
         steps = Demo(demo, updates=1600)
         steps.prepare()
         steps.train()
+    store = demo / "datastores/docstrings"
     return Source(
-        "docstrings (demo)", pieces / "docstrings", ".txt", checkpoint, pieces / "dict.txt"
+        "docstrings (demo)",
+        pieces / "docstrings",
+        ".txt",
+        checkpoint,
+        pieces / "dict.txt",
+        store if (store / "calibration.json").is_file() else None,
     )
 
 

@@ -115,13 +115,7 @@ class Speeds:
 
     def _neighbours(self) -> list[object]:
         assert self.fitted is not None
-        material = self.material
-        store = ["--knnlm", "--dstore-filename", material.store.path]
-        index = ["--indexfile", material.index_file("auto", EXAMINED), "--k", material.choice.k]
-        mixture = ["--lmbda", self.fitted.lmbda, "--knn-temp", self.fitted.temperature]
-        return [*store, *index, "--knn-sim-func", FROM_INDEX, *mixture] + [
-            *("--results-json", self._results)
-        ]
+        return [*fixed_mixture(self.material, self.fitted), "--results-json", self._results]
 
     @property
     def _results(self) -> Any:
@@ -130,3 +124,11 @@ class Speeds:
     @property
     def _saved(self) -> Any:
         return self.material.folder / "timed-save"
+
+
+def fixed_mixture(material: Material, fitted: Fitted) -> list[object]:
+    """The flags of a kNN-LM with the automatic index, the same weight everywhere."""
+    store = ["--knnlm", "--dstore-filename", material.store.path]
+    index = ["--indexfile", material.index_file("auto", EXAMINED), "--k", material.choice.k]
+    mixture = ["--lmbda", fitted.lmbda, "--knn-temp", fitted.temperature]
+    return [*store, *index, "--knn-sim-func", FROM_INDEX, *mixture]

@@ -1,0 +1,64 @@
+"""Of the speed of writing in `make bench`: prompts, which texts differ, where the time goes."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+from common.commands import RunError
+from write import Parts, Written
+from writing import GIVEN, beginnings, differences
+
+LINES = [f"{name} " + "w " * (GIVEN - 1 + more) for more, name in enumerate("abcdefg")]
+
+
+def test_prompts_are_beginnings_of_long_lines_from_first_to_last() -> None:
+    found = beginnings(["", "too short", *LINES], 3)
+    assert [prompt[0] for prompt in found] == ["a", "d", "g"]
+    assert all(len(prompt.split()) == GIVEN for prompt in found)
+
+
+def test_too_few_long_lines_are_refused() -> None:
+    with pytest.raises(RunError, match="7 lines"):
+        beginnings([*LINES, "too short"], 8)
+
+
+def written(*texts: list[int], log_probs: list[float]) -> Written:
+    """Texts of one prompt, whose new tokens all have these log-probabilities."""
+    return Written([[0] * GIVEN + text for text in texts], [log_probs for _ in texts])
+
+
+def test_texts_that_part_by_more_than_rounding_differ() -> None:
+    one = written([1, 2], [1, 2], log_probs=[-1.0, -2.0])
+    assert differences(one, one) == []
+    assert differences(one, written([1, 2], [1, 3], log_probs=[-1.0, -1.5])) == [1]
+
+
+def test_texts_that_part_where_two_tokens_are_equally_likely_do_not() -> None:
+    one = written([1, 2, 3], log_probs=[-1.0, -2.0, -3.0])
+    other = written([1, 4, 5], log_probs=[-1.0, -2.00001, -9.0])
+    assert differences(one, other) == []
+
+
+def test_a_part_takes_its_time_without_those_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Work:
+        def outer(self) -> int:
+            return self.inner() + self.inner()
+
+        def inner(self) -> int:
+            return 1
+
+    parts, clock = Parts(), iter([0.0, 1.0, 3.0, 4.0, 8.0, 9.0])
+    parts.watch(Work, "outer", "outside")
+    parts.watch(Work, "inner", "inside")
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    found = Work().outer()
+    monkeypatch.undo()
+    assert found == 2
+    # From 0 to 9, of which 1 to 3 and 4 to 8 are inside.
+    assert parts.seconds == {"outside": 3.0, "inside": 6.0}
