@@ -23,7 +23,15 @@ from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.contract import Joined, reordered
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
-from fairseq_knnlm.experts.recent import Recent
+from fairseq_knnlm.experts.recent import (
+    QUERIES_AT_A_TIME,
+    STEP,
+    Piece,
+    Read,
+    Recent,
+    alike,
+    in_order,
+)
 from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePrediction, SparseSetting
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.files.sizes import available_memory
@@ -37,8 +45,6 @@ SUFFIX_THETAS = (0.0, 0.5, 1.0)
 #: Windows and thetas at which the shape of the cache is a feature.
 FEATURE_WINDOWS = (500, 4000)
 FEATURE_THETAS = (0.5, 1.0)
-#: Queries looked up at a time: each goes with a window of scores.
-QUERIES_AT_A_TIME = 256
 #: What ``--cache-theta`` may be.
 MOST_THETA = 1e9
 #: A window up to which the scores of a few times as many take no memory to speak of.
@@ -150,11 +156,6 @@ class CacheExpert:
             SparseSetting(setting.suffix, self.windows.index(setting.window), setting.theta)
             for setting in settings
         ]
-        # Each window is the next smaller one and a ring of positions before it; the latest is last.
-        far_end = self.windows[-1]
-        self._extents = Extents(
-            [slice(far_end - far, far_end - near) for near, far in pairwise([0, *self.windows])]
-        )
         self._texts: dict[int, Recent] = {}
         self._asked: list[tuple[int, Tensor]] = []
 
@@ -164,22 +165,19 @@ class CacheExpert:
         Raises:
             ConfigError: where a context lies before one that was already read.
         """
-        parts: list[SparsePrediction] = []
-        sizes, places = [], []
         self._asked = []
-        for text, of_text in contexts.by_text().items():
-            order = of_text[contexts.rows[of_text].argsort()]
-            order = order[contexts.rows[order] >= 0]  # an added beginning of sentence is no text
-            if not len(order):
-                continue
-            for queries, everything in self._read(text, contexts, order):
-                parts.append(self._predicted(queries, everything))
-                sizes.append(len(queries.tokens))
-            places.append(order)
-        if not parts:
-            parts, sizes = [self._nothing(contexts)], [0]
-            places = [contexts.rows.new_empty(0)]
-        return Joined(parts, sizes, torch.cat(places), len(contexts))
+        read = [self._read(text, contexts, order) for text, order in in_order(contexts)]
+        longest = max([len(one.earlier) + len(one.places) for one in read], default=0)
+        length = min(self.length, -(-longest // STEP) * STEP)
+        groups = alike([piece for one in read for piece in one.pieces(length)])
+        if not groups:
+            groups = [[Piece.nothing(contexts)]]
+        return Joined(
+            [self._predicted(group) for group in groups],
+            [sum(len(piece.places) for piece in group) for group in groups],
+            torch.cat([piece.places for group in groups for piece in group]),
+            len(contexts),
+        )
 
     def observe(self, tokens: Tensor) -> None:
         """Takes what followed into the cache."""
@@ -199,32 +197,26 @@ class CacheExpert:
             if count and text in self._texts:
                 self._texts[text] = self._texts[text].without(count)
 
-    def _read(self, text: int, contexts: Contexts, order: Tensor) -> list[tuple[Recent, Recent]]:
-        """Pairs of some positions in the order of the text, and these with the window before."""
+    def _read(self, text: int, contexts: Contexts, order: Tensor) -> Read:
+        """Some positions in the order of their text, which is longer now."""
         keys, rows, before = (
             contexts.features[order].float(),
             contexts.rows[order],
             contexts.before[order],
         )
         kept = self._earlier(text, rows, keys, several=contexts.texts is not None)
-        if len(kept.tokens) and int(rows[0]) == kept.row + 1:
+        if len(kept) and int(rows[0]) == kept.row + 1:
             kept = kept.ending(before[:1, 0])
         earlier = kept[-self.length :]
-        none = Recent.nothing(self.length - len(earlier.tokens), keys)
         tokens = _followed(rows, before[:, 0])
         new = Recent(keys, tokens, before, self._documents(earlier, tokens), int(rows[-1]))
         # More than the window, of which some may be taken back.
         self._texts[text] = (kept + new)[-self.length - len(rows) :]
         self._asked.append((text, order))
-        everything = none + earlier + new
-        return [
-            (new[start : start + size], everything[start : start + self.length + size])
-            for start in range(0, len(rows), QUERIES_AT_A_TIME)
-            for size in (min(QUERIES_AT_A_TIME, len(rows) - start),)
-        ]
+        return Read(order, earlier, new)
 
     def _earlier(self, text: int, rows: Tensor, keys: Tensor, *, several: bool) -> Recent:
-        """What is known of the text before these rows, ``length`` positions at least."""
+        """What is known of the text before these rows."""
         known = self._texts.get(text)
         if known is None or (several and int(rows[0]) == 0):
             return Recent.nothing(0, keys)
@@ -236,11 +228,6 @@ class CacheExpert:
                 do="report this: the loader gave blocks out of order",
             )
         return known
-
-    def _nothing(self, contexts: Contexts) -> SparsePrediction:
-        """What is predicted of no context."""
-        none = Recent.nothing(0, contexts.features.float())
-        return self._predicted(none, Recent.nothing(self.length, contexts.features.float()))
 
     def _documents(self, earlier: Recent, tokens: Tensor) -> Tensor:
         """The document of each of these positions: it ends with an empty line.
@@ -254,27 +241,43 @@ class CacheExpert:
         ends = torch.cat([last, tokens]) == self.eos
         return number + (ends[:-2] & ends[1:-1]).cumsum(dim=0)
 
-    def _predicted(self, queries: Recent, text: Recent) -> SparsePrediction:
-        length = self.length
+    def _predicted(self, pieces: Sequence[Piece]) -> SparsePrediction:
+        """What follows the positions of pieces that have as many each."""
+        queries = Recent.stacked([piece.queries for piece in pieces])
+        text = Recent.stacked([piece.text for piece in pieces])
+        length = text.tokens.shape[1] - queries.tokens.shape[1]
+        wide = min(self.windows[-1], length)
 
-        def window(whole: Tensor) -> Tensor:
-            """(N, N + length) to (N, window): what stands before each query, the latest last."""
-            shape, width = (len(whole), length), whole.shape[1]
-            return whole.as_strided(shape, (width + 1, 1))[:, length - self.windows[-1] :]
+        def windows(whole: Tensor) -> Tensor:
+            """(B, n, length + n) to (B n, wide): what stands before each query, the latest last."""
+            size, columns = whole.shape[1:]
+            strides = (size * columns, columns + 1, 1)
+            before = whole.as_strided((len(whole), size, length), strides)
+            return before[:, :, length - wide :].flatten(0, 1)
 
-        known = (text.documents == queries.documents[:, None]) & (text.tokens >= 0)
-        scores = window(queries.keys @ text.keys.T)
-        shared = [window(known)]
+        known = (text.documents[:, None] == queries.documents[:, :, None]) & (
+            text.tokens[:, None] >= 0
+        )
+        scores = windows(queries.keys @ text.keys.mT)
+        shared = [windows(known)]
         for steps in range(self._suffix):
-            theirs, ours = text.before[:, steps], queries.before[:, steps, None]
-            shared.append(shared[-1] & window((theirs == ours) & (ours >= 0)))
-        tokens = text.tokens.unfold(0, length, 1)[: len(scores), length - self.windows[-1] :]
-        entries = Entries(tokens, scores, shared, self._extents)
+            theirs, ours = text.before[:, None, :, steps], queries.before[:, :, None, steps]
+            shared.append(shared[-1] & windows((theirs == ours) & (ours >= 0)))
+        tokens = text.tokens.unfold(1, length, 1)[:, :-1, length - wide :].flatten(0, 1)
+        entries = Entries(tokens, scores, shared, self._extents(wide))
         if not self.features:
             return SparsePrediction(entries, self._columns)
         every = Many.of(entries)
-        features = self._features(every, shared, text.keys.shape[1])
+        features = self._features(every, shared, text.keys.shape[2])
         return SparsePrediction(entries, self._columns, features, every)
+
+    def _extents(self, wide: int) -> Extents:
+        """The windows, as parts of so many columns, the latest last.
+
+        Each is the next smaller one and a ring of positions before it.
+        """
+        ends = [min(window, wide) for window in self.windows]
+        return Extents([slice(wide - far, wide - near) for near, far in pairwise([0, *ends])])
 
     def _features(self, every: Many, shared: Sequence[Tensor], width: int) -> dict[str, Tensor]:
         at = [self.windows.index(window) for window in FEATURE_WINDOWS]

@@ -66,7 +66,10 @@ class Prediction(Protocol):
         """
 
     def log_probs(self, setting: int) -> Tensor | Distribution:
-        """log p of every token in one setting: (N, V) float32, natural log; or of a few."""
+        """log p of every token in one setting: (N, V) float32, natural log; or of a few.
+
+        Those are the same in every setting.
+        """
 
 
 class Expert(Protocol):

@@ -1,13 +1,19 @@
-"""What a cache keeps of a text: its latest positions."""
+"""What a cache keeps of a text, its latest positions, and how these are cut into queries."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fairseq_knnlm.lm.contexts import CONTEXT
+from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
+
+#: Queries looked up at a time: each goes with a window of scores.
+QUERIES_AT_A_TIME = 256
+#: What is looked back over, where a text is shorter than the window, grows by so many positions.
+STEP = 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,19 @@ class Recent:
         keys = like.new_zeros((length, like.shape[1]))
         return cls(keys, none, none[:, None].expand(-1, CONTEXT), none)
 
+    @classmethod
+    def stacked(cls, several: Sequence[Recent]) -> Recent:
+        """B of as many positions each, as one with (B, M, ...) in the place of (M, ...)."""
+        parts = zip(*(one._parts for one in several), strict=True)
+        keys, tokens, before, documents = (
+            torch.stack(part) if len(part) > 1 else part[0][None]  # which copies nothing
+            for part in parts
+        )
+        return cls(keys, tokens, before, documents, several[0].row)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
     def __add__(self, other: Recent) -> Recent:
         keys, tokens, before, documents = map(
             torch.cat, zip(self._parts, other._parts, strict=True)
@@ -56,5 +75,76 @@ class Recent:
 
     def without(self, count: int) -> Recent:
         """The same without the last ``count`` positions; what followed the rest is not known."""
-        fewer = replace(self[: len(self.tokens) - count], row=self.row - count)
-        return fewer.ending(self.tokens.new_full((1,), -1)) if len(fewer.tokens) else fewer
+        fewer = replace(self[: len(self) - count], row=self.row - count)
+        return fewer.ending(self.tokens.new_full((1,), -1)) if len(fewer) else fewer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some positions of a text, in its order.
+
+    Attributes:
+        places: (n,) int64, of these among all contexts.
+        queries: the positions, n.
+        text: so many positions before them, and themselves.
+    """
+
+    places: Tensor
+    queries: Recent
+    text: Recent
+
+    @classmethod
+    def nothing(cls, contexts: Contexts) -> Piece:
+        """No position, of contexts like these."""
+        none, before = (Recent.nothing(size, contexts.features.float()) for size in (0, STEP))
+        return cls(contexts.rows.new_empty(0), none, before)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of a text.
+
+    Attributes:
+        places: (n,) int64, of the new positions among all contexts.
+        earlier: what stands before them, the window at most.
+        new: the positions, n.
+    """
+
+    places: Tensor
+    earlier: Recent
+    new: Recent
+
+    def pieces(self, length: int) -> list[Piece]:
+        """All of them, with so many positions before each; there are none before all text."""
+        none = Recent.nothing(max(0, length - len(self.earlier)), self.new.keys)
+        text = none + self.earlier + self.new
+        return [
+            Piece(
+                self.places[start : start + size],
+                self.new[start : start + size],
+                text[start : start + length + size],
+            )
+            for start in range(0, len(self.places), QUERIES_AT_A_TIME)
+            for size in (min(QUERIES_AT_A_TIME, len(self.places) - start),)
+        ]
+
+
+def in_order(contexts: Contexts) -> Iterator[tuple[int, Tensor]]:
+    """Each text, and the places (n,) of its contexts in their order."""
+    for text, places in contexts.by_text().items():
+        order = places[contexts.rows[places].argsort()]
+        order = order[contexts.rows[order] >= 0]  # an added beginning of sentence is no text
+        if len(order):
+            yield text, order
+
+
+def alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Groups of as many positions each, and not too many together."""
+    groups: dict[int, list[list[Piece]]] = {}
+    for piece in pieces:
+        size = len(piece.places)
+        some = groups.setdefault(size, [[]])
+        if (len(some[-1]) + 1) * size > QUERIES_AT_A_TIME:
+            some.append([])
+        some[-1].append(piece)
+    return [group for some in groups.values() for group in some if group]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -143,7 +144,12 @@ class SparsePrediction:
         )  # (N, K)
         shares = shares.masked_fill(~counted, -torch.inf)
         nobody = self._totals[setting].isneginf()[:, None]
-        return Distribution(entries.tokens.where(counted, 0), shares.masked_fill(nobody, torch.nan))
+        return Distribution(self._tokens, shares.masked_fill(nobody, torch.nan))
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        """(N, K) ids, in every setting."""
+        return self.entries.tokens.where(self.entries.shared[0], 0)
 
 
 class Sums:

@@ -8,6 +8,7 @@ NaN: its weight goes to all the others ("share") or to the language model ("lm")
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,21 +72,31 @@ def effective(log_probs: Tensor, log_weights: Tensor, abstain: Abstain = "share"
 
 def abstaining(said: Tensor | Distribution) -> Tensor:
     """(N,) bool: of which contexts an expert says nothing."""
-    return (said if isinstance(said, Tensor) else said.log_probs)[:, 0].isnan()
+    return _log_probs(said)[:, 0].isnan()
 
 
-def added(mixed: Tensor, said: Tensor | Distribution, log_weights: Tensor) -> Tensor:
-    """What is mixed so far and one expert more: log(exp(mixed) + w p), of every token.
+def added(
+    mixed: Tensor, said: Sequence[Tensor | Distribution], log_weights: Sequence[Tensor]
+) -> Tensor:
+    """What is mixed so far and one expert more: log(exp(mixed) + sum of w p), of every token.
 
     Args:
         mixed: (N, V) float32, natural log.
-        said: the expert's log p, of every token or of a few.
-        log_weights: (N,) float32, natural log; -inf where it abstains.
+        said: the expert's log p in each of its settings, of every token; or of a few, then of the
+            same ones in every setting.
+        log_weights: (N,) float32 of each, natural log; -inf where it abstains.
     """
-    if isinstance(said, Tensor):
-        shares = said.masked_fill(said.isnan(), -math.inf) + log_weights[:, None]
-        return torch.logaddexp(mixed, shares)
-    tokens = said.tokens.long()
-    sums = said.sums(mixed.shape[1]) + log_weights[:, None]
+    pairs = zip(said, log_weights, strict=True)
+    shares = torch.stack([_log_probs(one) + weight[:, None] for one, weight in pairs])
+    # Where an expert abstains it says NaN.
+    whole = shares.masked_fill_(shares.isnan(), -math.inf).logsumexp(dim=0)
+    if isinstance(said[0], Tensor):
+        return torch.logaddexp(mixed, whole)
+    tokens = said[0].tokens.long()
+    sums = Distribution(tokens, whole).sums(mixed.shape[1])
     # Those of the same token all write the same.
     return mixed.scatter(1, tokens, torch.logaddexp(mixed.gather(1, tokens), sums))
+
+
+def _log_probs(said: Tensor | Distribution) -> Tensor:
+    return said if isinstance(said, Tensor) else said.log_probs

@@ -134,10 +134,12 @@ class Weighed:
             return lm
         abstains = torch.stack([abstaining(one) for one in (lm, *others)], dim=1)
         said = torch.zeros(abstains.shape, device=lm.device).masked_fill_(abstains, torch.nan)
-        mixed, *weights = self._effective(said).unbind(dim=1)
-        mixed = lm + mixed[:, None]
-        for one, weight in zip(others, weights, strict=True):
-            mixed = added(mixed, one, weight)
+        weight, *weights = self._effective(said).unbind(dim=1)
+        mixed = lm + weight[:, None]
+        experts = self._experts[1:]
+        for name in dict.fromkeys(experts):
+            ours = [place for place, expert in enumerate(experts) if expert == name]
+            mixed = added(mixed, [others[one] for one in ours], [weights[one] for one in ours])
         return mixed
 
     def near(self) -> dict[str, tuple[Tensor, Neighbours]]:

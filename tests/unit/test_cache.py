@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts import cache as module
+from fairseq_knnlm.experts import recent
 from fairseq_knnlm.experts.cache import CacheExpert, CacheSetting, cache_grid
 
 TOKENS, WIDTH, VOCABULARY, EOS = 130, 8, 6, 0
@@ -141,7 +142,7 @@ def test_batches_of_any_size_are_one_text(
     reset: bool, queries_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = ask(expert(reset=reset, features=True), whole())
-    monkeypatch.setattr(module, "QUERIES_AT_A_TIME", queries_at_a_time)
+    monkeypatch.setattr(recent, "QUERIES_AT_A_TIME", queries_at_a_time)
     assert_same(in_batches(expert(reset=reset, features=True), whole()), expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -283,5 +284,21 @@ def test_one_expert_more(sparse: bool) -> None:
     shares[1] = torch.nan  # abstains
     q = torch.tensor([[0, 0.5, 0, 0, 0.5, 0], [0.0] * 6])
     said = Distribution(tokens, shares.log()) if sparse else q.log()
-    found = added(mixed, said, torch.tensor([0.25, 0.0]).log())
+    found = added(mixed, [said], [torch.tensor([0.25, 0.0]).log()])
     torch.testing.assert_close(found.exp(), mixed.exp() + torch.tensor([[0.25], [0.0]]) * q)
+
+
+def test_one_expert_more_in_two_settings() -> None:
+    """p + w q + v r, where the second abstains of one and says of another what cannot be."""
+    mixed = torch.randn(3, 6, generator=torch.manual_seed(1)).log_softmax(dim=1)
+    tokens = torch.tensor([[4, 1, 4], [0, 0, 0], [2, 3, 5]])
+    first = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.6, 0.3], [0.0, 0.0, 1.0]])
+    second = torch.tensor([[0.0, 0.0, 1.0], [torch.nan] * 3, [0.5, 0.5, 0.0]])
+    weights = torch.tensor([[0.25, 0.5, 0.0], [0.125, 0.0, 0.5]])
+    expected = mixed.exp()
+    for said, weight in zip((first, second.nan_to_num()), weights, strict=True):
+        for row, place in itertools.product(range(3), range(3)):
+            expected[row, tokens[row, place]] += weight[row] * said[row, place]
+    said = [Distribution(tokens, shares.log()) for shares in (first, second)]
+    found = added(mixed, said, list(weights.log()))
+    torch.testing.assert_close(found.exp(), expected)
