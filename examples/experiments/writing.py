@@ -1,7 +1,8 @@
 """Does a language model write better with a memory?
 
-Prompts of test are continued by the language model alone, with its nearest neighbours at fixed
-weights, and with the mixture that evaluation uses, each by the likeliest tokens and by sampling.
+Prompts of test are continued by the language model alone, with its nearest neighbours at the weight
+and temperature that were fitted, at that weight and temperature 1, and with the mixture that
+evaluation uses, each by the likeliest tokens and by sampling.
 What comes out is measured beside what people wrote there: how likely it is to n-grams of valid,
 which neither model nor datastore was made of, how varied and how repetitive it is, how much of it
 stands in the datastore's text, and how much in the true continuation.
@@ -50,6 +51,7 @@ PEOPLE = "people"
 WRITERS: Mapping[str, Sequence[str]] = {
     ALONE: ("--experts", "knn", "--mixer", "fixed", "--lmbda", "0"),
     "kNN, fixed": ("--experts", "knn", "--mixer", "fixed"),
+    "kNN, T 1": ("--experts", "knn", "--mixer", "fixed", "--knn-temp", "1"),
     "default mixture": (),
 }
 #: How tokens are chosen -> what that changes of fairseq's defaults.
