@@ -66,6 +66,12 @@ def copied(texts: np.ndarray, sources: Iterable[np.ndarray], n: int = 8) -> np.n
     return np.array([np.mean([gram in known for gram in _keys(text, n)]) for text in texts])
 
 
+def echoed(texts: np.ndarray, prompts: np.ndarray, n: int = 4) -> np.ndarray:
+    """(T,) share of each text's n-grams that stand in its prompt, of (T, P) ids."""
+    pairs = zip(texts, prompts, strict=True)
+    return np.concatenate([copied(text[None], [prompt], n) for text, prompt in pairs])
+
+
 def shared(texts: np.ndarray, truths: np.ndarray, n: int) -> np.ndarray:
     """(T,) share of each text's n-grams that the true continuation of its prompt has too.
 

@@ -5,7 +5,7 @@ and temperature that were fitted, at that weight and temperature 1, and with the
 evaluation uses, each by the likeliest tokens and by sampling.
 What comes out is measured beside what people wrote there: how likely it is to n-grams of valid,
 which neither model nor datastore was made of, how varied and how repetitive it is, how much of it
-stands in the datastore's text, and how much in the true continuation.
+stands in the datastore's text, in the prompt and in the true continuation.
 """
 
 import argparse
@@ -90,6 +90,7 @@ class Yardsticks:
             "repeated": measures.repeated(texts),
             "looping": measures.looping(texts),
             "copied": measures.copied(texts, self.sources, COPIED),
+            "echoed": measures.echoed(texts, self.prompts),
             **true,
         }
 
@@ -273,9 +274,10 @@ def report(found: Mapping[str, Mapping[str, Any]]) -> None:
     )
     print()
     show(
-        ["text", "copied", *(f"true {n}-grams" for n in NGRAMS)],
+        ["text", "copied", "echoed", *(f"true {n}-grams" for n in NGRAMS)],
         [
-            [name, percent(one["copied"]), *(percent(one[f"true_{n}"]) for n in NGRAMS)]
+            [name, percent(one["copied"]), percent(one["echoed"])]
+            + [percent(one[f"true_{n}"]) for n in NGRAMS]
             for name, one in found.items()
         ],
     )

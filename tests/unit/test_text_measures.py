@@ -75,6 +75,12 @@ def test_what_is_copied_stands_in_one_of_the_sources() -> None:
     assert measures.copied(texts, [], 3).tolist() == [0, 0]
 
 
+def test_what_is_echoed_stands_in_the_texts_own_prompt() -> None:
+    texts, prompts = np.array([[1, 2, 3, 3], [1, 2, 3, 3]]), np.array([[9, 1, 2], [3, 3, 3]])
+    assert measures.echoed(texts, prompts, 2) == pytest.approx([1 / 3, 1 / 3])  # 12; 33
+    assert measures.echoed(texts, prompts, 3).tolist() == [0, 0]
+
+
 def test_shared_grams_are_clipped() -> None:
     """The example of Papineni et al.: "the" seven times against "the cat is on the mat"."""
     the, cat, is_, on, mat = range(5)
