@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import runpy
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,9 @@ SCRIPTS = ROOT / "examples" / "experiments"
 FROM_TABLES = (
     *("training_data", "continuous_cache", "knn_settings", "other_experts", "who_gains"),
 )
-FROM_COMMANDS = ("scaling", "adaptation", "ablations", "memorising")
+FROM_COMMANDS = ("scaling", "adaptation", "ablations", "memorising", "writing")
+#: Of these text_measures has unit tests of its own.
+SHARED = ("scores", "steps", "text_measures")
 ROWS = 800
 KNN = [
     {"suffix": suffix, "k": k, "temperature": temperature}
@@ -127,9 +131,9 @@ def test_every_script_shows_an_example(
 
 
 def test_every_script_is_tested() -> None:
-    """But for the two that the others share."""
+    """But for what the others share."""
     names = {file.stem for file in SCRIPTS.glob("*.py")}
-    assert names == {*FROM_TABLES, *FROM_COMMANDS, "scores", "steps"}
+    assert names == {*FROM_TABLES, *FROM_COMMANDS, *SHARED}
 
 
 def test_training_data_warns_of_untuned_neighbours(made: Made) -> None:
@@ -210,3 +214,48 @@ def test_adaptation_on_the_tiny_world(lab: Lab, tmp_path: Path) -> None:
     card = json.loads((tmp_path / "dstore-in-domain" / "manifest.json").read_text())
     assert card["rows"] == len(lab.text("train"))
     assert must(*words).count("there already") == 5
+
+
+@pytest.mark.slow
+def test_writing_on_the_tiny_world(lab: Lab, datastore: Path, tmp_path: Path) -> None:
+    """Texts are those of ``generate``, and measured as counting their words says."""
+    model = [lab.data, "--path", lab.checkpoint(), "--dstore", datastore, "--cpu"]
+    model += ["--k", 32, "--lmbda", 0.9, "--knn-temp", 2]
+    words = [sys.executable, SCRIPTS / "writing.py", *model, "--out", tmp_path / "out"]
+    words += ["--prompts", 6, "--prompt-tokens", 5, "--new-tokens", 11]
+    out = must(*words)
+    lines = (tmp_path / "out" / "texts.jsonl").read_text().splitlines()
+    texts = [{name: cut(text) for name, text in json.loads(line).items()} for line in lines]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["prompts"] == len(texts) == 6
+    whole = lab.text("test")
+    for number, one in enumerate(texts):
+        start = number * len(whole) // 6
+        assert one.pop("prompt") + one["people"] == whole[start : start + 16]
+        assert {len(text) for text in one.values()} == {11}
+    for name, found in results["texts"].items():
+        mine = [one[name] for one in texts]
+        pairs = {pair for text in mine for pair in pairwise(text)}
+        assert found["distinct_2"] == pytest.approx(len(pairs) / 60)
+        truths = [one["people"] for one in texts]
+        hits = [
+            sum(min(text.count(word), truth.count(word)) for word in set(text)) / 11
+            for text, truth in zip(mine, truths, strict=True)
+        ]
+        assert found["true_1"]["mean"] == pytest.approx(sum(hits) / 6)
+    assert [row[0] for rows in tables(out) for row in rows] == [*results["texts"]] * 2
+    again = must(*words)  # finds the texts there
+    assert tables(again) == tables(out)
+    assert not re.search(r"greedy: \d+ s", again)
+    one = next(one for one in map(json.loads, lines) if "\n" not in one["prompt"])
+    (tmp_path / "prompt.txt").write_text(one["prompt"] + "\n")
+    fixed = ["--experts", "knn", "--mixer", "fixed", "--lines", "--new-tokens", 11]
+    words = ["fairseq-knnlm", "generate", *model, *fixed, "--prompts", tmp_path / "prompt.txt"]
+    written = one["kNN, fixed, greedy"]
+    assert written.strip() != one["LM alone, greedy"].strip()
+    assert must(*words).split(one["prompt"], 1)[1].startswith(written.rstrip())
+
+
+def cut(text: str) -> list[str]:
+    """A text's tokens, ends of lines included."""
+    return text.replace("\n", " </s> ").split()
