@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from fairseq_knnlm.runs.inputs import Vocabulary
 
@@ -11,6 +13,8 @@ from fairseq_knnlm.runs.inputs import Vocabulary
 WORD_BEGINS = "\u2581"
 #: Ends a piece that is not the end of a word, in pieces of subword-nmt.
 WORD_GOES_ON = "@@"
+#: What sentencepiece makes of a character that it has no piece for, a piece a byte.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 #: Part of a dictionary that ends or begins in a mark, from which on it is one of pieces.
 MARKED = 0.05
 #: Writes one symbol of a dictionary as text, given whether it begins a line.
@@ -42,7 +46,7 @@ def line_spelling(symbols: Sequence[str]) -> Callable[[Iterable[int]], str]:
 
     def write(tokens: Iterable[int]) -> str:
         pieces = [join(symbols[token], not place) for place, token in enumerate(tokens)]
-        return "".join(pieces).rstrip()
+        return joined(pieces, join).rstrip()
 
     return write
 
@@ -61,6 +65,19 @@ def join_pieces(symbol: str, begins_line: bool) -> str:
 def join_halves(symbol: str, _: bool) -> str:
     """A piece of subword-nmt, with the space after it where it ends a word."""
     return symbol.removesuffix(WORD_GOES_ON) if symbol.endswith(WORD_GOES_ON) else f"{symbol} "
+
+
+def joined(pieces: Iterable[str], join: Join) -> str:
+    """Pieces as one text. Pieces of sentencepiece that are bytes make characters side by side."""
+    if join is not join_pieces:
+        return "".join(pieces)
+    runs = groupby(pieces, lambda piece: BYTE.fullmatch(piece) is not None)
+    return "".join(_characters(run) if are_bytes else "".join(run) for are_bytes, run in runs)
+
+
+def _characters(pieces: Iterable[str]) -> str:
+    """Bytes of UTF-8 as text; what is no character is the sign that stands for one."""
+    return bytes(int(piece[3:5], 16) for piece in pieces).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class Spelling:
         return found
 
     def pieces(self, tokens: Iterable[int]) -> list[str]:
-        """The text of each token; one after the other they are the whole text."""
+        """The text of each token; one after the other they are the whole text, but for bytes."""
         vocabulary, found, begins_line = self.vocabulary, [], True
         for token in tokens:
             if token == vocabulary.eos:
@@ -104,4 +121,4 @@ class Spelling:
 
     def text(self, tokens: Iterable[int]) -> str:
         """The text of all tokens."""
-        return "".join(self.pieces(tokens))
+        return joined(self.pieces(tokens), self.join)

@@ -8,7 +8,7 @@ import pytest
 
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.inputs import Vocabulary
-from fairseq_knnlm.runs.spelling import pieces_of
+from fairseq_knnlm.runs.spelling import line_spelling, pieces_of
 from fairseq_knnlm.tasks.spelling import spelling
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -29,6 +29,18 @@ def test_words_stand_with_spaces_between_them() -> None:
 def test_pieces_are_joined_again() -> None:
     assert spelling(NOTHING, PIECES, 3).text([4, 5, 6, 7, 8, 2, 4]) == "the cats sat.\nthe"
     assert spelling(NOTHING, HALVES, 3).text([4, 5, 6, 7, 8]).strip() == "the cats sat"
+
+
+def test_pieces_that_are_bytes_make_characters() -> None:
+    """The three bytes of a quotation mark in UTF-8; where one is missing, the sign for that."""
+    bytes_ = Vocabulary([*SPECIAL, "\u2581a", "<0xE2>", "<0x80>", "<0x9C>", "\u2581"], 1, 2)
+    cut = spelling(NOTHING, bytes_, 3)
+    assert cut.text([4, 5, 6, 7, 4]) == "a\u201c a"
+    assert cut.text([4, 8, 5, 6, 4]) == "a \ufffd a"
+    assert line_spelling(bytes_.symbols)([4, 5, 6, 7]) == "a\u201c"
+    assert cut.pieces([5, 6, 7]) == ["<0xE2>", "<0x80>", "<0x9C>"]
+    words = Vocabulary([*SPECIAL, "a", "<0x41>"], 1, 2)
+    assert spelling(NOTHING, words, 3).text([5, 4]) == "<0x41> a"
 
 
 @pytest.mark.parametrize(
