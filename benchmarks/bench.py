@@ -27,7 +27,7 @@ from figures import FIGURES, Bench, Repeats
 from material import ROOT, Choice, Material, find_source
 from measure import default_threads, keep, machine, show_entries
 from shell import Shell
-from writing import Texts
+from writers import Texts
 
 from fairseq_knnlm.errors import KnnlmError
 

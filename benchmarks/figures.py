@@ -14,7 +14,7 @@ from memory import peaks
 from perplexity import Perplexities
 from rivals import UNEXAMINED, Searches
 from speeds import Speeds
-from writing import Texts, Writing
+from writers import Texts, Writing
 
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.experts.contract import Timeless

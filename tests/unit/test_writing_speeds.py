@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from common.commands import RunError
 from write import Parts, Written
-from writing import GIVEN, beginnings, differences
+from writers import GIVEN, beginnings, differences
 
 LINES = [f"{name} " + "w " * (GIVEN - 1 + more) for more, name in enumerate("abcdefg")]
 
