@@ -25,7 +25,7 @@ SCALED = {
 }
 SCALED_IN_GUIDE = {"--pca 128": "--pca 16"}
 #: How the blocks of a shell begin; others show what a command prints.
-COMMANDS = ("fairseq-", "python ", "READ=")
+COMMANDS = ("fairseq-", "head ", "python ", "READ=")
 
 
 def section(title: str, page: str = README) -> str:
@@ -36,7 +36,8 @@ def section(title: str, page: str = README) -> str:
 
 def blocks(text: str, language: str = "") -> list[str]:
     """The fenced blocks of a language, without their fences."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [block for kind, block in found if kind == language]
 
 
 def commands(text: str) -> list[str]:
@@ -104,6 +105,33 @@ def test_the_commands_of_the_first_screen_work(typed: tuple[Path, str]) -> None:
     said = run_script("\n".join(commands(first)), place)
     assert "(calibrated on valid)" in said
     assert (place / "memory" / "calibration.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_that_generate_go_on_with_prompts(typed: tuple[Path, str]) -> None:
+    place, _ = typed
+    ours = section("Generating")
+    interactive, split, explained = commands(ours)
+    test = (place / "text" / "test.txt").read_text(encoding="utf-8").splitlines()
+    written = hypotheses(run_script(interactive, place))
+    assert [text[:4] for text in written.values()] == [line.split()[:4] for line in test[:2]]
+    assert any(len(text) > 4 for text in written.values())
+    continued = hypotheses(run_script(split, place))
+    assert continued.keys() == set(range(len(test)))
+    assert all(text[:4] == test[number].split()[:4] for number, text in continued.items())
+    assert any(text != test[number].split() for number, text in continued.items())
+    (script,) = blocks(ours, "python")
+    *_, said = run_as_typed("python", "-c", script, cwd=place).splitlines()
+    assert len(said.split()) > len("tokens as in the training text".split())
+    said = run_script(explained, place)
+    assert "written to explain.html" in said
+    assert (place / "explain.html").is_file()
+
+
+def hypotheses(said: str) -> dict[int, list[str]]:
+    """The words of fairseq's H- lines, by their number."""
+    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", said, flags=re.MULTILINE)
+    return {int(number): words.split() for number, words in sorted(found)}
 
 
 @pytest.mark.slow
