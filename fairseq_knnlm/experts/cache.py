@@ -167,7 +167,7 @@ class CacheExpert:
         """
         self._asked = []
         read = [self._read(text, contexts, order) for text, order in in_order(contexts)]
-        longest = max([len(one.earlier) + len(one.places) for one in read], default=0)
+        longest = max([len(one.text) for one in read], default=0)
         length = min(self.length, -(-longest // STEP) * STEP)
         groups = alike([piece for one in read for piece in one.pieces(length)])
         if not groups:
@@ -207,13 +207,12 @@ class CacheExpert:
         kept = self._earlier(text, rows, keys, several=contexts.texts is not None)
         if len(kept) and int(rows[0]) == kept.row + 1:
             kept = kept.ending(before[:1, 0])
-        earlier = kept[-self.length :]
         tokens = _followed(rows, before[:, 0])
-        new = Recent(keys, tokens, before, self._documents(earlier, tokens), int(rows[-1]))
+        whole = kept + Recent(keys, tokens, before, self._documents(kept, tokens), int(rows[-1]))
         # More than the window, of which some may be taken back.
-        self._texts[text] = (kept + new)[-self.length - len(rows) :]
+        self._texts[text] = whole[-self.length - len(rows) :]
         self._asked.append((text, order))
-        return Read(order, earlier, new)
+        return Read(order, whole)
 
     def _earlier(self, text: int, rows: Tensor, keys: Tensor, *, several: bool) -> Recent:
         """What is known of the text before these rows."""

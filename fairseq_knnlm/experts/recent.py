@@ -106,22 +106,21 @@ class Read:
 
     Attributes:
         places: (n,) int64, of the new positions among all contexts.
-        earlier: what stands before them, the window at most.
-        new: the positions, n.
+        text: what is known of the text before them, and themselves.
     """
 
     places: Tensor
-    earlier: Recent
-    new: Recent
+    text: Recent
 
     def pieces(self, length: int) -> list[Piece]:
         """All of them, with so many positions before each; there are none before all text."""
-        none = Recent.nothing(max(0, length - len(self.earlier)), self.new.keys)
-        text = none + self.earlier + self.new
+        text, wanted = self.text[-length - len(self.places) :], length + len(self.places)
+        if len(text) < wanted:
+            text = Recent.nothing(wanted - len(text), text.keys) + text
         return [
             Piece(
                 self.places[start : start + size],
-                self.new[start : start + size],
+                text[length + start : length + start + size],
                 text[start : start + length + size],
             )
             for start in range(0, len(self.places), QUERIES_AT_A_TIME)

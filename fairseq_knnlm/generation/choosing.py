@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Tokens among which those of ``top_p`` are looked for before all are.
+LIKELIEST = 512
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -66,10 +69,26 @@ class Decoding:
             least = probs.topk(min(self.top_k, probs.shape[1]), dim=1).values[:, -1:]
             probs = probs.masked_fill(probs < least, 0.0)
         if self.top_p:
-            ordered, places = probs.sort(dim=1, descending=True)
-            enough = ordered.cumsum(dim=1) - ordered >= self.top_p  # without this one already
-            probs = probs.masked_fill(enough.gather(1, places.argsort(dim=1)), 0.0)
+            probs = probs.masked_fill(~_fewest(probs, self.top_p), 0.0)
         return probs
+
+
+def _fewest(probs: Tensor, share: float) -> Tensor:
+    """(N, V) bool: the fewest tokens that have so much probability together, the likeliest first.
+
+    Of tokens that are as likely those with lower ids come first.
+    """
+    for most in (LIKELIEST, probs.shape[1]):
+        ordered = probs.topk(min(most, probs.shape[1]), dim=1).values
+        if bool((ordered.sum(dim=1) > share).all()):
+            break  # the others, nearly all of a large vocabulary, need no order
+    count = (ordered.cumsum(dim=1) - ordered < share).sum(dim=1, keepdim=True)
+    least = ordered.gather(1, count - 1)
+    more, same = probs > least, probs == least
+    wanted = count - more.sum(dim=1, keepdim=True)
+    if bool((same.sum(dim=1, keepdim=True) > wanted).any()):
+        same &= same.cumsum(dim=1) <= wanted
+    return more | same
 
 
 def _drawn(probs: Tensor, draws: Tensor) -> Tensor:
