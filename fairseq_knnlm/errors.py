@@ -83,7 +83,8 @@ def told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         ended = isinstance(error, Terminated)
         what = "terminated" if ended else "interrupted"
-        return f"{what}; nothing was published that was not finished", 143 if ended else 130
+        # On a line of its own: a progress bar, or ^C, may stand on this one.
+        return f"\n{what}; nothing was published that was not finished", 143 if ended else 130
     return f"error: {_mended(error)}", 1
 
 

@@ -8,8 +8,15 @@ import os
 import signal
 import sys
 import threading
+from types import FrameType
 
 from fairseq_knnlm.errors import Terminated
+
+#: Seconds until a signal is sent again that came where exceptions are dropped.
+AGAIN = 0.01
+#: Python drops what is raised while it lets go of an object: there, and in what these call.
+DROPPING = ("__del__", "__getattr__")
+DROPPING_FILES = ("/weakref.py", "/_weakrefset.py")
 
 
 def end_on_request() -> None:
@@ -18,13 +25,32 @@ def end_on_request() -> None:
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return
 
-    def end(*_: object) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a loader's worker, which has nothing to clean up
-            os._exit(143)
+            os._exit(128 + number)
+        if _drops_exceptions(frame):
+            again = threading.Timer(AGAIN, os.kill, (owner, number))
+            again.daemon = True
+            again.start()
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+
+
+def _drops_exceptions(frame: FrameType | None) -> bool:
+    """Whether nobody would hear of an exception that is raised here."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in DROPPING or code.co_filename.endswith(DROPPING_FILES):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def tell_crashes() -> None:
