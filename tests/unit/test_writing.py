@@ -62,6 +62,14 @@ def test_tokens_are_drawn_as_often_as_they_should_be(
     assert chi2 < 16.3
 
 
+def test_half_of_many_tokens_that_are_as_likely() -> None:
+    """More than are looked at first; those with lower ids."""
+    how, count = Decoding(sampling=True, top_p=0.5), 4096
+    chosen = how.choose(torch.zeros(count, 2048), how.draws(0, count))
+    assert int(chosen.max()) < 1024
+    assert len(chosen.unique()) > 900
+
+
 def test_what_decides_is_of_the_place_alone() -> None:
     how = Decoding(sampling=True, seed=3)
     assert how.draws(7, 10) == how.draws(7, 30)[:10]
