@@ -146,4 +146,4 @@ def alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
         if (len(some[-1]) + 1) * size > QUERIES_AT_A_TIME:
             some.append([])
         some[-1].append(piece)
-    return [group for some in groups.values() for group in some if group]
+    return [group for some in groups.values() for group in some]
