@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from fairseq import utils
 from fairseq.checkpoint_utils import load_model_ensemble
-from fairseq.data import BaseWrapperDataset
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
@@ -36,15 +35,9 @@ from fairseq_knnlm.tasks.generation import MixtureEnsemble, MixtureGenerator
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
 from fairseq_knnlm.tasks.idle import name_ignored
 from fairseq_knnlm.tasks.outputs import check_writes
+from fairseq_knnlm.tasks.windows import InTextOrder, WindowsInText
 
 logger = logging.getLogger(__name__)
-
-
-class InTextOrder(BaseWrapperDataset):
-    """Blocks as they stand in the text; the stock loader may go by their length."""
-
-    def ordered_indices(self) -> np.ndarray:
-        return np.arange(len(self))
 
 
 @register_task("knn_lm", dataclass=KnnlmConfig)
@@ -117,7 +110,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
     ) -> Any:
         """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
         saving = self.options.saving.save_knnlm_dstore
-        loading.check_loader(context_window, num_workers, num_shards, self.options.writes)
+        loading.check_loader(context_window, num_shards, self.options.writes)
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
         left_out = int(sizes.sum() - read.sum())
@@ -128,6 +121,10 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         if self.needs_order():
             loading.check_order(num_shards)
             dataset = InTextOrder(dataset)
+        if context_window > 0:
+            size, pad = self.args.tokens_per_sample, self.target_dictionary.pad()
+            longest = max_positions if isinstance(max_positions, int) else None
+            dataset = WindowsInText(dataset, size, context_window, pad, longest)
         load = partial(
             super().eval_lm_dataloader,
             dataset,
@@ -136,7 +133,6 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             max_positions,
             num_workers=num_workers,
             data_buffer_size=data_buffer_size,
-            context_window=context_window,
         )
         if not all(map(is_supported, self.models)):
             loading.check_stock_is_enough(self.options, "this decoder")
@@ -149,8 +145,6 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         run = EvaluationRun(inputs, sizes, left_out + omitted)
         if run.sample_every:
             run.learn(
-                # A shard is every n-th batch. Its first blocks see context that is not theirs,
-                # which the sample that an index is trained on can bear.
                 load(num_shards=run.sample_every),
                 utils.move_to_cuda if on_gpu else lambda batch: batch,
             )
@@ -226,12 +220,7 @@ def _check_run(args: Any, options: Options) -> None:
     inputs: dict[str, list[str]] = {}
     if run is not None:
         stock.check_numbers(run)
-        loading.check_loader(
-            run.eval_lm.context_window,
-            run.dataset.num_workers,
-            stock.shards(run),
-            options.writes,
-        )
+        loading.check_loader(run.eval_lm.context_window, stock.shards(run), options.writes)
         path, split = run.common_eval.path, run.dataset.gen_subset
         if command is not None and path is not None:
             asks = options.saving.save_knnlm_dstore or options.mixing.evaluates

@@ -14,23 +14,14 @@ logger = logging.getLogger(__name__)
 ONE_PROCESS = "leave --num-shards out, and on several GPUs pass --distributed-world-size 1"
 
 
-def check_loader(context_window: int, num_workers: int, num_shards: int, writing: bool) -> None:
-    """Refuses ways of loading that would give wrong contexts, or part of what is to be written.
-
-    fairseq's context window is state in the process that collates, and shards take every n-th
-    batch, so contexts would be of other blocks.
+def check_loader(context_window: int, num_shards: int, writing: bool) -> None:
+    """Refuses a part of a text where the whole of it is to be written, or gives contexts.
 
     Raises:
-        ConfigError: naming the flag.
+        ConfigError: where there are several shards.
     """
-    for flag, number in (("--num-workers", num_workers), ("--num-shards", num_shards)):
-        if context_window > 0 and number > 1:
-            raise ConfigError(
-                f"{flag} {number} would give wrong contexts with a context window",
-                expected=f"{flag} 1, or no --context-window",
-                found=f"{flag} {number} and --context-window {context_window}",
-                do=ONE_PROCESS if flag == "--num-shards" else None,
-            )
+    if context_window > 0:
+        _check_one_process(num_shards, "contexts reach over the whole text")
     if writing:
         what = "a datastore, score table or results file is written by one process"
         _check_one_process(num_shards, what)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from fairseq import utils
-from fairseq.data import LMContextWindowDataset
 
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.explain import SplitRows, Stretch
@@ -16,6 +15,7 @@ from fairseq_knnlm.runs.scorer import Blocks
 from fairseq_knnlm.runs.sources import BEFORE
 from fairseq_knnlm.tasks import stock
 from fairseq_knnlm.tasks.session import Session
+from fairseq_knnlm.tasks.windows import WindowsInText
 
 #: Tokens that are read at a time, unless --max-tokens says so.
 TOKENS_AT_A_TIME = 4096
@@ -24,9 +24,8 @@ TOKENS_AT_A_TIME = 4096
 def open_rows(session: Session, split: str, rows: range) -> tuple[Inputs, SplitRows]:
     """Rows of a split, and what is to be read for their sake.
 
-    That is the blocks that hold them and, since these see a context window, the blocks before them
-    that this reaches into. Where an expert needs the text in its order, such as the cache, it is
-    all text up to them.
+    That is the blocks that hold them; where an expert needs the text in its order, such as the
+    cache, all text up to them.
 
     Args:
         session: with fairseq's flags for reading blocks.
@@ -47,7 +46,7 @@ def open_rows(session: Session, split: str, rows: range) -> tuple[Inputs, SplitR
     _check_lengths(session, sizes[first : last + 1])
     read = _block_of(starts, max(0, rows.start - BEFORE))
     whole = session.task.needs_order()
-    reached = 0 if whole else _block_of(starts, max(0, int(starts[first]) - window))
+    reached = 0 if whole else first
     stretch = Stretch(_tokens(dataset, range(read, last + 1), bos), int(starts[read]), rows)
     context = session.task.context(window)
     return session.task.inputs(session.models, context), SplitRows(
@@ -91,15 +90,11 @@ def _tokens(dataset: Any, blocks: range, bos: int | None) -> list[int]:
 
 
 def _batches(session: Session, dataset: Any, blocks: range) -> Iterator[dict[str, Any]]:
-    """Blocks after their context, as fairseq hands them to a scorer.
-
-    The first of them come after too little of it, if the text does not begin with them; nobody is
-    told of these.
-    """
+    """Blocks after their context, as fairseq hands them to a scorer."""
     window, pad = session.cfg.eval_lm.context_window, session.task.target_dictionary.pad()
     if window:
         size = session.task.args.tokens_per_sample
-        dataset = LMContextWindowDataset(dataset, size, window, pad)
+        dataset = WindowsInText(dataset, size, window, pad)
     longest = max(int(dataset.size(block)) for block in blocks) + window
     most = session.cfg.dataset.max_tokens or TOKENS_AT_A_TIME
     together = max(1, min(most // longest, session.cfg.dataset.batch_size or most))

@@ -60,7 +60,6 @@ FLAGS = {
     "nonsense device": (["--knn-device", "gpu"], "auto, cpu"),
     "no block left": (["--tokens-per-sample", 8], "--tokens-per-sample 3072"),
     "negative block": (["--tokens-per-sample", 4], "-4 tokens"),
-    "workers with a context": (["--num-workers", 2], "--num-workers"),
     "shards with a context": (["--num-shards", 2], "--num-shards"),
     "unknown expert": (["--experts", "knn,oracle"], "of knn, cache, ngram, lm2"),
     "expert named twice": (["--experts", "knn,knn"], "each once"),

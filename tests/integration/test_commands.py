@@ -58,6 +58,12 @@ def test_base_loss_is_the_stock_loss(lab: Lab, model: str, context: list[object]
     assert ours["loss"] == pytest.approx(stock["loss"], abs=2e-5)
 
 
+def test_contexts_are_the_same_however_many_processes_load_the_text(lab: Lab) -> None:
+    """fairseq's own windows are state in the one that collates."""
+    alone = lab.evaluate("test")
+    assert eval_lm(lab.command("test", "--num-workers", 2)) == alone
+
+
 def test_knn_lm_is_ten_plain_lines(lab: Lab, datastore: Path, tmp_path: Path) -> None:
     table_file, results_file = tmp_path / "table.npz", tmp_path / "results.json"
     found = lab.evaluate(
