@@ -14,6 +14,7 @@ unless entries were merged. The folder is written under a temporary name and ren
 manifest last.
 """
 
+from fairseq_knnlm.datastore.blocks import Block
 from fairseq_knnlm.datastore.documents import (
     Documents,
     around,
@@ -22,6 +23,7 @@ from fairseq_knnlm.datastore.documents import (
     write_documents,
 )
 from fairseq_knnlm.datastore.manifest import (
+    BLOCKS,
     FORMAT,
     INDEX,
     KEYS,
@@ -33,6 +35,7 @@ from fairseq_knnlm.datastore.manifest import (
     Compression,
     Manifest,
     Origin,
+    Stretch,
     Sums,
     read_manifest,
     value_dtype,
@@ -41,10 +44,12 @@ from fairseq_knnlm.datastore.reader import (
     Datastore,
     check_finite,
     check_numbers,
+    key_files,
     open_array,
     open_datastore,
     outline,
 )
+from fairseq_knnlm.datastore.stacked import Rows, Stacked
 from fairseq_knnlm.datastore.writer import (
     DatastoreWriter,
     check_new,
@@ -53,6 +58,7 @@ from fairseq_knnlm.datastore.writer import (
 )
 
 __all__ = [
+    "BLOCKS",
     "FORMAT",
     "INDEX",
     "KEYS",
@@ -61,12 +67,16 @@ __all__ = [
     "VALUES",
     "VERSION",
     "WEIGHTS",
+    "Block",
     "Compression",
     "Datastore",
     "DatastoreWriter",
     "Documents",
     "Manifest",
     "Origin",
+    "Rows",
+    "Stacked",
+    "Stretch",
     "Sums",
     "around",
     "check_finite",
@@ -75,6 +85,7 @@ __all__ = [
     "check_room",
     "datastore_bytes",
     "first_line",
+    "key_files",
     "open_array",
     "open_datastore",
     "outline",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -15,14 +16,18 @@ from fairseq_knnlm.files import Checksum, Fingerprint, chunks_of, read_sealed, w
 from fairseq_knnlm.files.arrays import MOST_HEADER
 
 FORMAT = "fairseq-knnlm datastore"
-#: Version 2 may lack keys; version 3 is compressed. What needs neither is written as version 1.
-VERSION = 3
+#: Version 2 may lack keys, 3 is compressed, 4 is in blocks. What needs none of these is written as
+#: version 1.
+VERSION = 4
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
 PROJECTION, WEIGHTS = "projection.npy", "weights.npy"
 INDEX = "knn.index"
+#: Where the blocks lie of a datastore that has several.
+BLOCKS = "blocks"
 
 #: Types of fields, with their bounds: rows, dimensions, fingerprints.
 Bounded = Annotated[int, msgspec.Meta(ge=1, le=2**48)]
+Row = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 #: Of a model, dictionary or datastore; empty where unknown.
 Known = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
@@ -88,17 +93,44 @@ class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunks: Sequence[Checksum]
 
 
+class Stretch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A block, as the datastore that it belongs to knows it.
+
+    Attributes:
+        name: of its folder, in ``blocks``.
+        rows: entries that it holds.
+        fingerprint: of its own manifest.
+        breaks: those of its rows that do not follow the row before them in a text, ascending.
+        forgotten: its rows that count no more, as (first, behind the last), ascending and apart.
+    """
+
+    name: Annotated[str, msgspec.Meta(pattern="^[0-9]{6,12}$")]
+    rows: Bounded
+    fingerprint: Fingerprint
+    breaks: Sequence[Row] = ()
+    forgotten: Sequence[tuple[Row, Row]] = ()
+
+    @property
+    def kept(self) -> list[tuple[int, int]]:
+        """Its rows that count, as (first, behind the last), ascending."""
+        edges = [0, *(edge for pair in self.forgotten for edge in pair), self.rows]
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return [(start, stop) for start, stop in pairs if start < stop]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape, types and origin of a datastore.
 
     Attributes:
-        rows: entries, N.
+        rows: entries, N; of several blocks those that were not forgotten.
         width: dimensions of a key, D, or P after PCA.
         key_dtype: ``"float16"`` or ``"float32"``; None for a datastore that kept no keys.
         value_dtype: the integer type of the values.
         origin: what made it.
         files: the arrays by name.
         compressions: what was done to the datastore that was saved, in that order.
+        blocks: of a datastore that has several; it holds no arrays of its own.
+        before: fingerprints that this datastore had before it was changed, the last one last.
     """
 
     rows: Bounded
@@ -108,6 +140,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     origin: Origin
     files: dict[str, Sums] = {}
     compressions: Sequence[Compression] = ()
+    blocks: Sequence[Stretch] = ()
+    before: Sequence[Fingerprint] = ()
 
     @property
     def query_width(self) -> int:
@@ -120,8 +154,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return any(step.merge for step in self.compressions)
 
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of each array that there must be, by the name of its file."""
+        """Type and shape of each array in the datastore's own folder, by the name of its file."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.blocks:
+            return found
         if self.key_dtype is not None:
             found[KEYS] = self.key_dtype, (self.rows, self.width)
         found[VALUES] = self.value_dtype, (self.rows,)
@@ -148,13 +184,18 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
             do="save one: fairseq-eval-lm ... --save-knnlm-dstore --dstore-mmap PATH",
         )
     try:
-        manifest, seal = read_sealed(
-            file, FORMAT, VERSION, Manifest, lambda fields: {"compressions": [], **fields}
-        )
+        manifest, seal = read_sealed(file, FORMAT, VERSION, Manifest, _renewed)
         _check_manifest(manifest)
         return manifest, seal
     except ValueError as error:
         raise damaged(file, "the manifest as it was written", str(error)) from None
+
+
+def _renewed(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of any version, with those that it does without."""
+    if "blocks" in fields:
+        return {"files": {}, "compressions": [], **fields}
+    return {"compressions": [], "blocks": [], "before": [], **fields}
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -170,6 +211,27 @@ def _check_manifest(manifest: Manifest) -> None:
         )
     _check_widths(manifest)
     _check_files(manifest)
+    if manifest.blocks:
+        _check_blocks(manifest)
+
+
+def _check_blocks(manifest: Manifest) -> None:
+    """Refuses blocks that come twice, and rows that they do not have."""
+    for number, block in enumerate(manifest.blocks):
+        place = f"at `$.blocks[{number}]"
+        edges = [edge for pair in block.forgotten for edge in pair]
+        if any(a >= b for a, b in pairwise(edges)) or (edges and edges[-1] > block.rows):
+            raise ValueError(f"rows that do not ascend to {block.rows:,} - {place}.forgotten`")
+        breaks = [*block.breaks, block.rows]
+        if any(a >= b for a, b in pairwise(breaks)):
+            raise ValueError(f"rows that do not ascend to {block.rows:,} - {place}.breaks`")
+        if not block.kept:
+            raise ValueError(f"a block of which nothing is left - {place}`")
+    if len({block.name for block in manifest.blocks}) < len(manifest.blocks):
+        raise ValueError("a block that comes twice - at `$.blocks`")
+    kept = sum(stop - start for block in manifest.blocks for start, stop in block.kept)
+    if kept != manifest.rows:
+        raise ValueError(f"{manifest.rows:,}, where the blocks keep {kept:,} - at `$.rows`")
 
 
 def _check_widths(manifest: Manifest) -> None:
@@ -212,8 +274,12 @@ def _check_files(manifest: Manifest) -> None:
 def write_manifest(file: Path, manifest: Manifest) -> str:
     """Writes it in the oldest version that can say it; returns the fingerprint."""
     content = msgspec.to_builtins(manifest)
-    if manifest.compressions:
+    if manifest.blocks:
+        del content["files"], content["compressions"]
         return write_sealed(file, FORMAT, VERSION, content)
+    del content["blocks"], content["before"]
+    if manifest.compressions:
+        return write_sealed(file, FORMAT, 3, content)
     del content["compressions"]
     return write_sealed(file, FORMAT, 1 if manifest.key_dtype else 2, content)
 

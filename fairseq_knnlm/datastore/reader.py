@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from fairseq_knnlm.datastore.blocks import Block, blocks_of, breaks_of, check_block
 from fairseq_knnlm.datastore.manifest import (
     INDEX,
     KEYS,
@@ -17,9 +19,11 @@ from fairseq_knnlm.datastore.manifest import (
     VALUES,
     WEIGHTS,
     Manifest,
+    Sums,
     damaged,
     read_manifest,
 )
+from fairseq_knnlm.datastore.stacked import Rows, Stacked
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import altered, check_mapped
 from fairseq_knnlm.files.arrays import kind_of, read_header
@@ -36,7 +40,7 @@ class Datastore:
         path: its folder, or the prefix of the two raw files of urvashik/knnlm.
         manifest: shape, types, origin.
         keys: (N, D) float16 or float32, memory-mapped unless asked otherwise; None where left out
-            or not kept.
+            or not kept. Those of several blocks are a ``Stacked``, which reads like an array.
         values: (N,) integers.
         fingerprint: SHA-256 over the manifest, which holds checksums of the content.
         index_path: where its index lies unless said otherwise.
@@ -47,7 +51,7 @@ class Datastore:
 
     path: Path
     manifest: Manifest
-    keys: np.ndarray | None
+    keys: Rows | None
     values: np.ndarray
     fingerprint: str
     index_path: Path
@@ -56,6 +60,19 @@ class Datastore:
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Its blocks; none where it has one, which is the folder itself."""
+        return blocks_of(self.path, self.manifest)
+
+    @cached_property
+    def breaks(self) -> np.ndarray:
+        """(n,) int64, the rows that do not follow the row before them in a text; 0 is the first.
+
+        Where entries were merged no row can be told to follow another, and these say nothing.
+        """
+        return breaks_of(self.blocks, self.manifest)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +95,7 @@ class Datastore:
         """Where it is said where its documents begin."""
         return self.index_path.with_name(self.index_path.name.replace(INDEX, "documents.npz"))
 
-    def full_keys(self) -> np.ndarray:
+    def full_keys(self) -> Rows:
         """The keys.
 
         Raises:
@@ -150,7 +167,31 @@ def open_datastore(
     Raises:
         DatastoreError: where there is none, or it is truncated, altered or of a newer version.
     """
-    manifest, seal = read_manifest(path)
+    while True:
+        manifest, seal = read_manifest(path)
+        try:
+            if manifest.blocks:
+                return open_blocks(
+                    path, manifest, seal, load_keys=load_keys, in_memory=in_memory, verify=verify
+                )
+            return _open_one(path, manifest, seal, load_keys, in_memory, verify)
+        except DatastoreError:
+            if not _was_replaced(path, seal):
+                raise
+
+
+def _was_replaced(path: Path, seal: str) -> bool:
+    """Whether another manifest lies there now, so that what it names are other files."""
+    try:
+        return read_manifest(path)[1] != seal
+    except DatastoreError:
+        return False
+
+
+def _open_one(
+    path: Path, manifest: Manifest, seal: str, load_keys: bool, in_memory: bool, verify: bool
+) -> Datastore:
+    """A datastore whose arrays lie in its own folder."""
     arrays: dict[str, np.ndarray] = {
         name: open_array(path, name, manifest, in_memory=in_memory, everything=verify)
         for name in manifest.arrays()
@@ -166,6 +207,56 @@ def open_datastore(
         arrays.get(PROJECTION),
         arrays.get(WEIGHTS),
     )
+
+
+def open_blocks(
+    path: Path,
+    manifest: Manifest,
+    seal: str,
+    *,
+    load_keys: bool = True,
+    in_memory: bool = False,
+    verify: bool = False,
+) -> Datastore:
+    """A datastore of several blocks, each of which is opened as one of its own.
+
+    Args:
+        path: its folder, whose manifest need not have been written yet.
+        manifest: of all of it; ``seal`` is its fingerprint.
+        load_keys, in_memory, verify: as for ``open_datastore``.
+
+    Raises:
+        DatastoreError: where a block is missing, damaged, or another than the manifest says.
+    """
+    keys: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    for block in blocks_of(path, manifest):
+        part, own_seal = read_manifest(block.path)
+        check_block(block, part, own_seal, manifest)
+        found = _open_one(block.path, part, own_seal, load_keys, in_memory, verify)
+        values += [found.values[start:stop] for start, stop in block.kept]
+        if isinstance(found.keys, np.ndarray):
+            keys += [found.keys[start:stop] for start, stop in block.kept]
+    return Datastore(
+        path,
+        manifest,
+        Stacked(keys) if keys else None,
+        values[0] if len(values) == 1 else np.concatenate(values),
+        seal,
+        path / INDEX,
+    )
+
+
+def key_files(store: Datastore) -> dict[Path, Sums]:
+    """The files of a datastore's keys, with what tells whether they are as they were written.
+
+    Raises:
+        DatastoreError: where a block's manifest is damaged by now.
+    """
+    folders = [block.path for block in store.blocks]
+    files = {folder / KEYS: read_manifest(folder)[0].files.get(KEYS) for folder in folders}
+    files[store.path / KEYS] = store.manifest.files.get(KEYS)
+    return {file: sums for file, sums in files.items() if sums is not None}
 
 
 def outline(path: Path) -> Datastore:
@@ -216,7 +307,7 @@ def open_array(
 
 
 def check_numbers(
-    name: str, array: np.ndarray, vocabulary: int, *, empty_keys: bool = True
+    name: str, array: Rows, vocabulary: int, *, empty_keys: bool = True
 ) -> Iterator[str]:
     """Reads an array chunk by chunk, and says what no datastore holds.
 

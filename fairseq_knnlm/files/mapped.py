@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fairseq_knnlm.errors import DatastoreError
 
 #: Bytes of zeros written at a time, where the system cannot reserve room by itself.
@@ -38,14 +36,18 @@ def reserve(path: Path, size: int) -> None:
         os.close(handle)
 
 
-def check_mapped(array: np.ndarray, what: str) -> None:
+def check_mapped(array: Any, what: str) -> None:
     """Refuses to read an array whose file became shorter since it was mapped.
+
+    One of several parts (``parts``) has as many files.
 
     Reading behind its end would end the process without a message.
 
     Raises:
         DatastoreError: naming ``what`` the array is.
     """
+    for part in getattr(array, "parts", ()):
+        check_mapped(part, what)
     owner: Any = array
     while owner is not None and not isinstance(owner, mmap.mmap):
         owner = getattr(owner, "base", None)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tqdm import tqdm
 
 from fairseq_knnlm.background import ahead
-from fairseq_knnlm.datastore import check_finite
+from fairseq_knnlm.datastore import Rows, check_finite
 from fairseq_knnlm.errors import IndexFileError
 from fairseq_knnlm.files import check_mapped
 from fairseq_knnlm.index.card import IndexCard
@@ -171,7 +171,7 @@ class IndexBuilder:
 
 
 def build(
-    keys: np.ndarray,
+    keys: Rows,
     recipe: Recipe,
     options: BuildOptions,
     *,
@@ -224,7 +224,7 @@ def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, A
     }
 
 
-def _chunks(keys: np.ndarray, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _chunks(keys: Rows, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The keys in float32, a chunk at a time, and their rows, with a bar."""
     step = max(1, CHUNK_BYTES // (keys.shape[1] * 4))
     bar = tqdm(total=len(keys), unit=" keys", unit_scale=True, desc="adding", disable=not progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,31 @@ from torch import Tensor
 GATHER_BYTES = 8 * 2**20
 
 
-def distances_to_rows(keys: Tensor, queries: Tensor, rows: Tensor, similarity: str) -> Tensor:
+class StackedKeys:
+    """Keys in several tensors, one after another, that are looked up as if they were one.
+
+    Args:
+        parts: one or more, each (n, D), of one type and on one device.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = parts
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(dim=0)
+        self.dtype, self.device = parts[0].dtype, parts[0].device
+
+    def select(self, rows: Tensor, out: Tensor) -> None:
+        """The keys (n, D) at ``rows`` (n,) int64, into ``out``."""
+        homes = torch.bucketize(rows, self._ends, right=True)
+        for home in homes.unique().tolist():
+            places = (homes == home).nonzero()[:, 0]
+            part = self._parts[home]
+            own = rows[places] - (int(self._ends[home]) - len(part))
+            out[places] = part.index_select(0, own)
+
+
+def distances_to_rows(
+    keys: Tensor | StackedKeys, queries: Tensor, rows: Tensor, similarity: str
+) -> Tensor:
     """Distances of each query to its own rows of the keys.
 
     Memory beside the result is ``GATHER_BYTES`` twice at most, whatever the number of rows: every
@@ -34,7 +60,7 @@ def distances_to_rows(keys: Tensor, queries: Tensor, rows: Tensor, similarity: s
     most = max(1, GATHER_BYTES // (4 * width))
     columns = min(k, most)
     at_a_time = min(count, max(1, most // columns))
-    picked = keys.new_empty((at_a_time * columns, width))
+    picked = torch.empty((at_a_time * columns, width), dtype=keys.dtype, device=keys.device)
     near = picked
     if (keys.dtype, keys.device) != (queries.dtype, queries.device):
         near = queries.new_empty(picked.shape)
@@ -45,7 +71,7 @@ def distances_to_rows(keys: Tensor, queries: Tensor, rows: Tensor, similarity: s
             part = slice(first, first + at_a_time), slice(left, left + columns)
             wanted = rows[part]
             size = wanted.numel()
-            torch.index_select(keys, 0, wanted.reshape(-1), out=picked[:size])
+            _select(keys, wanted.reshape(-1), picked[:size])
             if near is not picked:
                 near[:size].copy_(picked[:size])
             block = near[:size].view(*wanted.shape, width)
@@ -54,3 +80,10 @@ def distances_to_rows(keys: Tensor, queries: Tensor, rows: Tensor, similarity: s
             else:
                 torch.sum(block.sub_(asked).square_(), dim=2, out=found[part])
     return found
+
+
+def _select(keys: Tensor | StackedKeys, rows: Tensor, out: Tensor) -> None:
+    if isinstance(keys, StackedKeys):
+        keys.select(rows, out)
+    else:
+        torch.index_select(keys, 0, rows, out=out)

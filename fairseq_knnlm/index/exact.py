@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.datastore import Rows
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.distances import distances_to_rows
 
@@ -34,10 +35,11 @@ class ExactSearch:
         device: torch's.
     """
 
-    def __init__(self, keys: np.ndarray, card: IndexCard, device: str) -> None:
+    def __init__(self, keys: Rows, card: IndexCard, device: str) -> None:
         assert card.exact
         self.card = card
-        self._keys = torch.from_numpy(np.array(keys)).to(device)
+        keys = np.array(keys)
+        self._keys = torch.from_numpy(keys).to(device)
         # An inner product is not that of what is left without the mean.
         centred = card.metric == "l2"
         middle = keys.mean(axis=0, dtype=np.float64) if centred else np.zeros(keys.shape[1])

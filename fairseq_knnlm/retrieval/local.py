@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_knnlm.datastore import KEYS, Datastore
+from fairseq_knnlm.datastore import Datastore, Rows, Stacked, key_files
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.files import Checking, check_mapped
 from fairseq_knnlm.index.card import IndexCard
-from fairseq_knnlm.index.distances import GATHER_BYTES, distances_to_rows
+from fairseq_knnlm.index.distances import GATHER_BYTES, StackedKeys, distances_to_rows
 from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 
@@ -45,21 +45,22 @@ class LocalRetriever:
         self._weights = None if store.weights is None else _as_tensor(store.weights)
         self._projection = None if store.projection is None else _as_tensor(store.projection)
         recomputes = similarity != "do_not_recomp_l2"
-        self._keys = _as_tensor(store.full_keys()) if recomputes else None
-        sums = store.manifest.files.get(KEYS) if recomputes else None
-        self._checking = Checking(store.path / KEYS, sums.chunks if sums is not None else ())
+        self._keys = _as_keys(store.full_keys()) if recomputes else None
+        files = key_files(store) if recomputes else {}
+        self._checking = [Checking(file, sums.chunks) for file, sums in files.items()]
 
     def check_files(self) -> int:
-        """Waits until every key of the file that is read was compared with its checksum.
+        """Waits until every key of the files that are read was compared with its checksum.
 
         Returns:
-            How many chunks of the file were left for this when it was opened.
+            How many chunks of the files were left for this when they were opened.
 
         Raises:
             DatastoreError: where keys are damaged.
         """
-        self._checking.wait()
-        return self._checking.checked
+        for one in self._checking:
+            one.wait()
+        return sum(one.checked for one in self._checking)
 
     @property
     def vocabulary(self) -> int:
@@ -219,7 +220,8 @@ class LocalRetriever:
     def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
         assert self._keys is not None
-        self._checking.check()
+        for one in self._checking:
+            one.check()
         check_mapped(self.store.full_keys(), f"keys of {self.store.path}")
         found = distances_to_rows(self._keys, queries, rows, self.similarity)
         if not _all_finite(found):
@@ -238,6 +240,13 @@ def _all_finite(numbers: Tensor) -> bool:
         return True
     low, high = numbers.aminmax()
     return math.isfinite(low) and math.isfinite(high)
+
+
+def _as_keys(keys: Rows) -> Tensor | StackedKeys:
+    """Keys as torch reads them, in their place."""
+    if isinstance(keys, Stacked):
+        return StackedKeys([_as_tensor(part) for part in keys.parts])
+    return _as_tensor(keys)
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:

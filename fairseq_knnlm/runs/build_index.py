@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import numpy as np
-
 from fairseq_knnlm.bounds import check_range
-from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.datastore import Datastore, Rows
 from fairseq_knnlm.files import Claim, check_outputs
 from fairseq_knnlm.index.build import BuildOptions, build, plan
 from fairseq_knnlm.index.card import IndexCard
@@ -76,7 +74,7 @@ def _check_recipe(recipe: Recipe, width: int, options: BuildOptions) -> None:
 
 
 def _built(
-    store: Datastore, keys: np.ndarray, path: Path, recipe: Recipe, options: BuildOptions
+    store: Datastore, keys: Rows, path: Path, recipe: Recipe, options: BuildOptions
 ) -> IndexCard:
     folder = path.with_name(f".{path.name}.building")
     snapshots = Snapshots(folder, plan(recipe, options, store.fingerprint))

@@ -19,6 +19,7 @@ from fairseq_knnlm.datastore import (
     Compression,
     Datastore,
     DatastoreWriter,
+    Rows,
     check_finite,
     check_new,
     check_room,
@@ -108,7 +109,7 @@ def _compress(
     return writer.publish(lambda folder, _: write_documents(outline(folder), documents))
 
 
-def fit_pca(keys: np.ndarray, components: int, seed: int) -> np.ndarray:
+def fit_pca(keys: Rows, components: int, seed: int) -> np.ndarray:
     """The directions in which keys vary most, turned at random.
 
     The rotation spreads the variance over all columns, which product codes like better. The mean
