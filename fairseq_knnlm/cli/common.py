@@ -11,8 +11,7 @@ from pathlib import Path
 from fairseq_knnlm.bounds import MOST_ENTRIES, check_range
 from fairseq_knnlm.datastore import Datastore, outline
 from fairseq_knnlm.datastore.legacy import is_legacy
-from fairseq_knnlm.files import check_outputs
-from fairseq_knnlm.runs.places import check_new_datastore
+from fairseq_knnlm.runs.places import check_datastore_output, check_new_datastore
 from fairseq_knnlm.runs.stores import name_foreign, open_store
 
 
@@ -52,10 +51,10 @@ def outlined(args: argparse.Namespace) -> Datastore:
     return opened(args) if is_legacy(args.dstore) else outline(args.dstore)
 
 
-def check_new(flag: str, path: Path) -> None:
-    """Refuses a place where no datastore can be made."""
-    check_new_datastore(flag, path, {})
-    check_outputs({flag: path})
+def check_new(flag: str, path: Path, *, goes_on: bool = False) -> None:
+    """Refuses a place where no datastore can be made; one in the making may go on."""
+    check_new_datastore(flag, path, {}, goes_on=goes_on)
+    check_datastore_output(flag, path)
 
 
 def evaluate(data: str, flags: Sequence[str]) -> None:

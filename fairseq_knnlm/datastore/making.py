@@ -36,7 +36,7 @@ from fairseq_knnlm.datastore.manifest import (
 from fairseq_knnlm.datastore.reader import Datastore, open_blocks, open_datastore
 from fairseq_knnlm.datastore.writer import DatastoreWriter, check_new, check_room, datastore_bytes
 from fairseq_knnlm.errors import BusyError, DatastoreError
-from fairseq_knnlm.files import Claim, flush_to_disk, read_sealed, write_sealed
+from fairseq_knnlm.files import Claim, flush_to_disk, read_sealed, tidy, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         origin: what makes it, with the versions of libraries.
         starts: the first row of each block, ascending from 0, and behind the last one the number
             of all rows.
+        boundary: what the first line of a document matches; None where documents begin after empty
+            lines.
         number: that of the first block; others are in the datastore already.
         onto: fingerprint of the datastore that the blocks are added to; empty for a new one.
     """
@@ -62,6 +64,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key_dtype: Annotated[str, msgspec.Meta(pattern="^float(16|32)$")] | None
     origin: Origin
     starts: Sequence[Row]
+    boundary: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)] | None = None
     number: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = 0
     onto: Known = ""
 
@@ -188,6 +191,8 @@ class Making:
             flush_to_disk(self.path / BLOCKS)
             write_manifest(self.path / MANIFEST, manifest)
             (self.path / MAKING).unlink(missing_ok=True)
+            for folder in (self.path, self.path / BLOCKS):
+                tidy(folder)
         return self.path
 
     def _joined(self) -> Manifest:

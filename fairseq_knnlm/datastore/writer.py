@@ -101,6 +101,11 @@ class DatastoreWriter:
         self._arrays[name] = np.lib.format.open_memmap(file, mode="r+")
         return self._arrays[name]
 
+    @property
+    def rows(self) -> int:
+        """Entries that there will be, N."""
+        return len(self._written)
+
     def write(self, rows: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
         """Writes entries.
 

@@ -3,7 +3,7 @@
 What the other folders use of this one; arrays that nobody vouches for are read by ``arrays``.
 """
 
-from fairseq_knnlm.files.claims import Claim, partial_folder, partial_prefix
+from fairseq_knnlm.files.claims import Claim, partial_folder, partial_prefix, tidy
 from fairseq_knnlm.files.integrity import (
     Checking,
     Checksum,
@@ -51,6 +51,7 @@ __all__ = [
     "reserve",
     "sampled_chunks",
     "seal",
+    "tidy",
     "typed",
     "unseal",
     "write_json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -114,3 +115,14 @@ def remove_partial(path: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what killed processes left in a folder of things that are claimed, if it is there."""
+    for left in list(folder.iterdir()) if folder.is_dir() else ():
+        name = re.fullmatch(r"\.(.+)\.(lock|partial-.*)", left.name)
+        if name is not None:
+            try:
+                Claim(folder / name[1]).release()
+            except BusyError:  # of a living one
+                continue

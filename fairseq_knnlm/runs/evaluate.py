@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.report import tell
 from fairseq_knnlm.runs.results import run_results, table_card
 from fairseq_knnlm.runs.save import Saving, open_saving
+from fairseq_knnlm.runs.save_blocks import ALONE, BlockSaving, Share
 from fairseq_knnlm.runs.scorer import Blocks, FillsTable, Listener
 
 logger = logging.getLogger(__name__)
@@ -29,22 +31,26 @@ class EvaluationRun:
         inputs: options, models, memory.
         sizes: (number of blocks,) tokens of each block, in the order of the text.
         left_out: tokens in blocks that fairseq will drop.
+        share: which part of a datastore is this process's to save.
     """
 
-    def __init__(self, inputs: Inputs, sizes: np.ndarray, left_out: int) -> None:
+    def __init__(
+        self, inputs: Inputs, sizes: np.ndarray, left_out: int, share: Share = ALONE
+    ) -> None:
         self.inputs = inputs
         self.left_out = left_out
         options = inputs.options
         listeners: list[Listener] = []
-        self.saving: Saving | None = None
+        self.saving: Saving | BlockSaving | None = None
+        starts = np.cumsum(sizes) - sizes
         self.table: FillsTable | None = None
         if options.saving.save_knnlm_dstore:
-            self.saving = open_saving(inputs, int(sizes.sum()))
+            self.saving = open_saving(inputs, starts, int(sizes.sum()), share)
             listeners.append(self.saving)
         if options.writing.score_table:
             self.table = FillsTable(Path(options.writing.score_table))
             listeners.append(self.table)
-        self.blocks = Blocks(np.cumsum(sizes) - sizes, inputs.vocabulary.bos)
+        self.blocks = Blocks(starts, inputs.vocabulary.bos)
         self.scorer = make_scorer(inputs, self.blocks, listeners)
         self._warn_of_the_same_split()
 
@@ -60,6 +66,11 @@ class EvaluationRun:
                 )
 
     @property
+    def texts(self) -> list[range] | None:
+        """Which blocks of text are to be read, in stretches that share no batch; None for all."""
+        return self.saving.texts if isinstance(self.saving, BlockSaving) else None
+
+    @property
     def sample_every(self) -> int:
         """Call ``learn`` first, on every n-th batch; 0 where there is nothing to learn."""
         builder = self.saving.builder if self.saving is not None else None
@@ -72,7 +83,7 @@ class EvaluationRun:
             batches: fairseq's, a sample of the split.
             to_device: moves one to the model.
         """
-        assert self.saving is not None
+        assert isinstance(self.saving, Saving)
         key_type = self.inputs.options.datastores.knn_keytype
         lm = language_model(self.inputs.models[0], key_type)
         self.saving.learn(lm, self.inputs.vocabulary.pad, self.blocks, batches, to_device)
@@ -91,9 +102,14 @@ class EvaluationRun:
             expert.kind.finish(expert)
         found = run_results(self.inputs, self.scorer, self.left_out)
         failures: list[Exception] = []
-        for publish in (self._publish_datastore, self._publish_table, self._publish_results):
+        publishing = (
+            self.publish_datastore,
+            partial(self._publish_table, found),
+            partial(self._publish_results, found),
+        )
+        for publish in publishing:
             try:
-                publish(found)
+                publish()
             except Exception as error:
                 failures.append(error)
         tell(found, memory.by_kind if memory is not None else ())
@@ -102,10 +118,10 @@ class EvaluationRun:
         if failures:
             raise failures[0]
 
-    def _publish_datastore(self, found: dict[str, Any]) -> None:
+    def publish_datastore(self) -> None:
+        """Gives the datastore its name, or says what is missing of it."""
         if self.saving is not None:
-            path = self.saving.publish()
-            logger.info("saved %s entries in %s", f"{found['tokens']:,}", path)
+            logger.info(self.saving.publish())
 
     def _publish_table(self, found: dict[str, Any]) -> None:
         if self.table is not None:

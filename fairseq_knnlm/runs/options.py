@@ -92,6 +92,12 @@ class SavingOptions:
     max_bytes_per_key: int | None = flag(
         None, "memory that --recipe auto may spend on a key (default: 72)", counts="bytes"
     )
+    block_rows: int = flag(
+        2**20,
+        "entries of a block, about: a datastore of more than one is made block by block, and goes "
+        "on where it was stopped (default: 1,048,576)",
+        counts="entries",
+    )
     document_boundary: str | None = flag(
         None,
         "regular expression that the first line of each document of the text matches at its "

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fairseq_knnlm.datastore import MANIFEST, check_new
-from fairseq_knnlm.errors import OutputError
+from fairseq_knnlm.datastore.making import MAKING
+from fairseq_knnlm.errors import BusyError, OutputError
+from fairseq_knnlm.files import check_outputs
 
 #: What files in a datastore's folder are called that are its own.
 OF_INDEX = "knn."
 PARTS: tuple[str, ...] = (
-    *("manifest.", "keys.", "values.", "projection.", "weights.", OF_INDEX, "ngram."),
+    *("manifest.", "keys.", "values.", "projection.", "weights.", OF_INDEX, "ngram.", "blocks"),
     *("documents.", "calibration.json", "calibration.npz"),
 )
+
+
+#: Tenths of a second that are waited for processes that try the same place.
+PATIENCE = 20
 
 
 def exists(path: Path) -> bool:
@@ -24,13 +31,16 @@ def exists(path: Path) -> bool:
         return False
 
 
-def check_new_datastore(flag: str, path: Path, others: Mapping[str, Path | str | None]) -> None:
+def check_new_datastore(
+    flag: str, path: Path, others: Mapping[str, Path | str | None], *, goes_on: bool = False
+) -> None:
     """Refuses a place for a new datastore that is taken, or is part of something else.
 
     Args:
         flag: that names it.
         path: its folder.
         others: what else the run writes, by flag.
+        goes_on: whether a datastore in the making is welcome, to go on with.
 
     Raises:
         DatastoreError: where ``path`` exists.
@@ -42,11 +52,11 @@ def check_new_datastore(flag: str, path: Path, others: Mapping[str, Path | str |
             expected="a path without one, so that the datastore can be read again",
             found=path,
         )
-    if exists(path):
+    if exists(path) and not (goes_on and _is_begun(path)):
         check_new(path)
     place = Path(os.path.realpath(path))
     around = [parent for parent in place.parents if exists(parent / MANIFEST)]
-    within = [other for other, name in others.items() if name and place in _parents(name)]
+    within = [other for other, name in others.items() if name and place in _with_parents(name)]
     if around or within:
         raise OutputError(
             f"{flag} names no place of its own",
@@ -58,8 +68,43 @@ def check_new_datastore(flag: str, path: Path, others: Mapping[str, Path | str |
         )
 
 
-def _parents(name: Path | str) -> Iterable[Path]:
-    return Path(os.path.realpath(name)).parents
+def check_datastore_output(flag: str, path: Path) -> None:
+    """Tries the folder of a datastore that will be made, or gone on with.
+
+    Processes that share out the work begin at the same moment, so each waits a little for others
+    that try the same.
+
+    Raises:
+        BusyError: where another process goes on writing it.
+        OutputError: where it cannot be written.
+    """
+    for waited in range(PATIENCE):
+        if _is_begun(path):
+            if os.access(path, os.W_OK | os.X_OK):
+                return
+            raise OutputError(
+                f"{flag} cannot be written",
+                expected="a folder that can be written to",
+                found=f"{path}, where that is not allowed",
+                do="check whose it is",
+            )
+        try:
+            check_outputs({flag: path})
+            return
+        except BusyError:
+            if waited == PATIENCE - 1:
+                raise
+            time.sleep(0.1)
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a datastore is in the making there, or another process is just about to begin it."""
+    return exists(path / MAKING) or exists(path / f".{MAKING}.lock")
+
+
+def _with_parents(name: Path | str) -> list[Path]:
+    place = Path(os.path.realpath(name))
+    return [place, *place.parents]
 
 
 def check_apart(

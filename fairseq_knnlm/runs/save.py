@@ -20,6 +20,8 @@ from fairseq_knnlm.datastore import (
     open_datastore,
     write_documents,
 )
+from fairseq_knnlm.datastore.making import Making, Plan
+from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
 from fairseq_knnlm.index.device import wants_gpu
 from fairseq_knnlm.index.recipes import choose
@@ -30,7 +32,8 @@ from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.runs.documents import find_documents
 from fairseq_knnlm.runs.inputs import Inputs
-from fairseq_knnlm.runs.options import Options
+from fairseq_knnlm.runs.options import Options, WritingOptions
+from fairseq_knnlm.runs.save_blocks import BlockSaving, Share, check_shards, cut
 from fairseq_knnlm.runs.scorer import Batch, Blocks
 from fairseq_knnlm.versions import versions
 
@@ -97,9 +100,12 @@ class Saving:
             if sum(len(rows) for rows, _ in self._waiting) >= KEYS_AT_A_TIME:
                 self._add(self.builder)
 
-    def publish(self) -> Path:
-        """Gives the datastore its name, once everything is in it."""
+    def publish(self) -> str:
+        """Gives the datastore its name, once everything is in it; says what was saved."""
         self._write.wait()
+        return f"saved {self._writer.rows:,} entries in {self._publish()}"
+
+    def _publish(self) -> Path:
         if self.builder is None:
             return self._writer.publish(self._add_documents)
         if self._waiting:
@@ -144,18 +150,23 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
     return rows, np.ascontiguousarray(keys, dtype=np.float32)
 
 
-def open_saving(inputs: Inputs, rows: int) -> Saving:
-    """Makes place for a datastore.
+def open_saving(
+    inputs: Inputs, starts: np.ndarray, rows: int, share: Share
+) -> Saving | BlockSaving:
+    """Makes place for a datastore, or goes on with one.
 
     Args:
         inputs: options, models, dictionary.
-        rows: entries that it will have.
+        starts: (B,) int64, the row of the first token of each block of text.
+        rows: tokens of the text.
+        share: which part of the work is this process's.
 
     Raises:
         KnnlmError: of the kind that fits, where it cannot be saved.
     """
     options, symbols = inputs.options.saving, inputs.vocabulary.symbols
     assert options.dstore_mmap is not None
+    path = Path(options.dstore_mmap)
     origin = Origin(
         model=inputs.model,
         dictionary=dictionary_fingerprint(symbols),
@@ -166,16 +177,35 @@ def open_saving(inputs: Inputs, rows: int) -> Saving:
         versions=versions(),
     )
     width = inputs.loaded.width
-    builder = _index_builder(inputs.options, rows, width) if options.no_save_keys else None
-    writer = DatastoreWriter(Path(options.dstore_mmap), rows, width, origin, options.key_dtype)
-    vocabulary = inputs.vocabulary
     find = partial(
         find_documents,
-        eos=vocabulary.eos,
+        eos=inputs.vocabulary.eos,
         boundary=options.document_boundary,
-        symbols=vocabulary.symbols,
+        symbols=symbols,
     )
+    texts = cut(starts, rows, options.block_rows)
+    if len(texts) > 1 and not options.no_save_keys:
+        edges = [*(int(starts[text.start]) for text in texts), rows]
+        plan = Plan(width, options.key_dtype, origin, edges, options.document_boundary)
+        saving = BlockSaving(Making(path, plan), texts, share, find)
+        _check_whole(inputs.options.writing, saving)
+        return saving
+    check_shards(share, 1)
+    builder = _index_builder(inputs.options, rows, width) if options.no_save_keys else None
+    writer = DatastoreWriter(path, rows, width, origin, options.key_dtype)
     return Saving(writer, find, builder)
+
+
+def _check_whole(writing: WritingOptions, saving: BlockSaving) -> None:
+    """Refuses results of a run that goes on with a datastore, since they would be of a part."""
+    if saving.goes_on and (writing.results_json or writing.score_table):
+        flag = "--results-json" if writing.results_json else "--score-table"
+        raise ConfigError(
+            f"{flag} would hold a part of the text",
+            expected="a run over the whole text",
+            found="one that goes on with a datastore, and reads what is missing of it",
+            do=f"leave {flag} out, and evaluate in a run of its own",
+        )
 
 
 def _index_builder(options: Options, rows: int, width: int) -> IndexBuilder:

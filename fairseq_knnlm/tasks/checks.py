@@ -132,6 +132,8 @@ def _check_saving(options: SavingOptions, *, fp16: bool) -> None:
         _need(saving, "--no-save-keys", "--save-knnlm-dstore")
     if options.recipe != "auto" or options.max_bytes_per_key is not None:
         _need(options.no_save_keys, "--recipe", "--no-save-keys (else build-index takes it)")
+    if options.block_rows != SavingOptions.block_rows:
+        _need(saving, "--block-rows", "--save-knnlm-dstore")
     if options.document_boundary is not None:
         _need(saving, "--document-boundary", "--save-knnlm-dstore (else verify takes it)")
         check_expression("--document-boundary", options.document_boundary)

@@ -7,6 +7,7 @@ fits the model, and hands fairseq a ``KnnScorer`` (``host`` tells how).
 from __future__ import annotations
 
 import logging
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fairseq_knnlm.runs.generate import drafts_for, make_writer
 from fairseq_knnlm.runs.inputs import Inputs, Vocabulary, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
 from fairseq_knnlm.runs.options import Options
+from fairseq_knnlm.runs.save_blocks import ALONE, Share
 from fairseq_knnlm.signals import end_on_request
 from fairseq_knnlm.tasks import host, loading, stock
 from fairseq_knnlm.tasks.checks import check
@@ -35,7 +37,7 @@ from fairseq_knnlm.tasks.generation import MixtureEnsemble, MixtureGenerator
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
 from fairseq_knnlm.tasks.idle import name_ignored
 from fairseq_knnlm.tasks.outputs import check_writes
-from fairseq_knnlm.tasks.windows import InTextOrder, WindowsInText
+from fairseq_knnlm.tasks.windows import InStretches, InTextOrder, WindowsInText
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
     ) -> Any:
         """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
         saving = self.options.saving.save_knnlm_dstore
-        loading.check_loader(context_window, num_shards, self.options.writes)
+        loading.check_loader(context_window, num_shards, self.options)
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
         left_out = int(sizes.sum() - read.sum())
@@ -127,30 +129,35 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             dataset = WindowsInText(dataset, size, context_window, pad, longest)
         load = partial(
             super().eval_lm_dataloader,
-            dataset,
-            max_tokens,
-            batch_size,
-            max_positions,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            max_positions=max_positions,
             num_workers=num_workers,
             data_buffer_size=data_buffer_size,
         )
         if not all(map(is_supported, self.models)):
             loading.check_stock_is_enough(self.options, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
-            return load(num_shards=num_shards, shard_id=shard_id)
+            return load(dataset, num_shards=num_shards, shard_id=shard_id)
         on_gpu = next(self.models[0].parameters()).is_cuda
         if (whole := whole_run(self.args)) is not None:
             loading.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
         inputs = self.inputs(self.models, self.context(context_window))
-        run = EvaluationRun(inputs, sizes, left_out + omitted)
+        share = Share(shard_id, num_shards) if saving else ALONE
+        run = EvaluationRun(inputs, sizes, left_out + omitted, share)
         if run.sample_every:
             run.learn(
-                load(num_shards=run.sample_every),
+                load(dataset, num_shards=run.sample_every),
                 utils.move_to_cuda if on_gpu else lambda batch: batch,
             )
             self.dataset_to_epoch_iter.clear()  # fairseq would hand out the shard again
+        if run.texts is not None:
+            if not run.texts:
+                run.publish_datastore()
+                sys.exit(0)
+            dataset, num_shards, shard_id = InStretches(dataset, run.texts), 1, 0
         hand_over(run.scorer)
-        return WithEnd(load(num_shards=num_shards, shard_id=shard_id), run.finish)
+        return WithEnd(load(dataset, num_shards=num_shards, shard_id=shard_id), run.finish)
 
     def needs_order(self) -> bool:
         """Whether somebody must be given the text in its order."""
@@ -220,7 +227,7 @@ def _check_run(args: Any, options: Options) -> None:
     inputs: dict[str, list[str]] = {}
     if run is not None:
         stock.check_numbers(run)
-        loading.check_loader(run.eval_lm.context_window, stock.shards(run), options.writes)
+        loading.check_loader(run.eval_lm.context_window, stock.shards(run), options)
         path, split = run.common_eval.path, run.dataset.gen_subset
         if command is not None and path is not None:
             asks = options.saving.save_knnlm_dstore or options.mixing.evaluates

@@ -14,16 +14,19 @@ logger = logging.getLogger(__name__)
 ONE_PROCESS = "leave --num-shards out, and on several GPUs pass --distributed-world-size 1"
 
 
-def check_loader(context_window: int, num_shards: int, writing: bool) -> None:
+def check_loader(context_window: int, num_shards: int, options: Options) -> None:
     """Refuses a part of a text where the whole of it is to be written, or gives contexts.
+
+    A datastore is shared out by its blocks, whatever their contexts.
 
     Raises:
         ConfigError: where there are several shards.
     """
-    if context_window > 0:
+    saving, writing = options.saving.save_knnlm_dstore, options.writing
+    if context_window > 0 and not saving:
         _check_one_process(num_shards, "contexts reach over the whole text")
-    if writing:
-        what = "a datastore, score table or results file is written by one process"
+    if writing.score_table or writing.results_json:
+        what = "a score table or results file is written by one process"
         _check_one_process(num_shards, what)
 
 

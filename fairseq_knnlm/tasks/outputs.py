@@ -10,7 +10,7 @@ from fairseq_knnlm.experts.kind import spelled
 from fairseq_knnlm.experts.registry import kinds
 from fairseq_knnlm.files import check_outputs
 from fairseq_knnlm.runs.options import Options
-from fairseq_knnlm.runs.places import check_apart, check_new_datastore
+from fairseq_knnlm.runs.places import check_apart, check_datastore_output, check_new_datastore
 
 
 def check_writes(options: Options, inputs: Mapping[str, Iterable[str]]) -> None:
@@ -29,9 +29,10 @@ def check_writes(options: Options, inputs: Mapping[str, Iterable[str]]) -> None:
     outputs = {"--results-json": writing.results_json, "--score-table": writing.score_table}
     read = {name: [Path(file) for file in files] for name, files in inputs.items()}
     if new is not None:
-        check_new_datastore("--dstore-mmap", Path(new), outputs)
+        check_new_datastore("--dstore-mmap", Path(new), outputs, goes_on=True)
+        check_datastore_output("--dstore-mmap", Path(new))
     check_apart(outputs, read | _read_by(options))
-    check_outputs({"--dstore-mmap": new, **outputs})
+    check_outputs(outputs)
 
 
 def _read_by(options: Options) -> dict[str, list[Path]]:

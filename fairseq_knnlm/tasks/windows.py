@@ -8,6 +8,7 @@ processes, sees the contexts of a run over the whole of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,32 @@ class InTextOrder(BaseWrapperDataset):
     def ordered_indices(self) -> np.ndarray:
         """(number of blocks,) int64."""
         return np.arange(len(self))
+
+
+class InStretches(BaseWrapperDataset):
+    """Some stretches of a split's blocks, in their order; no batch reaches from one into another.
+
+    Args:
+        dataset: all blocks.
+        stretches: ranges of their numbers, ascending.
+    """
+
+    def __init__(self, dataset: Any, stretches: Sequence[range]) -> None:
+        super().__init__(dataset)
+        self._stretches = stretches
+
+    def ordered_indices(self) -> np.ndarray:
+        """(n,) int64, the blocks of all stretches."""
+        blocks = [np.arange(stretch.start, stretch.stop) for stretch in self._stretches]
+        return np.concatenate([np.zeros(0, np.int64), *blocks])
+
+    def batch_by_size(self, indices: np.ndarray, **options: Any) -> list[Any]:
+        """As fairseq's, of each stretch by itself."""
+        batches: list[Any] = []
+        for stretch in self._stretches:
+            here = indices[(indices >= stretch.start) & (indices < stretch.stop)]
+            batches += super().batch_by_size(here, **options)
+        return batches
 
 
 class WindowsInText(LMContextWindowDataset):

@@ -18,6 +18,7 @@ from fairseq_knnlm.files import (
     human_bytes,
     publish,
     reserve,
+    tidy,
     write_json,
 )
 
@@ -153,3 +154,24 @@ def test_room_is_reserved(tmp_path: Path) -> None:
             reserve(tmp_path / "b", 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_killed_processes_left_is_tidied_up(tmp_path: Path) -> None:
+    """And what a living one holds is not, nor anything else."""
+    for left in (".dead.lock", ".dead.partial-abc", ".alone.partial-x", ".hidden", "file"):
+        (tmp_path / left).touch()
+    (tmp_path / ".dead.partial-folder").mkdir()
+    (tmp_path / ".dead.partial-folder" / "keys.npy").touch()
+    holds = "import sys, time; from pathlib import Path; from fairseq_knnlm.files import Claim"
+    holds += "; c = Claim(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+    words = [sys.executable, "-c", holds, str(tmp_path / "living")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        tidy(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+        process.kill()
+    assert left == {".hidden", "file", ".living.lock"}
+    tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".hidden", "file"}
+    tidy(tmp_path / "not there")

@@ -1,0 +1,205 @@
+"""Saving in blocks: what is there already is kept, what is missing is made, by as many as like.
+
+A block of a datastore is made of the blocks of text (fairseq's samples) whose first token lies in
+it. These are read in batches of their own, so that its bytes depend on nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from fairseq_knnlm.background import Behind
+from fairseq_knnlm.datastore import DatastoreWriter, Documents, open_datastore, write_documents
+from fairseq_knnlm.datastore.boundaries import after_empty_lines
+from fairseq_knnlm.datastore.making import Making, read_plan
+from fairseq_knnlm.errors import BusyError, ConfigError
+from fairseq_knnlm.runs.documents import EOS
+from fairseq_knnlm.runs.scorer import Batch
+
+logger = logging.getLogger(__name__)
+
+#: Finds the documents of values (N,).
+Find = Callable[[np.ndarray], Documents]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work is this process's.
+
+    Attributes:
+        number: of the process, from 0.
+        of: processes that share the work.
+    """
+
+    number: int = 0
+    of: int = 1
+
+
+#: No other process.
+ALONE = Share()
+
+
+def cut(starts: np.ndarray, rows: int, block_rows: int) -> list[range]:
+    """Which blocks of text each block of a datastore is made of.
+
+    Args:
+        starts: (B,) int64, the row of the first token of each block of text.
+        rows: tokens of the text.
+        block_rows: entries of a block of the datastore, about.
+
+    Returns:
+        Numbers of blocks of text, one range after another.
+    """
+    _, firsts = np.unique(starts[starts < rows] // block_rows, return_index=True)
+    edges = [*firsts.tolist(), len(starts)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def check_shards(share: Share, blocks: int) -> None:
+    """Refuses processes that would have nothing to do.
+
+    Raises:
+        ConfigError: where there are more of them than blocks.
+    """
+    if share.of > blocks:
+        raise ConfigError(
+            "there are more shards than blocks to save",
+            expected=f"--num-shards up to {blocks}, the number of blocks",
+            found=f"--num-shards {share.of}",
+            do="pass fewer shards, or a smaller --block-rows",
+        )
+
+
+class BlockSaving:
+    """Takes the scored batches of blocks that are missing, and writes these one by one.
+
+    Args:
+        making: the datastore in the making.
+        texts: which blocks of text each block is made of.
+        share: which blocks are this process's: every ``of``-th.
+        find: the documents of all values.
+
+    Raises:
+        ConfigError: where there are more processes than blocks.
+        DatastoreError: where a block that is there is of another making.
+    """
+
+    builder = None
+
+    def __init__(self, making: Making, texts: list[range], share: Share, find: Find) -> None:
+        check_shards(share, len(texts))
+        self._making = making
+        self._find = find
+        mine = list(making.plan.blocks)[share.number :: share.of]
+        sound = making.check([block for block in mine if block in set(making.there())])
+        self.blocks = [block for block in mine if block not in sound]
+        first = making.plan.number
+        #: Which blocks of text are to be read, a range for each block that is missing.
+        self.texts = [texts[block - first] for block in self.blocks]
+        #: Whether there is something to go on with, so that not all of the text is read.
+        self.goes_on = bool(sound)
+        if sound:
+            logger.info(
+                "going on with %s: %d of %d blocks are there, and as they were written; %d to make",
+                *(making.path, len(sound), len(mine), len(self.blocks)),
+            )
+        self._open: tuple[int, DatastoreWriter] | None = None
+        self._write = Behind(DatastoreWriter.write)
+
+    def take(self, batch: Batch) -> None:
+        """Writes a batch, whose rows all lie in one block."""
+        counted = batch.rows >= 0
+        rows = batch.rows[counted]
+        if not len(rows):
+            return
+        plan = self._making.plan
+        block = plan.number + int(np.searchsorted(plan.starts, rows[0], side="right")) - 1
+        if self._open is None or self._open[0] != block:
+            self._close()
+            self._open = block, self._making.writer(block)
+        assert batch.contexts.keys is not None
+        keys = batch.contexts.keys.cpu().numpy()[counted]
+        values = batch.targets.cpu().numpy()[counted]
+        self._write(self._open[1], rows - plan.rows(block).start, keys, values)
+
+    def _close(self) -> None:
+        """Publishes the block that is being written."""
+        if self._open is not None:
+            block, writer = self._open
+            self._write.wait()
+            writer.publish()
+            self._open = None
+            left = len(self._making.missing())
+            logger.info("block %d is made, %d of all are missing", block, left)
+
+    def publish(self) -> str:
+        """Joins the blocks once all of them are there, whoever made them; says what is there."""
+        self._close()
+        return join(self._making, self._find)
+
+
+def join(making: Making, find: Find | None) -> str:
+    """Makes a datastore of blocks, if all of them are there, and says what it did.
+
+    Args:
+        making: the datastore in the making.
+        find: the documents of all values; None to leave these out.
+    """
+    blocks = making.plan.blocks
+    if missing := making.missing():
+        return (
+            f"{len(blocks) - len(missing)} of {len(blocks)} blocks are in {making.path}; whoever "
+            "makes the last of them makes a datastore of them"
+        )
+    try:
+        path = making.join()
+    except BusyError:
+        return f"another process makes a datastore of the blocks in {making.path}"
+    _add_documents(path, find)
+    return f"saved {making.plan.starts[-1]:,} entries in {path}, {len(blocks)} blocks"
+
+
+def join_there(path: Path) -> str:
+    """Makes a datastore of blocks that were saved before, and says what it did.
+
+    Where documents begin is found too, unless they begin with lines that only the dictionary can
+    spell.
+
+    Args:
+        path: the datastore in the making.
+
+    Raises:
+        DatastoreError: where none is, or blocks are missing or of another making.
+    """
+    making = Making(path, read_plan(path))
+    if making.missing():
+        making.join()  # which says what is missing
+    boundary = making.plan.boundary
+    if boundary is not None:
+        logger.warning(
+            "where documents begin is left out: add it with `fairseq-knnlm verify --dstore %s "
+            "--documents --document-boundary %r --data DATA`",
+            *(path, boundary),
+        )
+    return join(making, None if boundary else partial(after_empty_lines, eos=EOS))
+
+
+def _add_documents(path: Path, find: Find | None) -> None:
+    """Where they cannot be written, that is no reason to lose the datastore."""
+    store = open_datastore(path, load_keys=False)
+    try:
+        if find is not None:
+            write_documents(store, find(store.values))
+    except OSError as error:
+        logger.warning(
+            "where documents begin cannot be kept (%s); add it later with `fairseq-knnlm verify "
+            "--documents`",
+            error.strerror,
+        )
