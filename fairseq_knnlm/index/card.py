@@ -7,7 +7,6 @@ the other. Reading a card loads neither FAISS nor torch.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,22 +15,12 @@ import msgspec
 from msgspec.structs import asdict
 
 from fairseq_knnlm.errors import IndexFileError
-from fairseq_knnlm.files import (
-    MOST_JSON,
-    Checksum,
-    Fingerprint,
-    chunks_of,
-    read_sealed,
-    seal,
-    unseal,
-)
+from fairseq_knnlm.files import Checksum, Fingerprint, chunks_of, read_sealed, unseal
+from fairseq_knnlm.index.trailer import text_behind, trailing
 
 FORMAT = "fairseq-knnlm index"
-VERSION = 2
-#: The end of an index file that holds its card: the length of the card (8 bytes, little-endian)
-#: and this.
-MAGIC = b"kNNcard1"
-TAIL_BYTES = 8 + len(MAGIC)
+#: Version 3 is in pieces. What is not is written as version 2.
+VERSION = 3
 BUILD = "build it again: python examples/build_index.py --dstore DSTORE"
 #: Share of what the lists hold that compressed keys must find to be trusted with distances.
 FAITHFUL = 0.9
@@ -51,7 +40,8 @@ class IndexCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         width: dimensions of a query, D.
         nprobe: inverted lists visited a query, unless said otherwise; 0 without lists.
         exact: the index compares full keys.
-        datastore: fingerprint of the datastore it was built of; empty for a foreign index.
+        datastore: fingerprint of the datastore it was built of; empty for a foreign index. Of an
+            index in pieces, that of the time when it was trained: its pieces say what they are of.
         coverage: share of the true ``recall_at`` nearest that lie in the lists visited, on sampled
             keys; None without lists or unmeasured.
         recall: share of the true ``recall_at`` nearest that it finds, on sampled keys.
@@ -61,6 +51,8 @@ class IndexCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         faiss: version that built it.
         bytes: length of what FAISS wrote.
         chunks: its checksums.
+        piece_bytes: bytes of an entry in the pieces, which lie in the datastore's blocks; 0 where
+            the file holds all entries.
     """
 
     factory: str
@@ -77,6 +69,12 @@ class IndexCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     faiss: str = ""
     bytes: Count = 0
     chunks: tuple[Checksum, ...] = ()
+    piece_bytes: Count = 0
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the file holds what was trained alone, and the entries lie in pieces."""
+        return self.piece_bytes > 0
 
     @property
     def faithful(self) -> bool:
@@ -109,8 +107,11 @@ def card_path(index_path: Path) -> Path:
 
 def trailer(card: IndexCard) -> bytes:
     """What follows FAISS's bytes in the file of an index."""
-    text = json.dumps(seal(FORMAT, VERSION, asdict(card)), allow_nan=False).encode()
-    return text + len(text).to_bytes(8, "little") + MAGIC
+    content = asdict(card)
+    if card.in_pieces:
+        return trailing(FORMAT, VERSION, content)
+    del content["piece_bytes"]  # as versions before pieces had it
+    return trailing(FORMAT, 2, content)
 
 
 def read_card(path: Path, *, foreign: bool = False) -> IndexCard | None:
@@ -133,8 +134,8 @@ def read_card(path: Path, *, foreign: bool = False) -> IndexCard | None:
     beside, size = card_path(path), path.stat().st_size
     text = None
     try:
-        if (text := _card_within(path)) is not None:
-            size -= len(text.encode()) + TAIL_BYTES
+        if (behind := text_behind(path)) is not None:
+            text, size = behind
             card, _ = unseal(text, FORMAT, VERSION, IndexCard, _renewed)
         elif beside.is_file():
             card, _ = read_sealed(beside, FORMAT, 1, IndexCard, _renewed)
@@ -158,26 +159,12 @@ def read_card(path: Path, *, foreign: bool = False) -> IndexCard | None:
     return card
 
 
-def _card_within(path: Path) -> str | None:
-    """The card that an index file ends with, as JSON text; None where it ends otherwise."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL_BYTES))
-        tail = file.read()
-        if not tail.endswith(MAGIC) or len(tail) < TAIL_BYTES:
-            return None
-        length = int.from_bytes(tail[:8], "little")
-        if length > min(MOST_JSON, size - TAIL_BYTES):
-            raise ValueError(f"one of {length:,} bytes, in a file of {size:,}")
-        file.seek(size - TAIL_BYTES - length)
-        try:
-            return file.read(length).decode()
-        except UnicodeDecodeError:
-            raise ValueError("bytes that are no text") from None
-
-
 def _renewed(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of version 1, which told the time in the place of the threads, as of today."""
+    """The fields of older versions as of today.
+
+    Version 1 told the time in the place of the threads; before version 3 there were no pieces.
+    """
+    fields = {"piece_bytes": 0} | fields
     if "seconds" not in fields:
         return fields
     return {"threads": 0} | {name: fields[name] for name in fields if name != "seconds"}

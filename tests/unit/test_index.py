@@ -173,7 +173,7 @@ def test_a_card_of_other_types_or_numbers_is_refused(
         loaded(saved)
 
 
-@pytest.mark.parametrize("fails", ["storage.write_file", "storage.checksums", "card.seal"])
+@pytest.mark.parametrize("fails", ["storage.write_file", "storage.checksums", "trailer.seal"])
 def test_saving_that_fails_leaves_the_old_index_and_card(
     saved: Path, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
