@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from fairseq_knnlm.datastore import (
     Compression,
     Datastore,
     DatastoreWriter,
+    Manifest,
     Origin,
+    Stretch,
     open_datastore,
+    outline,
 )
+from fairseq_knnlm.datastore.manifest import write_manifest
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.experts.contract import Expert
 from fairseq_knnlm.experts.knn import vote
@@ -54,6 +59,33 @@ def write_store(
     writer = DatastoreWriter(path, *keys.shape, origin(vocabulary), dtype)
     writer.write(np.arange(len(keys)), keys, values)
     return open_datastore(writer.publish())
+
+
+def write_blocks(
+    path: Path,
+    keys: np.ndarray,
+    values: np.ndarray,
+    cuts: Sequence[int],
+    forgotten: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> Datastore:
+    """Writes a datastore in blocks, cut before these rows, and opens it.
+
+    ``forgotten`` are rows of each block, as (first, behind the last). Blocks that are there stay.
+    """
+    bounds = [0, *cuts, len(keys)]
+    stretches = []
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        folder = path / "blocks" / f"{number:06d}"
+        if not folder.exists():
+            write_store(folder, keys[start:stop], values[start:stop])
+        gone = forgotten[number] if forgotten else ()
+        seal = outline(folder).fingerprint
+        breaks = [] if number else [0]
+        stretches.append(Stretch(folder.name, stop - start, seal, breaks, gone))
+    rows = sum(stop - start for stretch in stretches for start, stop in stretch.kept)
+    manifest = Manifest(rows, keys.shape[1], "float32", "uint16", origin(), blocks=stretches)
+    write_manifest(path / "manifest.json", manifest)
+    return open_datastore(path)
 
 
 def write_compressed(path: Path) -> Datastore:

@@ -95,4 +95,5 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     )
     seconds = time.perf_counter() - started
     print(f"{path}: {card.describe()}")
-    print(f"{card.rows:,} keys, {card.bytes / card.rows:.0f} bytes a key, built in {seconds:.0f} s")
+    size = card.bytes / card.rows + card.piece_bytes
+    print(f"{card.rows:,} keys, {size:.0f} bytes a key, built in {seconds:.0f} s")

@@ -137,8 +137,12 @@ class IndexBuilder:
                 self.index.add_with_ids(keys, rows)
 
     def finish(self) -> tuple[Any, IndexCard]:
-        """The FAISS index and its card, with what was measured."""
-        assert self.index.ntotal == self.rows, (self.index.ntotal, self.rows)
+        """The FAISS index and its card, with what was measured.
+
+        Where nothing is to be measured, the index may be empty: its entries lie elsewhere.
+        """
+        there = self.index.ntotal
+        assert there == self.rows or not (there or self.truth), (there, self.rows)
         card = IndexCard(
             factory=self.recipe.factory,
             metric=self.options.metric,
@@ -200,18 +204,26 @@ def build(
     if snapshot is not None:
         builder.index, done = snapshot
         logger.info("going on from key %d of %d", done, rows)
-    rng = np.random.default_rng(options.seed)
-    drawn = np.sort(rng.choice(rows, builder.sample_rows, replace=False))
+    train_on(builder, keys)
+    bar = tqdm(total=rows, unit=" keys", unit_scale=True, desc="adding", disable=not progress)
+    with bar:
+        for chunk, at in ahead(chunks(keys)):
+            builder.see(chunk, at)
+            fresh = at >= done
+            if fresh.any():
+                builder.add(chunk[fresh], at[fresh])
+                if snapshots:
+                    snapshots.take(builder.index, builder.index.ntotal)
+            bar.update(len(chunk))
+    return builder.finish()
+
+
+def train_on(builder: IndexBuilder, keys: Rows) -> None:
+    """Trains on a sample of a datastore's keys (N, D), the same whenever it is drawn."""
+    rng = np.random.default_rng(builder.options.seed)
+    drawn = np.sort(rng.choice(builder.rows, builder.sample_rows, replace=False))
     check_mapped(keys, "keys")
     builder.train(np.ascontiguousarray(keys[drawn], dtype=np.float32), drawn)
-    for chunk, at in ahead(_chunks(keys, progress)):
-        builder.see(chunk, at)
-        fresh = at >= done
-        if fresh.any():
-            builder.add(chunk[fresh], at[fresh])
-            if snapshots:
-                snapshots.take(builder.index, builder.index.ntotal)
-    return builder.finish()
 
 
 def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, Any]:
@@ -224,16 +236,13 @@ def plan(recipe: Recipe, options: BuildOptions, fingerprint: str) -> dict[str, A
     }
 
 
-def _chunks(keys: Rows, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The keys in float32, a chunk at a time, and their rows, with a bar."""
+def chunks(keys: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Keys (n, D) in float32, ``CHUNK_BYTES`` of them at a time, and their rows (n,) int64."""
     step = max(1, CHUNK_BYTES // (keys.shape[1] * 4))
-    bar = tqdm(total=len(keys), unit=" keys", unit_scale=True, desc="adding", disable=not progress)
-    with bar:
-        for start in range(0, len(keys), step):
-            check_mapped(keys, "keys")
-            chunk = np.ascontiguousarray(keys[start : start + step], dtype=np.float32)
-            yield chunk, np.arange(start, start + len(chunk))
-            bar.update(len(chunk))
+    for start in range(0, len(keys), step):
+        check_mapped(keys, "keys")
+        chunk = np.ascontiguousarray(keys[start : start + step], dtype=np.float32)
+        yield chunk, np.arange(start, start + len(chunk))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class _Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The fields of ``snapshot.json``."""
 
     plan: dict[str, Any]
-    rows: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    rows: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
     bytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     chunks: tuple[Checksum, ...]
 
@@ -83,12 +83,12 @@ class Snapshots:
             return None
         return index, card.rows
 
-    def take(self, index: Any, rows: int) -> None:
-        """Takes a snapshot of an index with so many rows, if the last is a while ago.
+    def take(self, index: Any, rows: int, *, now: bool = False) -> None:
+        """Takes a snapshot of an index with so many rows, if the last is a while ago, or ``now``.
 
         Where it cannot be written, the build goes on with a warning, and the last one stays.
         """
-        if time.monotonic() - self._last < INTERVAL:
+        if not now and time.monotonic() - self._last < INTERVAL:
             return
         try:
             self._take(index, rows)

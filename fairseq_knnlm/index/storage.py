@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
+from fairseq_knnlm.datastore import Block
 from fairseq_knnlm.errors import ConfigError, IndexFileError
 from fairseq_knnlm.files import altered, checksums, publish
 from fairseq_knnlm.index.card import (
@@ -19,9 +20,11 @@ from fairseq_knnlm.index.card import (
     read_card,
     trailer,
 )
+from fairseq_knnlm.index.codes import assemble, can_be_cut
 from fairseq_knnlm.index.device import place
 from fairseq_knnlm.index.foreign import foreign_card
 from fairseq_knnlm.index.library import METRICS, faiss, has_lists, innermost, is_exact
+from fairseq_knnlm.index.pieces import pieces_of, training_in
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.trial import reason
 
@@ -82,6 +85,7 @@ def load(
     datastore: str,
     rows: int,
     width: int,
+    blocks: Sequence[Block] = (),
     device: str = "cpu",
     nprobe: int | None = None,
     k: int = 1,
@@ -96,6 +100,7 @@ def load(
         datastore: fingerprint of the datastore.
         rows: its entries.
         width: its keys' dimensions.
+        blocks: its blocks, in which the pieces of an index in pieces lie.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0,1``.
         nprobe: lists visited a query, where not the card's.
         k: neighbours that will be asked for.
@@ -104,8 +109,8 @@ def load(
         everything: compare all bytes, also of a large file.
 
     Raises:
-        IndexFileError: where it is missing, damaged, without its card, of another datastore, or
-            cannot be mapped or searched on the device.
+        IndexFileError: where it or a piece is missing, damaged, without its card, of another
+            datastore, or cannot be mapped or searched on the device.
         ConfigError: where the device does not exist, or nprobe exceeds the lists.
     """
 
@@ -113,9 +118,13 @@ def load(
         card = read_card(path, foreign=foreign)
         if card is None:
             card = foreign_card(path, rows, width)
+        elif card.in_pieces:
+            index = _assembled(path, card, blocks, everything=everything, mapped=mapped)
+            card = replace(card, rows=index.ntotal)
         else:
             _check_file(path, card, datastore, everything=everything)
-        index = _map_file(path, card.exact) if mapped else read_file(path)
+        if not card.in_pieces:
+            index = _map_file(path, card.exact) if mapped else read_file(path)
         if index.ntotal != rows or index.d != width:
             raise of_another(path, rows, width, index.ntotal, index.d)
         if card.datastore:  # one of ours
@@ -158,8 +167,56 @@ def _check_file(path: Path, card: IndexCard, datastore: str, *, everything: bool
             found=f"datastore {card.datastore[:12]}...",
             do=BUILD,
         )
+    _check_bytes(path, card, everything=everything)
+
+
+def _check_bytes(path: Path, card: IndexCard, *, everything: bool) -> None:
     if altered(path, card.chunks, everything=everything, size=card.bytes):
         raise damaged(path, "the bytes that were written", "other ones (checksums differ)")
+
+
+def read_trained(path: Path, *, everything: bool = False) -> Any:
+    """The trained, empty part of an index in pieces; None where the index is in one file.
+
+    Raises:
+        IndexFileError: where it is missing or damaged.
+    """
+    card = read_card(path)
+    if card is None or not card.in_pieces:
+        return None
+    _check_bytes(path, card, everything=everything)
+    index = read_file(path)
+    if not can_be_cut(index) or (index.ntotal, index.sa_code_size()) != (0, card.piece_bytes):
+        found = f"{type(innermost(index)).__name__} of {index.ntotal:,} entries"
+        raise damaged(path, "an index that was trained, and is empty", found)
+    return index
+
+
+def _assembled(
+    path: Path, card: IndexCard, blocks: Sequence[Block], *, everything: bool, mapped: bool
+) -> Any:
+    """The index whose entries lie in pieces, in memory."""
+    if not blocks:
+        raise IndexFileError(
+            f"{path} holds no entries: they lie in pieces, in the blocks of its own datastore",
+            expected="an index in one file, or the datastore that this one was built in",
+            found="a datastore without blocks",
+            do="build an index of this datastore",
+        )
+    if mapped:
+        raise IndexFileError(
+            f"{path} cannot be mapped: its entries lie in pieces, which memory puts together",
+            expected="an index in one file",
+            found="--mmap-index",
+            do="leave --mmap-index out, or build a whole index outside the datastore, with "
+            "--indexfile FILE, and name it so here too",
+        )
+    index, training = read_trained(path, everything=everything), training_in(path, card.bytes)
+    pieces = pieces_of(blocks, training, card.piece_bytes, everything=everything)
+    try:
+        return assemble(index, pieces)
+    except ValueError as error:
+        raise damaged(path, "pieces that fit the index", str(error)) from None
 
 
 def _check_card(path: Path, card: IndexCard, index: Any) -> None:

@@ -60,6 +60,7 @@ def _open_index(
         "datastore": store.fingerprint,
         "rows": len(store),
         "width": store.manifest.width,
+        "blocks": store.blocks,
         "nprobe": probe,
         "k": k,
         "foreign": foreign,
@@ -67,7 +68,7 @@ def _open_index(
     gpu = gpu_of_torch_alone(device)
     card = read_card(path, foreign=foreign)
     if gpu and card is not None and card.exact and store.keys is not None:
-        checked = load(path, mapped=True, **options)
+        checked = load(path, mapped=not card.in_pieces, **options)
         return ExactSearch(store.keys, checked.card, gpu)
     return load(path, device=device, mapped=mapped, **options)
 

@@ -11,10 +11,12 @@ from fairseq_knnlm.files import Claim, check_outputs
 from fairseq_knnlm.index.build import BuildOptions, build, plan
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.device import wants_gpu
+from fairseq_knnlm.index.in_blocks import build_in_blocks, goes_in_pieces, write_pieces
+from fairseq_knnlm.index.pieces import remove_pieces, training_of
 from fairseq_knnlm.index.recipes import Recipe, choose, lists_of
 from fairseq_knnlm.index.snapshots import Snapshots
 from fairseq_knnlm.index.specification import check_factory
-from fairseq_knnlm.index.storage import save
+from fairseq_knnlm.index.storage import read_trained, save
 from fairseq_knnlm.runs.places import OF_INDEX, check_apart
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,9 @@ def build_index(
 
     Args:
         store: with keys.
-        path: the file; what a link leads to is replaced, not the link.
+        path: the file; what a link leads to is replaced, not the link. Where it is the datastore's
+            own, and that is in blocks, it holds what is trained alone, if the recipe allows: the
+            entries lie in pieces, one in the folder of each block.
         options: what is asked of the index.
         recipe: ``auto``, ``paper`` or a FAISS factory string.
         max_bytes: of the index for each key that ``auto`` may spend; None for its own choice.
@@ -51,6 +55,8 @@ def build_index(
     """
     check_outputs({"--indexfile": path})
     check_apart({"--indexfile": path}, {}, allowed=OF_INDEX)
+    own = store.index_path
+    inside = path.parent.resolve() / path.name == own.parent.resolve() / own.name
     path = path.resolve() if path.is_symlink() else path
     with Claim(path):
         keys, width = store.full_keys(), store.manifest.width
@@ -63,7 +69,7 @@ def build_index(
             max_bytes=max_bytes,
         )
         _check_recipe(chosen, width, options)
-        return _built(store, keys, path, chosen, options)
+        return _built(store, keys, path, chosen, options, inside)
 
 
 def _check_recipe(recipe: Recipe, width: int, options: BuildOptions) -> None:
@@ -74,13 +80,51 @@ def _check_recipe(recipe: Recipe, width: int, options: BuildOptions) -> None:
 
 
 def _built(
-    store: Datastore, keys: Rows, path: Path, recipe: Recipe, options: BuildOptions
+    store: Datastore, keys: Rows, path: Path, recipe: Recipe, options: BuildOptions, inside: bool
 ) -> IndexCard:
     folder = path.with_name(f".{path.name}.building")
-    snapshots = Snapshots(folder, plan(recipe, options, store.fingerprint))
-    index, card = build(keys, recipe, options, snapshots=snapshots)
+    what = plan(recipe, options, store.fingerprint)
+    if inside and goes_in_pieces(store, recipe, options.metric):
+        snapshots = Snapshots(folder, {**what, "pieces": True})
+        index, card = build_in_blocks(store, recipe, options, snapshots)
+        training: str | None = training_of(index)
+    else:
+        snapshots = Snapshots(folder, what)
+        index, card = build(keys, recipe, options, snapshots=snapshots)
+        training = None
     if options.nprobe is not None and not card.nprobe:
         logger.warning("--probe does nothing: %s has no inverted lists", card.factory)
     card = save(index, card, path, store.fingerprint)
+    if inside:
+        remove_pieces(store.blocks, but=training)  # of the index that was there before
     snapshots.clear()
     return card
+
+
+def extend_index(store: Datastore) -> int:
+    """Writes the pieces that blocks lack, of the index that the datastore has.
+
+    So an index goes on to hold all entries when blocks were added, without being trained again.
+    Nothing is done where the index is in one file, or there is none.
+
+    Args:
+        store: in blocks, with keys.
+
+    Returns:
+        How many pieces were written.
+
+    Raises:
+        DatastoreError: where the datastore has no keys.
+        IndexFileError: where the index is damaged.
+        BusyError: where another process is building it, or writing a piece.
+        OSError: where a piece cannot be written.
+    """
+    path = store.index_path
+    if not store.blocks or not path.exists():
+        return 0
+    with Claim(path.resolve()):
+        index = read_trained(path)
+        if index is None:
+            return 0
+        store.full_keys()
+        return write_pieces(index, store.blocks)

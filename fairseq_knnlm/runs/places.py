@@ -16,7 +16,7 @@ from fairseq_knnlm.files import check_outputs
 OF_INDEX = "knn."
 PARTS: tuple[str, ...] = (
     *("manifest.", "keys.", "values.", "projection.", "weights.", OF_INDEX, "ngram.", "blocks"),
-    *("documents.", "calibration.json", "calibration.npz"),
+    *("piece-", "documents.", "calibration.json", "calibration.npz"),
 )
 
 

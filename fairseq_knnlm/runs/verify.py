@@ -139,6 +139,7 @@ def _index(store: Datastore) -> str:
         datastore=store.fingerprint,
         rows=len(store),
         width=store.manifest.width,
+        blocks=store.blocks,
         everything=True,
     )
     return f"{checked.card.describe()}, of this datastore"
