@@ -143,7 +143,7 @@ def _shown(block: Block, see: See | None, bar: tqdm[Any]) -> Iterator[np.ndarray
         check_finite(keys)
         kept = counts[own]
         if see is not None and kept.any():
-            see(keys[kept], rows[own][kept])
+            see(keys if kept.all() else keys[kept], rows[own][kept])
         yield keys
         bar.update(len(keys))
 

@@ -28,7 +28,7 @@ from stores import (
 )
 
 from fairseq_knnlm.datastore import Block, Datastore, open_datastore
-from fairseq_knnlm.errors import IndexFileError, KnnlmError
+from fairseq_knnlm.errors import BusyError, IndexFileError, KnnlmError
 from fairseq_knnlm.index import build as build_module
 from fairseq_knnlm.index import in_blocks
 from fairseq_knnlm.index.build import BuildOptions
@@ -527,3 +527,39 @@ def test_a_piece_that_cannot_be_written_leaves_nothing(
     left = {name for name in tree(store.path) if not name.startswith(".knn.index.building/")}
     assert left == set(before)
     assert_same(opened(store), opened(store))
+
+
+def test_full_keys_are_searched_on_a_gpu_of_torch(
+    store: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where FAISS knows no GPU, an exact index in pieces too is checked, and the keys searched."""
+    built(store, "Flat")
+    expected = open_retriever(store, K, device="cpu")
+    monkeypatch.setattr("fairseq_knnlm.retrieval.opening.gpu_of_torch_alone", lambda device: "cpu")
+    found = open_retriever(store, K, device="auto")
+    assert type(found) is type(expected)
+    asked = torch.randn(9, WIDTH, generator=torch.manual_seed(2))
+    assert torch.equal(found.search(asked, K).ids, expected.search(asked, K).ids)
+    alter(store.path / pieces(store)[0])
+    with pytest.raises(IndexFileError, match="damaged"):
+        open_retriever(store, K, device="auto")
+
+
+def test_a_piece_that_another_process_writes(store: Datastore) -> None:
+    """Is left to it, and said."""
+    piece = store.path / pieces(store)[0]
+    piece.unlink()
+    held = (
+        "import sys\nfrom pathlib import Path\nfrom fairseq_knnlm.files import Claim\n"
+        "with Claim(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", held, str(piece)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match="another process is writing"):
+            extend_index(store)
+        other.communicate("")
+    assert extend_index(store) == 1
+    opened(store)
