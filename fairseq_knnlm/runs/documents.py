@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fairseq_knnlm.datastore import Datastore, Documents, write_documents
+from fairseq_knnlm.datastore import Datastore, Documents, open_datastore, write_documents
 from fairseq_knnlm.datastore.boundaries import (
     after_empty_lines,
     at_matching_lines,
@@ -73,6 +73,26 @@ def add_documents(
     if symbols is not None:
         _check_dictionary(store, symbols)
     return write_documents(store, find_documents(store.values, eos, boundary, symbols or ()))
+
+
+def keep_documents(folder: Path, find: Callable[[np.ndarray], Documents]) -> None:
+    """Finds the documents of a datastore that was just saved, and keeps where they begin.
+
+    Where they cannot be written, that is no reason to lose the datastore.
+
+    Args:
+        folder: of the datastore.
+        find: the documents of its values (N,).
+    """
+    store = open_datastore(folder, load_keys=False)
+    try:
+        write_documents(store, find(store.values))
+    except OSError as error:
+        logger.warning(
+            "where documents begin cannot be kept (%s); add it later with `fairseq-knnlm verify "
+            "--documents`",
+            error.strerror,
+        )
 
 
 def _check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:

@@ -17,8 +17,6 @@ from fairseq_knnlm.datastore import (
     DatastoreWriter,
     Documents,
     Origin,
-    open_datastore,
-    write_documents,
 )
 from fairseq_knnlm.datastore.making import Making, Plan
 from fairseq_knnlm.errors import ConfigError
@@ -30,7 +28,7 @@ from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.lm.transformer import TransformerLM
-from fairseq_knnlm.runs.documents import find_documents
+from fairseq_knnlm.runs.documents import find_documents, keep_documents
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.options import Options, WritingOptions
 from fairseq_knnlm.runs.save_blocks import BlockSaving, Share, check_shards, cut
@@ -119,16 +117,7 @@ class Saving:
         return self._writer.publish(add_files)
 
     def _add_documents(self, folder: Path, _: str) -> None:
-        """Where they cannot be written, that is no reason to lose the datastore."""
-        store = open_datastore(folder, load_keys=False)
-        try:
-            write_documents(store, self._find(store.values))
-        except OSError as error:
-            logger.warning(
-                "where documents begin cannot be kept (%s); add it later with `fairseq-knnlm "
-                "verify --documents`",
-                error.strerror,
-            )
+        keep_documents(folder, self._find)
 
     def _add(self, builder: IndexBuilder) -> None:
         rows, keys = _joined(self._waiting)

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from fairseq_knnlm.background import Behind
-from fairseq_knnlm.datastore import DatastoreWriter, Documents, open_datastore, write_documents
+from fairseq_knnlm.datastore import DatastoreWriter, Documents
 from fairseq_knnlm.datastore.boundaries import after_empty_lines
 from fairseq_knnlm.datastore.making import Making, read_plan
 from fairseq_knnlm.errors import BusyError, ConfigError
-from fairseq_knnlm.runs.documents import EOS
+from fairseq_knnlm.runs.documents import EOS, keep_documents
 from fairseq_knnlm.runs.scorer import Batch
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ def join(making: Making, find: Find | None) -> str:
         path = making.join()
     except BusyError:
         return f"another process makes a datastore of the blocks in {making.path}"
-    _add_documents(path, find)
+    if find is not None:
+        keep_documents(path, find)
     return f"saved {making.plan.starts[-1]:,} entries in {path}, {len(blocks)} blocks"
 
 
@@ -189,17 +190,3 @@ def join_there(path: Path) -> str:
             *(path, boundary),
         )
     return join(making, None if boundary else partial(after_empty_lines, eos=EOS))
-
-
-def _add_documents(path: Path, find: Find | None) -> None:
-    """Where they cannot be written, that is no reason to lose the datastore."""
-    store = open_datastore(path, load_keys=False)
-    try:
-        if find is not None:
-            write_documents(store, find(store.values))
-    except OSError as error:
-        logger.warning(
-            "where documents begin cannot be kept (%s); add it later with `fairseq-knnlm verify "
-            "--documents`",
-            error.strerror,
-        )

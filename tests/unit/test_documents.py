@@ -348,8 +348,8 @@ def test_a_datastore_whose_documents_cannot_be_kept_is_saved(
     writer = DatastoreWriter(tmp_path / "store", len(values), 4, origin(len(WORDS)))
     writer.write(np.arange(len(values)), np.ones((len(values), 4), np.float32), values)
     saving = Saving(writer, lambda values: after_empty_lines(values, EOS))
-    monkeypatch.setattr("fairseq_knnlm.runs.save.write_documents", full)
-    path = saving.publish()
+    monkeypatch.setattr("fairseq_knnlm.runs.documents.write_documents", full)
+    assert saving.publish() == f"saved 5 entries in {tmp_path / 'store'}"
     assert "cannot be kept (No space left on device)" in caplog.text
     assert "verify --documents" in caplog.text
-    assert read_documents(outline(path)) is None
+    assert read_documents(outline(tmp_path / "store")) is None
