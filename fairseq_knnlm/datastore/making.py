@@ -36,7 +36,7 @@ from fairseq_knnlm.datastore.manifest import (
 from fairseq_knnlm.datastore.reader import Datastore, open_blocks, open_datastore
 from fairseq_knnlm.datastore.writer import DatastoreWriter, check_new, check_room, datastore_bytes
 from fairseq_knnlm.errors import BusyError, DatastoreError
-from fairseq_knnlm.files import Claim, flush_to_disk, read_sealed, tidy, write_sealed
+from fairseq_knnlm.files import Claim, fingerprint, flush_to_disk, read_sealed, tidy, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             of all rows.
         boundary: what the first line of a document matches; None where documents begin after empty
             lines.
+        recipe: of the index that keys go into where they are not kept.
         number: that of the first block; others are in the datastore already.
         onto: fingerprint of the datastore that the blocks are added to; empty for a new one.
     """
@@ -65,8 +66,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     origin: Origin
     starts: Sequence[Row]
     boundary: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)] | None = None
+    recipe: str | None = None
     number: Annotated[int, msgspec.Meta(ge=0, le=10**9)] = 0
     onto: Known = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all of it."""
+        return fingerprint(msgspec.to_builtins(self))
 
     @property
     def blocks(self) -> range:
@@ -119,8 +126,14 @@ class Making:
         rows = len(plan.rows(block))
         return DatastoreWriter(self.folder(block), rows, plan.width, plan.origin, plan.key_dtype)
 
-    def check(self, blocks: Sequence[int]) -> list[int]:
+    def check(
+        self, blocks: Sequence[int], is_sound: Callable[[Path], bool] | None = None
+    ) -> list[int]:
         """Reads every byte of blocks that are there, and removes those that are damaged.
+
+        Args:
+            blocks: their numbers.
+            is_sound: tells whether what else is in the folder of one is as it was written.
 
         Returns:
             Those that are sound.
@@ -135,11 +148,13 @@ class Making:
                 found = open_datastore(folder, verify=True)
             except DatastoreError as error:
                 logger.warning("making %s again: %s", folder, " ".join(str(error).split()))
-                with Claim(folder):
-                    shutil.rmtree(folder)
-                continue
-            self._check_making(folder, found.manifest, block)
-            sound.append(block)
+            else:
+                self._check_making(folder, found.manifest, block)
+                if is_sound is None or is_sound(folder):
+                    sound.append(block)
+                    continue
+            with Claim(folder):
+                shutil.rmtree(folder)
         return sound
 
     def _check_making(self, folder: Path, found: Manifest, block: int) -> None:

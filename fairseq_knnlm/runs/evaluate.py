@@ -17,7 +17,7 @@ from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.report import tell
 from fairseq_knnlm.runs.results import run_results, table_card
-from fairseq_knnlm.runs.save import Saving, open_saving
+from fairseq_knnlm.runs.save import Saving, open_saving, sample_keys
 from fairseq_knnlm.runs.save_blocks import ALONE, BlockSaving, Share
 from fairseq_knnlm.runs.scorer import Blocks, FillsTable, Listener
 
@@ -83,10 +83,11 @@ class EvaluationRun:
             batches: fairseq's, a sample of the split.
             to_device: moves one to the model.
         """
-        assert isinstance(self.saving, Saving)
+        assert self.saving is not None
         key_type = self.inputs.options.datastores.knn_keytype
         lm = language_model(self.inputs.models[0], key_type)
-        self.saving.learn(lm, self.inputs.vocabulary.pad, self.blocks, batches, to_device)
+        pad = self.inputs.vocabulary.pad
+        self.saving.learn(*sample_keys(lm, pad, self.blocks, batches, to_device))
 
     def finish(self) -> None:
         """Publishes what was written and reports what was measured.

@@ -21,6 +21,7 @@ from fairseq_knnlm.datastore import (
 from fairseq_knnlm.datastore.making import Making, Plan
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.index.build import BuildOptions, IndexBuilder
+from fairseq_knnlm.index.codes import can_be_cut
 from fairseq_knnlm.index.device import wants_gpu
 from fairseq_knnlm.index.recipes import choose
 from fairseq_knnlm.index.specification import check_factory
@@ -33,6 +34,7 @@ from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.options import Options, WritingOptions
 from fairseq_knnlm.runs.save_blocks import BlockSaving, Share, check_shards, cut
 from fairseq_knnlm.runs.scorer import Batch, Blocks
+from fairseq_knnlm.runs.streaming import Streaming
 from fairseq_knnlm.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -62,32 +64,9 @@ class Saving:
         self._write = Behind(writer.write)
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def learn(
-        self,
-        lm: TransformerLM,
-        pad: int,
-        blocks: Blocks,
-        batches: Iterable[Any],
-        to_device: Callable[[Any], Any],
-    ) -> None:
-        """Trains the index.
-
-        Args:
-            lm: reads the batches.
-            pad: the padding token's id.
-            blocks: where the blocks lie.
-            batches: fairseq's, drawn evenly from the split.
-            to_device: moves a batch to the model.
-        """
+    def learn(self, rows: np.ndarray, keys: np.ndarray) -> None:
+        """Trains the index on keys (n, D) float32, drawn evenly, of these rows (n,)."""
         assert self.builder is not None
-        sampled = []
-        for sample in tqdm(batches, desc="sampling keys", unit=" batches"):
-            sample = to_device(sample)
-            encoded = lm.encode(sample["net_input"], sample["target"].ne(pad))
-            targets = sample["target"][:, -encoded.mask.shape[1] :]
-            rows = blocks.rows(sample["id"], encoded.mask, targets).cpu().numpy()
-            sampled.append(_entries(rows, encoded))
-        rows, keys = _joined(sampled)
         self.builder.train(keys, rows)
 
     def take(self, batch: Batch) -> None:
@@ -124,6 +103,32 @@ class Saving:
         self._waiting.clear()
         builder.see(keys, rows)
         builder.add(keys, rows)
+
+
+def sample_keys(
+    lm: TransformerLM,
+    pad: int,
+    blocks: Blocks,
+    batches: Iterable[Any],
+    to_device: Callable[[Any], Any],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n,) int64 and keys (n, D) float32 of some batches of a text.
+
+    Args:
+        lm: reads the batches.
+        pad: the padding token's id.
+        blocks: where the blocks lie.
+        batches: fairseq's, drawn evenly from the split.
+        to_device: moves a batch to the model.
+    """
+    sampled = []
+    for sample in tqdm(batches, desc="sampling keys", unit=" batches"):
+        sample = to_device(sample)
+        encoded = lm.encode(sample["net_input"], sample["target"].ne(pad))
+        targets = sample["target"][:, -encoded.mask.shape[1] :]
+        rows = blocks.rows(sample["id"], encoded.mask, targets).cpu().numpy()
+        sampled.append(_entries(rows, encoded))
+    return _joined(sampled)
 
 
 def _entries(rows: np.ndarray, found: Encoded | Contexts) -> tuple[np.ndarray, np.ndarray]:
@@ -173,16 +178,24 @@ def open_saving(
         symbols=symbols,
     )
     texts = cut(starts, rows, options.block_rows)
-    if len(texts) > 1 and not options.no_save_keys:
-        edges = [*(int(starts[text.start]) for text in texts), rows]
-        plan = Plan(width, options.key_dtype, origin, edges, options.document_boundary)
-        saving = BlockSaving(Making(path, plan), texts, share, find)
-        _check_whole(inputs.options.writing, saving)
-        return saving
-    check_shards(share, 1)
     builder = _index_builder(inputs.options, rows, width) if options.no_save_keys else None
-    writer = DatastoreWriter(path, rows, width, origin, options.key_dtype)
-    return Saving(writer, find, builder)
+    if len(texts) == 1 or (builder is not None and not can_be_cut(builder.index)):
+        check_shards(share, 1)
+        writer = DatastoreWriter(path, rows, width, origin, options.key_dtype)
+        return Saving(writer, find, builder)
+    plan = Plan(
+        width,
+        options.key_dtype,
+        origin,
+        starts=[*(int(starts[text.start]) for text in texts), rows],
+        boundary=options.document_boundary,
+        recipe=builder.recipe.factory if builder is not None else None,
+    )
+    making = Making(path, plan)
+    streaming = Streaming(path, plan.fingerprint, builder) if builder is not None else None
+    saving = BlockSaving(making, texts, share, find, streaming)
+    _check_whole(inputs.options.writing, saving)
+    return saving
 
 
 def _check_whole(writing: WritingOptions, saving: BlockSaving) -> None:

@@ -20,8 +20,11 @@ from fairseq_knnlm.datastore import DatastoreWriter, Documents
 from fairseq_knnlm.datastore.boundaries import after_empty_lines
 from fairseq_knnlm.datastore.making import Making, read_plan
 from fairseq_knnlm.errors import BusyError, ConfigError
+from fairseq_knnlm.index.build import IndexBuilder
+from fairseq_knnlm.index.streaming import PieceStream
 from fairseq_knnlm.runs.documents import EOS, keep_documents
 from fairseq_knnlm.runs.scorer import Batch
+from fairseq_knnlm.runs.streaming import Streaming
 
 logger = logging.getLogger(__name__)
 
@@ -85,20 +88,30 @@ class BlockSaving:
         texts: which blocks of text each block is made of.
         share: which blocks are this process's: every ``of``-th.
         find: the documents of all values.
+        streaming: the index that keys go into, where they are not kept.
 
     Raises:
         ConfigError: where there are more processes than blocks.
         DatastoreError: where a block that is there is of another making.
     """
 
-    builder = None
-
-    def __init__(self, making: Making, texts: list[range], share: Share, find: Find) -> None:
+    def __init__(
+        self,
+        making: Making,
+        texts: list[range],
+        share: Share,
+        find: Find,
+        streaming: Streaming | None = None,
+    ) -> None:
         check_shards(share, len(texts))
         self._making = making
         self._find = find
+        self._streaming = streaming
         mine = list(making.plan.blocks)[share.number :: share.of]
-        sound = making.check([block for block in mine if block in set(making.there())])
+        sound = making.check(
+            [block for block in mine if block in set(making.there())],
+            streaming.is_sound if streaming is not None else None,
+        )
         self.blocks = [block for block in mine if block not in sound]
         first = making.plan.number
         #: Which blocks of text are to be read, a range for each block that is missing.
@@ -110,8 +123,18 @@ class BlockSaving:
                 "going on with %s: %d of %d blocks are there, and as they were written; %d to make",
                 *(making.path, len(sound), len(mine), len(self.blocks)),
             )
-        self._open: tuple[int, DatastoreWriter] | None = None
-        self._write = Behind(DatastoreWriter.write)
+        self._open: tuple[int, DatastoreWriter, PieceStream | None] | None = None
+        self._write = Behind(_write)
+
+    @property
+    def builder(self) -> IndexBuilder | None:
+        """Of the index that is to be trained first; None where nothing is."""
+        return self._streaming.builder if self._streaming is not None else None
+
+    def learn(self, rows: np.ndarray, keys: np.ndarray) -> None:
+        """Trains the index on keys (n, D) float32, drawn evenly, of these rows (n,)."""
+        assert self._streaming is not None
+        self._streaming.learn(rows, keys)
 
     def take(self, batch: Batch) -> None:
         """Writes a batch, whose rows all lie in one block."""
@@ -123,18 +146,19 @@ class BlockSaving:
         block = plan.number + int(np.searchsorted(plan.starts, rows[0], side="right")) - 1
         if self._open is None or self._open[0] != block:
             self._close()
-            self._open = block, self._making.writer(block)
+            piece = self._streaming.piece() if self._streaming is not None else None
+            self._open = block, self._making.writer(block), piece
         assert batch.contexts.keys is not None
         keys = batch.contexts.keys.cpu().numpy()[counted]
         values = batch.targets.cpu().numpy()[counted]
-        self._write(self._open[1], rows - plan.rows(block).start, keys, values)
+        self._write(*self._open[1:], rows - plan.rows(block).start, keys, values)
 
     def _close(self) -> None:
         """Publishes the block that is being written."""
         if self._open is not None:
-            block, writer = self._open
+            block, writer, piece = self._open
             self._write.wait()
-            writer.publish()
+            writer.publish(piece.write if piece is not None else None)
             self._open = None
             left = len(self._making.missing())
             logger.info("block %d is made, %d of all are missing", block, left)
@@ -143,6 +167,18 @@ class BlockSaving:
         """Joins the blocks once all of them are there, whoever made them; says what is there."""
         self._close()
         return join(self._making, self._find)
+
+
+def _write(
+    writer: DatastoreWriter,
+    piece: PieceStream | None,
+    rows: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+) -> None:
+    writer.write(rows, keys, values)
+    if piece is not None:
+        piece.add(keys)
 
 
 def join(making: Making, find: Find | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,69 @@ def test_results_of_a_part_are_refused(lab: Lab, saved: Path, tmp_path: Path) ->
         lab.evaluate("valid", *saving(path), "--results-json", tmp_path / "r.json")
     rest(lab, path)
     assert same(path, saved)
+
+
+STREAM = ["--no-save-keys", "--recipe", "IVF4,PQ4x4fsr"]
+
+
+@pytest.fixture(scope="session")
+def streamed(lab: Lab) -> Path:
+    """Without keys, whose index lies in pieces; of one process that was not stopped."""
+    path = lab.folder / "streamed-in-blocks"
+    lab.evaluate("valid", *saving(path, *STREAM))
+    return path
+
+
+def every_byte(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_streamed_by_processes_that_share_the_blocks(
+    lab: Lab, streamed: Path, tmp_path: Path
+) -> None:
+    """The index too is the same to the byte, whoever trained it."""
+    for number in (2, 0, 1):
+        flags = ["--num-shards", 3, "--shard-id", number]
+        lab.evaluate("valid", *saving(tmp_path / "store", *STREAM, *flags))
+    assert every_byte(tmp_path / "store") == every_byte(streamed)
+
+
+@pytest.mark.parametrize("spoil", ["piece", "block"])
+def test_streamed_and_gone_on_with(lab: Lab, streamed: Path, tmp_path: Path, spoil: str) -> None:
+    """Where a block is missing, or its piece is damaged."""
+    path = tmp_path / "store"
+    lab.evaluate("valid", *saving(path, *STREAM, "--num-shards", 2, "--shard-id", 0))
+    if spoil == "piece":
+        (piece,) = (path / "blocks" / "000002").glob("piece-*.npy")
+        piece.write_bytes(piece.read_bytes().replace(b"NUMPY", b"NUMPI"))
+    else:
+        shutil.rmtree(path / "blocks" / "000002")
+    rest(lab, path, *STREAM)
+    assert every_byte(path) == every_byte(streamed)
+
+
+def test_streamed_and_evaluated(lab: Lab, streamed: Path, tmp_path: Path) -> None:
+    """With full keys in all lists, the figures are those of keys in float32 and exact search."""
+    full = ["--no-save-keys", "--recipe", "IVF4,Flat"]
+    lab.evaluate("valid", *saving(tmp_path / "streamed", *full))
+    lab.evaluate("valid", *saving(tmp_path / "kept", "--dstore-fp32"))
+    must(sys.executable, "-m", "fairseq_knnlm.cli", "build-index", "--dstore", tmp_path / "kept")
+    losses = [
+        lab.evaluate(
+            "test", "--knnlm", "--dstore-filename", tmp_path / name, "--k", 50, "--lmbda", 0.3, *all
+        )["loss"]
+        for name, all in (("streamed", ["--probe", 4]), ("kept", []))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_another_recipe_is_another_making(lab: Lab, tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    lab.evaluate("valid", *saving(path, *STREAM, "--num-shards", 2, "--shard-id", 0))
+    for flags, says in (([], "key_dtype"), (["--no-save-keys", "--recipe", "IVF4,SQ8"], "recipe")):
+        with pytest.raises(DatastoreError, match=says):
+            lab.evaluate("valid", *saving(path, *flags))
 
 
 def test_evaluated_as_one(lab: Lab, saved: Path, tmp_path: Path) -> None:
