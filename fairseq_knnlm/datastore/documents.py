@@ -197,7 +197,9 @@ def first_line(store: Datastore, documents: Documents, document: int, most: int 
     words = np.flatnonzero(head != documents.eos)
     if not len(words):
         return head[:0]
-    line = store.values[start + words[0] : min(stop, start + words[0] + most)]
+    first = start + words[0]
+    _, ends_there = store.texts_of(np.array([first]))
+    line = store.values[first : min(stop, int(ends_there[0]), first + most)]
     ends = np.flatnonzero(line == documents.eos)
     return np.array(line[: ends[0]] if len(ends) else line)
 
@@ -205,7 +207,7 @@ def first_line(store: Datastore, documents: Documents, document: int, most: int 
 def around(
     store: Datastore, row: int, before: int, after: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The text around an entry, as far as the datastore goes.
+    """The text around an entry, as far as it is in the datastore.
 
     Args:
         store: the datastore, with its values.
@@ -225,5 +227,7 @@ def around(
     if not 0 <= row < len(store):
         raise IndexError(f"row {row:,} of {len(store):,}")
     check_mapped(store.values, "values")
-    values = store.values
-    return np.array(values[max(row - before, 0) : row]), np.array(values[row + 1 : row + 1 + after])
+    (start,), (stop,) = store.texts_of(np.array([row]))
+    earlier = store.values[max(row - before, start) : row]
+    later = store.values[row + 1 : min(row + 1 + after, stop)]
+    return np.array(earlier), np.array(later)

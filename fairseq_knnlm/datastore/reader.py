@@ -74,6 +74,19 @@ class Datastore:
         """
         return breaks_of(self.blocks, self.manifest)
 
+    def texts_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The texts that entries are from, as far as each is there in one piece.
+
+        Args:
+            rows: (n,) integers, from 0 to below N.
+
+        Returns:
+            (n,) int64 the first row of each one's text, and (n,) that behind its last.
+        """
+        edges = np.append(self.breaks, len(self))
+        texts = np.searchsorted(self.breaks, rows, side="right")
+        return edges[texts - 1], edges[texts]
+
     @property
     def nbytes(self) -> int:
         """Bytes of what is opened."""

@@ -113,9 +113,13 @@ def counted(store: Datastore) -> NGramModel:
     path = store.ngram_path
     vocabulary = store.manifest.origin.vocabulary
     if path.is_file():
-        tokens = len(store)
-        return load_counts(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
-    model = NGramModel.count(store.values, vocabulary, CONTEXT + 1)
+        return load_counts(
+            *(path, store.fingerprint),
+            vocabulary=vocabulary,
+            tokens=len(store),
+            breaks=store.breaks,
+        )
+    model = NGramModel.count(store.values, vocabulary, CONTEXT + 1, breaks=store.breaks)
     try:
         save_counts(model, path, store.fingerprint)
     except (OSError, OutputError) as error:  # the datastore may be somebody else's

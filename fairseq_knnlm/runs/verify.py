@@ -147,7 +147,7 @@ def _index(store: Datastore) -> str:
 
 def _ngrams(store: Datastore, values: np.ndarray | None) -> str:
     path = store.ngram_path
-    model = load_counts(path, store.fingerprint)
+    model = load_counts(path, store.fingerprint, breaks=store.breaks)
     types = None if values is None else np.unique(values)
     same = types is None or np.array_equal(model.orders[0].keys, types)
     if not same or (model.vocabulary, model.tokens) != (
