@@ -53,7 +53,11 @@ def clustered(rows: int = 3000, width: int = 8) -> np.ndarray:
 
 
 def write_store(
-    path: Path, keys: np.ndarray, values: np.ndarray, vocabulary: int = 50, dtype: str = "float32"
+    path: Path,
+    keys: np.ndarray,
+    values: np.ndarray,
+    vocabulary: int = 50,
+    dtype: str | None = "float32",
 ) -> Datastore:
     """Writes a datastore in one go and opens it."""
     writer = DatastoreWriter(path, *keys.shape, origin(vocabulary), dtype)
@@ -99,6 +103,7 @@ def write_cut(
     *,
     breaks: Sequence[int] = (0,),
     values: np.ndarray | None = None,
+    key_dtype: str | None = "float16",
 ) -> Datastore:
     """A datastore of entries that are cut at these rows; some of each block are forgotten.
 
@@ -108,20 +113,22 @@ def write_cut(
         forgotten: for each block, rows of its own.
         breaks: rows at which a text begins.
         values: other tokens than ``random_entries`` gives.
+        key_dtype: of the keys; None to keep none.
     """
     keys, tokens = random_entries(cuts[-1], 6)
     values = tokens if values is None else values
     stretches = []
     for number, (start, stop) in enumerate(pairwise(cuts)):
         part = write_store(
-            path / "blocks" / f"{number:06d}", keys[start:stop], values[start:stop], dtype="float16"
+            *(path / "blocks" / f"{number:06d}", keys[start:stop], values[start:stop]),
+            dtype=key_dtype,
         )
         here = [row - start for row in breaks if start <= row < stop]
         stretches.append(
             Stretch(part.path.name, len(part), part.fingerprint, here, forgotten[number])
         )
     rows = sum(stop - start for stretch in stretches for start, stop in stretch.kept)
-    manifest = Manifest(rows, 6, "float16", "uint16", origin(), blocks=stretches)
+    manifest = Manifest(rows, 6, key_dtype, "uint16", origin(), blocks=stretches)
     write_manifest(path / "manifest.json", manifest)
     return open_datastore(path)
 

@@ -6,7 +6,8 @@ datastore in blocks has one in each of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,18 @@ class Documents:
         last = document == len(self) - 1
         return int(self.starts[document]), self.rows if last else int(self.starts[document + 1])
 
+    def without(self, ranges: Sequence[tuple[int, int]]) -> Documents:
+        """What is left of them without these rows.
+
+        Args:
+            ranges: rows, as (first, behind the last), ascending and apart; not all rows.
+        """
+        edges = np.append(self.starts, self.rows)
+        for start, stop in reversed(ranges):
+            edges -= np.clip(edges - start, 0, stop - start)
+        first = np.flatnonzero(edges[:-1] < edges[1:])
+        return replace(self, starts=edges[first], rows=int(edges[-1]))
+
     def describe(self) -> str:
         """``"1,200, each from a line that matches '= [^=]' on"``."""
         if self.boundary is None:
@@ -133,8 +146,7 @@ def read_documents(store: Datastore) -> Documents | None:
     """Where the documents of a datastore begin; None where nobody has said so of all of it yet.
 
     Of several blocks the expression is that of the first one that has one. Documents of which
-    nothing is left are left out; what is left of a document without its beginning goes on from the
-    document before, except where another text begins.
+    nothing is left are left out.
 
     Args:
         store: the datastore, of which neither keys nor values are read.
@@ -143,27 +155,24 @@ def read_documents(store: Datastore) -> Documents | None:
         DatastoreError: where a file is damaged or of another datastore.
     """
     if not store.blocks:
-        return _read(store, store.path)
+        return _read(store, store.path, alone=True)
     parts = []
     for block in store.blocks:
-        found = _read(outline(block.path), store.path, whole=0 in block.stretch.breaks)
+        found = _read(outline(block.path), store.path, alone=False)
         if found is None:
             return None
         parts.append(found)
     pairs = list(zip(store.blocks, parts, strict=True))
     starts = [block.first + block.rows_before(part.starts) for block, part in pairs]
-    edges = np.concatenate([*starts, [len(store)]])
-    edges[0] = 0
-    boundaries = [part.boundary for part in parts if part.boundary is not None]
-    return Documents(
-        edges[:-1][edges[:-1] < edges[1:]], len(store), parts[0].eos, next(iter(boundaries), None)
-    )
+    edges = np.unique(np.concatenate([[0], *starts, [len(store)]]))
+    boundary = next((part.boundary for part in parts if part.boundary is not None), None)
+    return Documents(edges[:-1], len(store), parts[0].eos, boundary)
 
 
-def _read(store: Datastore, asked: Path, whole: bool = True) -> Documents | None:
+def _read(store: Datastore, asked: Path, *, alone: bool) -> Documents | None:
     """Those of one folder, of the datastore that was asked for.
 
-    ``whole`` where the first is to begin there, though it began in a block before.
+    Where it is read alone, a document that begins in a block before begins with it.
     """
     path = store.documents_path
     if not path.exists() and not path.is_symlink():
@@ -182,7 +191,7 @@ def _read(store: Datastore, asked: Path, whole: bool = True) -> Documents | None
             if card.rows != len(store):
                 raise ValueError(f"{card.rows:,} rows in the place of {len(store):,}")
             starts = _read_starts(archive, card, version)
-            if whole and 0 not in starts[:1]:
+            if alone and 0 not in starts[:1]:
                 starts = np.append(0, starts)
             return Documents(starts, card.rows, card.eos, card.boundary)
     except ValueError as error:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fairseq_knnlm.datastore.blocks import Block, blocks_of, breaks_of, check_block
 from fairseq_knnlm.datastore.manifest import (
+    DOCUMENTS,
     INDEX,
     KEYS,
     PROJECTION,
@@ -106,7 +107,7 @@ class Datastore:
     @property
     def documents_path(self) -> Path:
         """Where it is said where its documents begin."""
-        return self.index_path.with_name(self.index_path.name.replace(INDEX, "documents.npz"))
+        return self.index_path.with_name(self.index_path.name.replace(INDEX, DOCUMENTS))
 
     def full_keys(self) -> Rows:
         """The keys.
@@ -188,7 +189,7 @@ def open_datastore(
                     path, manifest, seal, load_keys=load_keys, in_memory=in_memory, verify=verify
                 )
             return _open_one(path, manifest, seal, load_keys, in_memory, verify)
-        except DatastoreError:
+        except (DatastoreError, FileNotFoundError):
             if not _was_replaced(path, seal):
                 raise
 
@@ -278,7 +279,11 @@ def outline(path: Path) -> Datastore:
     Raises:
         DatastoreError: as ``read_manifest`` does.
     """
-    manifest, seal = read_manifest(path)
+    return outlined(path, *read_manifest(path))
+
+
+def outlined(path: Path, manifest: Manifest, seal: str = "") -> Datastore:
+    """The same of a manifest that need not have been written yet."""
     nothing = np.empty(0, manifest.value_dtype)
     return Datastore(path, manifest, None, nothing, seal, path / INDEX)
 

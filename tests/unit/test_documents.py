@@ -348,18 +348,6 @@ def test_documents_of_what_is_left(
     assert again.starts.tolist() == starts
 
 
-def test_a_document_begins_where_a_text_does(tmp_path: Path) -> None:
-    """Though what it is the rest of began in a block that is gone."""
-    store = words_in_blocks(tmp_path / "store", [0, 8, 11, 16], [()] * 3)
-    write_documents(store, after_empty_lines(store.values, EOS))
-    first, _, last = store.manifest.blocks
-    fewer = replace(store.manifest, rows=13, blocks=[first, replace(last, breaks=[0])])
-    write_manifest(store.path / "manifest.json", fewer)
-    found = read_documents(outline(store.path))
-    assert found is not None
-    assert found.starts.tolist() == [0, 8, 10]
-
-
 @pytest.mark.parametrize("boundary", [None, "b"])
 def test_documents_of_several_texts(boundary: str | None) -> None:
     """As of each by itself."""
