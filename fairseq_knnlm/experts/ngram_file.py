@@ -94,9 +94,19 @@ def describe_counts(path: Path, fingerprint: str) -> str:
         return f"up to {card.order} tokens, of {card.tokens:,}"
 
 
+def counted_from(path: Path) -> str:
+    """The fingerprint of the datastore that a file of counts was counted from.
+
+    Raises:
+        NGramError: where it is missing or damaged.
+    """
+    with _counts(path) as (_, card):
+        return card.datastore
+
+
 @contextmanager
-def _counts(path: Path, fingerprint: str) -> Iterator[tuple[Archive, Card]]:
-    """The file of counts, open, and its card.
+def _counts(path: Path, fingerprint: str | None = None) -> Iterator[tuple[Archive, Card]]:
+    """The file of counts, open, and its card; of any datastore where none is asked for.
 
     Raises:
         NGramError: as ``load_counts``, also of what is read from it.
@@ -105,7 +115,7 @@ def _counts(path: Path, fingerprint: str) -> Iterator[tuple[Archive, Card]]:
     try:
         with opened(path) as archive:
             card = _read_card(archive)
-            if card.datastore != fingerprint:
+            if fingerprint is not None and card.datastore != fingerprint:
                 raise NGramError(
                     f"{path} was counted from another datastore",
                     expected=f"datastore {fingerprint[:12]}...",

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from stores import random_entries, truncate, write_store
 
+from fairseq_knnlm.datastore import open_datastore
+from fairseq_knnlm.datastore.forgetting import forget
 from fairseq_knnlm.errors import NGramError
 from fairseq_knnlm.experts import ngram_file as module
 from fairseq_knnlm.experts.kneser_ney import FALLBACK, NGramModel, estimate_discounts
 from fairseq_knnlm.experts.ngram import counted
-from fairseq_knnlm.experts.ngram_file import describe_counts, load_counts, save_counts
+from fairseq_knnlm.experts.ngram_file import counted_from, describe_counts, load_counts, save_counts
 
 ORDERS = (1, 2, 3, 4, 5)
 VOCABULARY = 12
@@ -485,6 +487,17 @@ def test_what_counting_cannot_come_to_is_refused(tmp_path: Path, case: str) -> N
         load_counts(path, MINE)
     assert "cannot be read" in str(caught.value)
     assert says in str(caught.value)
+
+
+def test_counts_of_before_a_datastore_was_changed_are_made_anew(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", *random_entries(60, 4))
+    counted(store)
+    left = open_datastore(forget(store.path, [(5, 20)]).path)
+    assert counted_from(left.ngram_path) == store.fingerprint
+    model = counted(left)
+    assert counted_from(left.ngram_path) == left.fingerprint
+    other = NGramModel.count(left.values, 50, breaks=[0, 5], progress=False)
+    assert np.array_equal(model.orders[-1].counts, other.orders[-1].counts)
 
 
 def test_a_description_reads_no_counts(tmp_path: Path) -> None:
