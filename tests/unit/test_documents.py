@@ -19,8 +19,8 @@ from stores import (
     lengthen,
     origin,
     truncate,
-    write_cut,
     write_compressed,
+    write_cut,
     write_store,
 )
 

@@ -18,8 +18,8 @@ from stores import (
     assert_helps,
     build_index,
     random_entries,
-    write_cut,
     write_compressed,
+    write_cut,
     write_store,
 )
 
