@@ -321,7 +321,7 @@ def test_what_was_left_of_others_is_removed(tmp_path: Path) -> None:
 def test_what_is_being_added_is_left_alone(tmp_path: Path) -> None:
     """And goes on afterwards."""
     store = blocks(tmp_path / "store")
-    plan = Plan(6, "float16", store.manifest.origin, [0, 5, 9], 3, store.fingerprint)
+    plan = Plan(6, "float16", store.manifest.origin, [0, 5, 9], number=3, onto=store.fingerprint)
     making = Making(store.path, plan)
     for block in plan.blocks:
         rows = plan.rows(block)
