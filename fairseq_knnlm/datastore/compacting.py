@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fairseq_knnlm.datastore.blocks import Block
 from fairseq_knnlm.datastore.documents import read_documents, write_documents
-from fairseq_knnlm.datastore.into_blocks import into_blocks
+from fairseq_knnlm.datastore.into_blocks import claimed, into_blocks
 from fairseq_knnlm.datastore.making import is_in_the_making, read_plan
 from fairseq_knnlm.datastore.manifest import (
     BLOCKS,
@@ -57,7 +57,7 @@ def compact(
         BusyError: where another process is changing it.
         DatastoreError: where a block is damaged, or the disk cannot hold the new ones.
     """
-    with Claim(path / MANIFEST):
+    with claimed(path):
         manifest, _ = read_manifest(path)
         if not manifest.blocks:
             return None

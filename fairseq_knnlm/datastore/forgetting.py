@@ -10,11 +10,10 @@ from msgspec.structs import replace
 
 from fairseq_knnlm.datastore.blocks import Block, blocks_of
 from fairseq_knnlm.datastore.documents import read_documents, write_documents
-from fairseq_knnlm.datastore.into_blocks import into_blocks
+from fairseq_knnlm.datastore.into_blocks import claimed, into_blocks
 from fairseq_knnlm.datastore.manifest import MANIFEST, Manifest, Stretch, write_manifest
 from fairseq_knnlm.datastore.reader import Datastore, outline, outlined
 from fairseq_knnlm.errors import DatastoreError
-from fairseq_knnlm.files import Claim
 
 #: Rows from the first to the one behind the last.
 Range = tuple[int, int]
@@ -34,7 +33,7 @@ def forget(path: Path, ranges: Sequence[Range]) -> Datastore:
         BusyError: where another process is changing it.
         DatastoreError: where it was compressed, there are no such rows, or nothing would be left.
     """
-    with Claim(path / MANIFEST):
+    with claimed(path):
         check_rows(outline(path), ranges)
         store = into_blocks(path)
         left = without(store, ranges)

@@ -47,7 +47,7 @@ def into_blocks(path: Path) -> Datastore:
         BusyError: where another process is changing it.
         DatastoreError: where there is none, or it was compressed.
     """
-    with Claim(path / MANIFEST):
+    with claimed(path):
         manifest, seal = read_manifest(path)
         check_uncompressed(path, manifest)
         if not manifest.blocks:
@@ -59,6 +59,17 @@ def into_blocks(path: Path) -> Datastore:
         for name in MOVED:
             (path / name).unlink(missing_ok=True)
         return outline(path)
+
+
+def claimed(path: Path) -> Claim:
+    """Makes this process the only one that changes a datastore, which must be there.
+
+    Raises:
+        BusyError: where another process is changing it.
+        DatastoreError: where there is none.
+    """
+    read_manifest(path)  # a claim makes the folder
+    return Claim(path / MANIFEST)
 
 
 def check_uncompressed(path: Path, manifest: Manifest) -> None:

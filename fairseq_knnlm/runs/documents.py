@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 FLAG = "--document-boundary"
 #: The token that ends a line in every dictionary that fairseq makes.
 EOS = 2
+#: Characters of a document's name.
+LONGEST_NAME = 80
 
 
 def find_documents(
@@ -81,7 +83,7 @@ def add_documents(
     """
     check_text(store)
     if symbols is not None:
-        _check_dictionary(store, symbols)
+        check_dictionary(store, symbols)
     found = find_documents(store.values, eos, boundary, symbols or (), store.breaks)
     return write_documents(store, found)
 
@@ -106,7 +108,7 @@ def keep_documents(folder: Path, find: Callable[[np.ndarray], Documents]) -> Non
         )
 
 
-def _check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
+def check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
     origin = store.manifest.origin
     store.check_origin(dictionary=dictionary_fingerprint(symbols))
     if len(symbols) < origin.vocabulary:  # of files of urvashik/knnlm no more is known
@@ -116,3 +118,9 @@ def _check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
             found=f"{len(symbols):,}",
             do="name the data that the language model was trained on",
         )
+
+
+def shown_name(line: str) -> str:
+    """The name of a document as it is shown, from the text of its first line."""
+    name = line.strip()
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
