@@ -28,7 +28,8 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
 
     found = compact_store(args.dstore)
     if found.blocks:
-        print(f"{args.dstore}: wrote {found.blocks:,} blocks anew, without what was forgotten")
+        what = "1 block" if found.blocks == 1 else f"{found.blocks:,} blocks"
+        print(f"{args.dstore}: wrote {what} anew, without what was forgotten")
     for path in found.removed:
         print(f"{path}: removed, since it was of the datastore before it was changed")
     if not found.blocks and not found.removed:

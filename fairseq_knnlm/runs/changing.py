@@ -142,19 +142,16 @@ def named_documents(store: Datastore, names: Sequence[str], symbols: Sequence[st
             found="none",
             do=f"find them: fairseq-knnlm verify --dstore {store.path} --documents",
         )
-    spell = line_spelling(symbols)
-    known: dict[str, list[int]] = {}
-    for number in range(len(documents)):
-        line = spell(first_line(store, documents, number).tolist()).strip()
-        for name in {line, shown_name(line)}:
-            known.setdefault(name, []).append(number)
+    spell, numbers = line_spelling(symbols), range(len(documents))
+    lines = [spell(first_line(store, documents, number).tolist()).strip() for number in numbers]
+    known = [shown_name(line) for line in lines]
     parts = []
     for name in names:
-        found = known.get(name.strip(), [])
-        if len(found) != 1:
-            places = [documents.extent(number) for number in found]
+        found = [number for number in numbers if name.strip() in (lines[number], known[number])]
+        places = [documents.extent(number) for number in found]
+        if len(places) != 1:
             raise _not_one(store.path, name, places, known)
-        parts.append(Part(*documents.extent(found[0]), shown_name(name)))
+        parts.append(Part(*places[0], known[found[0]]))
     return parts
 
 
@@ -171,15 +168,15 @@ def _not_one(
             found=f"rows {some}{more}",
             do="name the rows that are meant: --rows A:B",
         )
-    names = [one for one in known if one]
+    names = sorted({one for one in known if one})
     near = [one for one in names if name.casefold() in one.casefold()][:LISTED]
-    near = near or get_close_matches(name, names, LISTED, 0.3)
+    near = near or get_close_matches(name, names, LISTED, 0.5)
     return DatastoreError(
         f"no document of {path} is named {name!r}",
         expected="the first line of a document, as `fairseq-knnlm explain` shows it",
-        found=f"{len(names):,} other names; the nearest are {', '.join(map(repr, near))}"
+        found=f"{len(names):,} others; the nearest are {', '.join(map(repr, near))}"
         if near
-        else f"{len(names):,} names, none like it",
+        else f"{len(names):,} others, none like it",
         do="name one of them, or its rows: --rows A:B",
     )
 

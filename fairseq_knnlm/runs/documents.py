@@ -109,6 +109,11 @@ def keep_documents(folder: Path, find: Callable[[np.ndarray], Documents]) -> Non
 
 
 def check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
+    """Refuses a dictionary that is not the datastore's.
+
+    Raises:
+        DatastoreError: where it is another.
+    """
     origin = store.manifest.origin
     store.check_origin(dictionary=dictionary_fingerprint(symbols))
     if len(symbols) < origin.vocabulary:  # of files of urvashik/knnlm no more is known

@@ -110,7 +110,7 @@ def test_a_dry_run_changes_nothing(store: Datastore, data: Path, capsys: Capture
         (["--document", "You", "--data", "DICT"], "found:    rows 8:15, 15:21"),
         (["--document", "Boulter", "--data", "DICT"], "the nearest are 'Robert Boulter'"),
         (["--document", "Robert Bolter", "--data", "DICT"], "the nearest are 'Robert Boulter'"),
-        (["--document", "zzzzzzzz", "--data", "DICT"], "2 names, none like it"),
+        (["--document", "zzzzzzzz", "--data", "DICT"], "2 others, none like it"),
         (["--rows", "1:2", "--document", "You", "--data", "DICT"], "2 documents of"),
     ],
 )
@@ -156,7 +156,7 @@ def test_what_was_forgotten_leaves_no_trace(tmp_path: Path, capsys: Capture) -> 
     said = say(capsys, "forget", store.path, "--rows", "100:150", "--rows", "399:400")
     assert "build it again" not in said
     said = say(capsys, "compact", store.path)
-    assert "wrote 1 blocks anew" in said
+    assert "wrote 1 block anew" in said
     assert f"{store.ngram_path}: removed" in said
     assert "nothing to do" in say(capsys, "compact", store.path)
     patterns = [keys[row].astype(kind).tobytes() for row in gone for kind in ("f2", "f4")]
