@@ -53,7 +53,11 @@ def clustered(rows: int = 3000, width: int = 8) -> np.ndarray:
 
 
 def write_store(
-    path: Path, keys: np.ndarray, values: np.ndarray, vocabulary: int = 50, dtype: str = "float32"
+    path: Path,
+    keys: np.ndarray,
+    values: np.ndarray,
+    vocabulary: int = 50,
+    dtype: str | None = "float32",
 ) -> Datastore:
     """Writes a datastore in one go and opens it."""
     writer = DatastoreWriter(path, *keys.shape, origin(vocabulary), dtype)
@@ -86,6 +90,70 @@ def write_blocks(
     manifest = Manifest(rows, keys.shape[1], "float32", "uint16", origin(), blocks=stretches)
     write_manifest(path / "manifest.json", manifest)
     return open_datastore(path)
+
+
+Ranges = Sequence[tuple[int, int]]
+CUTS = [0, 40, 41, 100]
+
+
+def write_cut(
+    path: Path,
+    cuts: Sequence[int] = CUTS,
+    forgotten: Sequence[Ranges] = ((), (), ()),
+    *,
+    breaks: Sequence[int] = (0,),
+    values: np.ndarray | None = None,
+    key_dtype: str | None = "float16",
+) -> Datastore:
+    """A datastore of entries that are cut at these rows; some of each block are forgotten.
+
+    Args:
+        path: its folder.
+        cuts: from 0 to the number of entries.
+        forgotten: for each block, rows of its own.
+        breaks: rows at which a text begins.
+        values: other tokens than ``random_entries`` gives.
+        key_dtype: of the keys; None to keep none.
+    """
+    keys, tokens = random_entries(cuts[-1], 6)
+    values = tokens if values is None else values
+    stretches = []
+    for number, (start, stop) in enumerate(pairwise(cuts)):
+        part = write_store(
+            *(path / "blocks" / f"{number:06d}", keys[start:stop], values[start:stop]),
+            dtype=key_dtype,
+        )
+        here = [row - start for row in breaks if start <= row < stop]
+        stretches.append(
+            Stretch(part.path.name, len(part), part.fingerprint, here, forgotten[number])
+        )
+    rows = sum(stop - start for stretch in stretches for start, stop in stretch.kept)
+    manifest = Manifest(rows, 6, key_dtype, "uint16", origin(), blocks=stretches)
+    write_manifest(path / "manifest.json", manifest)
+    return open_datastore(path)
+
+
+def kept(forgotten: Sequence[Ranges], cuts: Sequence[int] = CUTS) -> np.ndarray:
+    """The entries that are left of those of ``write_cut``."""
+    gone = {
+        first + row
+        for first, ranges in zip(cuts, forgotten, strict=False)
+        for start, stop in ranges
+        for row in range(start, stop)
+    }
+    return np.array([row for row in range(cuts[-1]) if row not in gone])
+
+
+def texts_left(
+    forgotten: Sequence[Ranges], cuts: Sequence[int] = CUTS, breaks: Sequence[int] = (0,)
+) -> list[list[int]]:
+    """The same entries as texts: a new one begins where one did, and behind what is left out."""
+    texts: list[list[int]] = []
+    for row in kept(forgotten, cuts).tolist():
+        if not texts or row in breaks or texts[-1][-1] != row - 1:
+            texts.append([])
+        texts[-1].append(row)
+    return texts
 
 
 def write_compressed(path: Path) -> Datastore:

@@ -17,6 +17,8 @@ from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import MOST_JSON, human_bytes, read_sealed, typed
 
 REMEDY = "fit it again with `fairseq-knnlm tune`, or pass --lmbda and --knn-temp"
+#: What is said of a calibration that serves though it is not of the datastore as it is now.
+FITTED_BEFORE = "fitted before the datastore was changed: tune again for the best figures"
 
 
 class _GatesBeside(Strict):
@@ -39,21 +41,27 @@ def calibration_path(path: Path, datastores: Sequence[str]) -> Path:
     return path.with_name(f"{path.stem}-{others}{path.suffix}")
 
 
-def read_record(path: Path, datastores: Sequence[str]) -> Record | None:
+def read_record(
+    path: Path, datastores: Sequence[str], before: Sequence[Sequence[str]] = ()
+) -> Record | None:
     """Reads what was fitted for a set of datastores, None where nothing was fitted for any.
 
     Args:
         path: ``calibration.json`` of the first.
         datastores: fingerprints of those in use.
+        before: of each, those that it had before it was changed, the last one last. What was fitted
+            then is found where nothing was since.
 
     Raises:
         TableError: where it is damaged, or where there are those of other sets only.
     """
-    found = find_record(path, datastores)
+    found = find_record(path, datastores, before)
     return None if found is None else found[1]
 
 
-def find_record(path: Path, datastores: Sequence[str]) -> tuple[Path, Record] | None:
+def find_record(
+    path: Path, datastores: Sequence[str], before: Sequence[Sequence[str]] = ()
+) -> tuple[Path, Record] | None:
     """The same, with the file that it is in."""
     # Before version 3 there was one file for all sets.
     for file in dict.fromkeys([calibration_path(path, datastores), path]):
@@ -61,6 +69,9 @@ def find_record(path: Path, datastores: Sequence[str]) -> tuple[Path, Record] | 
             record = _opened(file)
             if record.datastores == list(datastores):
                 return file, record
+    histories = [[*old, new] for old, new in zip(before, datastores, strict=False)]
+    if (found := _of_before(path, histories)) is not None:
+        return found
     if not (others := calibrated_sets(path)):
         return None
     raise TableError(
@@ -69,6 +80,20 @@ def find_record(path: Path, datastores: Sequence[str]) -> tuple[Path, Record] | 
         found="; ".join(others),
         do=REMEDY,
     )
+
+
+def _of_before(path: Path, histories: Sequence[Sequence[str]]) -> tuple[Path, Record] | None:
+    """The latest of what was fitted for datastores that had these fingerprints, one by one."""
+    found: dict[tuple[int, ...], tuple[Path, Record]] = {}
+    for file in _files(path):
+        try:
+            record = _opened(file)
+        except TableError:
+            continue  # which is said where nothing else is found
+        pairs = list(zip(histories, record.datastores, strict=False))
+        if len(record.datastores) == len(histories) and all(one in all_ for all_, one in pairs):
+            found[tuple(all_.index(one) for all_, one in pairs)] = file, record
+    return found[max(found)] if found else None
 
 
 def calibrated_sets(path: Path, but: Sequence[str] = ()) -> list[str]:

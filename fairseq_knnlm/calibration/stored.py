@@ -7,6 +7,7 @@ as safetensors in base64.
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from fairseq_knnlm.calibration.record import (
     mixture_name,
 )
 from fairseq_knnlm.calibration.record_file import (
+    FITTED_BEFORE,
     REMEDY,
     calibration_path,
     damaged,
@@ -40,6 +42,8 @@ from fairseq_knnlm.calibration.record_file import (
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import typed, write_sealed
 from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Mixer, Skip
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,20 +194,26 @@ def _content(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def read_calibration(path: Path, datastores: Sequence[str]) -> Calibration | None:
+def read_calibration(
+    path: Path, datastores: Sequence[str], before: Sequence[Sequence[str]] = ()
+) -> Calibration | None:
     """Reads what was fitted for a set of datastores, None where nothing was fitted for any.
 
     Args:
         path: ``calibration.json`` of the first.
         datastores: fingerprints of those in use.
+        before: of each, those that it had before it was changed, the last one last. What was fitted
+            then is taken where nothing was since, with a warning.
 
     Raises:
         TableError: where it is damaged, or where there are those of other sets only.
     """
-    found = find_record(path, datastores)
+    found = find_record(path, datastores, before)
     if found is None:
         return None
     file, record = found
+    if record.datastores != list(datastores):
+        logger.warning("%s was %s", file, FITTED_BEFORE)
     try:
         return _calibration(record)
     except ValueError as error:

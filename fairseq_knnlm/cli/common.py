@@ -11,6 +11,7 @@ from pathlib import Path
 from fairseq_knnlm.bounds import MOST_ENTRIES, check_range
 from fairseq_knnlm.datastore import Datastore, outline
 from fairseq_knnlm.datastore.legacy import is_legacy
+from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.places import check_datastore_output, check_new_datastore
 from fairseq_knnlm.runs.stores import name_foreign, open_store
 
@@ -29,6 +30,21 @@ def add_store(parser: argparse.ArgumentParser) -> None:
 def check_store(args: argparse.Namespace) -> None:
     """Refuses sizes that no datastore has."""
     check_range("--dstore-size", args.dstore_size, 1, MOST_ENTRIES, "counts entries")
+
+
+def check_ours(path: Path) -> None:
+    """Refuses a datastore that cannot be changed, being files of urvashik/knnlm.
+
+    Raises:
+        ConfigError: where it is one.
+    """
+    if is_legacy(path):
+        raise ConfigError(
+            f"{path} is a datastore of urvashik/knnlm, which cannot be changed",
+            expected="a datastore folder",
+            found=f"{path.name}_keys.npy and {path.name}_vals.npy",
+            do="make one of it with `fairseq-knnlm import`",
+        )
 
 
 def opened(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fairseq_knnlm.calibration.record_file import calibrated_sets, read_record
+from fairseq_knnlm.calibration.record_file import FITTED_BEFORE, calibrated_sets, read_record
 from fairseq_knnlm.cli.common import add_store, check_store, outlined
 from fairseq_knnlm.datastore import Datastore, open_datastore, read_documents
 from fairseq_knnlm.errors import KnnlmError
-from fairseq_knnlm.experts.ngram_file import describe_counts
+from fairseq_knnlm.experts.ngram_file import counted_from, describe_counts
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.index.card import read_card
 
@@ -81,6 +81,8 @@ def _index(store: Datastore) -> str:
 def _ngrams(store: Datastore) -> str:
     if not store.ngram_path.exists():
         return "none; counted when they are first asked for"
+    if counted_from(store.ngram_path) in store.manifest.before:
+        return "of the datastore before it was changed; counted anew when they are asked for"
     return describe_counts(store.ngram_path, store.fingerprint)
 
 
@@ -94,7 +96,8 @@ def _documents(store: Datastore) -> str:
 
 
 def _calibration(store: Datastore) -> str:
-    record = read_record(store.calibration_path, [store.fingerprint])
+    before = [store.manifest.before]
+    record = read_record(store.calibration_path, [store.fingerprint], before)
     if record is None:
         found = "none; fit it with `fairseq-knnlm tune`"
     else:
@@ -103,5 +106,8 @@ def _calibration(store: Datastore) -> str:
             f"{best.name}, fitted on {fitted.split}, {fitted.tokens:,} tokens; perplexity "
             f"{record.base_perplexity:.2f} -> {best.perplexity:.2f}"
         )
-    others = calibrated_sets(store.calibration_path, but=[store.fingerprint])
+        if record.datastores != [store.fingerprint]:
+            found += f"; {FITTED_BEFORE}"
+    served = record.datastores if record is not None else [store.fingerprint]
+    others = calibrated_sets(store.calibration_path, but=served)
     return "\n".join([found, *(f"  calibration  also of {line}" for line in others)])

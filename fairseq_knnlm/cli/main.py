@@ -13,8 +13,10 @@ from typing import Protocol
 
 from fairseq_knnlm.cli import (
     build_index,
+    compact,
     compress,
     explain,
+    forget,
     generate,
     import_,
     info,
@@ -58,6 +60,8 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "verify": verify,
     "compress": compress,
+    "forget": forget,
+    "compact": compact,
     "import": import_,
 }
 

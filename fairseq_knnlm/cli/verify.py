@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from fairseq_knnlm.cli.common import add_store, check_store, opened, outlined
+from fairseq_knnlm.cli.dictionary import add_dictionary, check_dictionary, read_dictionary
 from fairseq_knnlm.datastore.boundaries import check_expression
 from fairseq_knnlm.errors import ConfigError, KnnlmError
 from fairseq_knnlm.files import check_outputs
@@ -29,13 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="regular expression that the first line of each document matches at its beginning, "
         "such as '= [^=]' of WikiText (default: documents begin after empty lines)",
     )
-    parser.add_argument(
-        "--data",
-        dest="dictionary",  # where there is data, unknown flags are taken for fairseq's
-        type=Path,
-        help="folder that fairseq-preprocess wrote, or a dict.txt: what --document-boundary reads "
-        "the text by",
-    )
+    add_dictionary(parser, "what --document-boundary reads the text by")
 
 
 def check(args: argparse.Namespace, _: Sequence[str]) -> None:
@@ -60,21 +54,7 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
                 found="no --data",
             )
     if args.dictionary is not None:
-        _check_dictionary(args.dictionary)
-
-
-def _check_dictionary(path: Path) -> None:
-    if not _dictionary_file(path).is_file():
-        raise ConfigError(
-            f"no dictionary at {path}",
-            expected="--data DATA, a folder that fairseq-preprocess wrote, or its dict.txt",
-            found="a folder without dict.txt" if path.is_dir() else "no such file",
-            do="check the path",
-        )
-
-
-def _dictionary_file(path: Path) -> Path:
-    return path / "dict.txt" if path.is_dir() else path
+        check_dictionary(args.dictionary)
 
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
@@ -103,9 +83,5 @@ def _add_documents(args: argparse.Namespace) -> None:
     if args.dictionary is None:
         add_documents(store, None, None, EOS)
         return
-    import fairseq_knnlm.tasks  # noqa: F401  before fairseq, of which it keeps noise off the screen
-
-    from fairseq.data import Dictionary  # isort: skip
-
-    found = Dictionary.load(str(_dictionary_file(args.dictionary)))
-    add_documents(store, args.document_boundary, found.symbols, found.eos())
+    symbols, eos = read_dictionary(args.dictionary)
+    add_documents(store, args.document_boundary, symbols, eos)

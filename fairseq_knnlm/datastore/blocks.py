@@ -95,9 +95,12 @@ def breaks_of(blocks: Sequence[Block], manifest: Manifest) -> np.ndarray:
         (n,) int64, ascending; the first is 0.
     """
     found = [np.zeros(1, np.int64)]
+    goes_on = True
     for block in blocks:
         edges = [*block.stretch.breaks, *(start for start, _ in block.kept if start)]
+        edges += [] if goes_on else [0]
         found.append(block.first + block.rows_before(edges))
+        goes_on = block.kept[-1][1] == block.rows
     rows = np.unique(np.concatenate(found))
     return rows[rows < manifest.rows]
 

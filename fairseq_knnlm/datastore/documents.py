@@ -1,24 +1,29 @@
 """Where the documents of a datastore begin, as a file beside its manifest (``docs/format.md``).
 
-The file is of its own, so that no fingerprint changes and a datastore of before can be given it.
+The file is of its own, so that no fingerprint changes and a datastore of before can be given it. A
+datastore in blocks has one in each of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import numpy as np
 
-from fairseq_knnlm.datastore.reader import Datastore
+from fairseq_knnlm.datastore.manifest import BLOCKS
+from fairseq_knnlm.datastore.reader import Datastore, outline
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import check_mapped, parse_json, publish, typed
 from fairseq_knnlm.files.arrays import Archive, opened, write_card
 
 FORMAT = "fairseq-knnlm documents"
-VERSION = 1
+#: Version 2 is of a block whose first document begins in a block before; others are written as
+#: version 1.
+VERSION = 2
 #: Characters of an expression at most.
 MOST_EXPRESSION = 1000
 #: Tokens that are looked at before ``first_line`` takes a line to be no more than empty.
@@ -76,6 +81,18 @@ class Documents:
         last = document == len(self) - 1
         return int(self.starts[document]), self.rows if last else int(self.starts[document + 1])
 
+    def without(self, ranges: Sequence[tuple[int, int]]) -> Documents:
+        """What is left of them without these rows.
+
+        Args:
+            ranges: rows, as (first, behind the last), ascending and apart; not all rows.
+        """
+        edges = np.append(self.starts, self.rows)
+        for start, stop in reversed(ranges):
+            edges -= np.clip(edges - start, 0, stop - start)
+        first = np.flatnonzero(edges[:-1] < edges[1:])
+        return replace(self, starts=edges[first], rows=int(edges[-1]))
+
     def describe(self) -> str:
         """``"1,200, each from a line that matches '= [^=]' on"``."""
         if self.boundary is None:
@@ -86,45 +103,84 @@ class Documents:
 def write_documents(store: Datastore, documents: Documents) -> Path:
     """Writes where the documents of a datastore begin, atomically, in the place of what was there.
 
+    A datastore in blocks is given a file a block. Rows that were forgotten count as of the document
+    before them.
+
     Args:
         store: the datastore, of which neither keys nor values are read.
         documents: of its rows.
+
+    Returns:
+        The file, or the folder that the blocks are in.
 
     Raises:
         DatastoreError: where the entries were merged, so that they are no text.
         OutputError: where another process is writing it.
     """
     check_text(store)
+    if not store.blocks:
+        _write(store, documents.starts, documents)
+        return store.documents_path
+    for block in store.blocks:
+        first, stop = np.searchsorted(documents.starts, [block.first, block.stop])
+        _write(outline(block.path), block.own_rows(documents.starts[first:stop]), documents)
+    return store.path / BLOCKS
+
+
+def _write(store: Datastore, starts: np.ndarray, documents: Documents) -> None:
+    """Writes those of one folder, of which the first may begin in a block before."""
     card = {
         "format": FORMAT,
-        "version": VERSION,
-        "rows": documents.rows,
+        "version": 1 if 0 in starts[:1] else VERSION,
+        "rows": len(store),
         "eos": documents.eos,
         "boundary": documents.boundary,
         "datastore": store.fingerprint,
     }
-    arrays = {"card": write_card(card), "starts": documents.starts}
+    arrays = {"card": write_card(card), "starts": starts}
     with publish(store.documents_path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    return store.documents_path
 
 
 def read_documents(store: Datastore) -> Documents | None:
-    """Where the documents of a datastore begin; None where nobody has said so yet.
+    """Where the documents of a datastore begin; None where nobody has said so of all of it yet.
+
+    Of several blocks the expression is that of the first one that has one. Documents of which
+    nothing is left are left out.
 
     Args:
         store: the datastore, of which neither keys nor values are read.
 
     Raises:
-        DatastoreError: where the file is damaged or of another datastore.
+        DatastoreError: where a file is damaged or of another datastore.
+    """
+    if not store.blocks:
+        return _read(store, store.path, alone=True)
+    parts = []
+    for block in store.blocks:
+        found = _read(outline(block.path), store.path, alone=False)
+        if found is None:
+            return None
+        parts.append(found)
+    pairs = list(zip(store.blocks, parts, strict=True))
+    starts = [block.first + block.rows_before(part.starts) for block, part in pairs]
+    edges = np.unique(np.concatenate([[0], *starts, [len(store)]]))
+    boundary = next((part.boundary for part in parts if part.boundary is not None), None)
+    return Documents(edges[:-1], len(store), parts[0].eos, boundary)
+
+
+def _read(store: Datastore, asked: Path, *, alone: bool) -> Documents | None:
+    """Those of one folder, of the datastore that was asked for.
+
+    Where it is read alone, a document that begins in a block before begins with it.
     """
     path = store.documents_path
     if not path.exists() and not path.is_symlink():
         return None
-    remedy = f"make it anew: fairseq-knnlm verify --dstore {store.path} --documents"
+    remedy = f"make it anew: fairseq-knnlm verify --dstore {asked} --documents"
     try:
         with opened(path) as archive:
-            card = _read_card(archive)
+            card, version = _read_card(archive)
             if card.datastore != store.fingerprint:
                 raise DatastoreError(
                     f"{path} is of another datastore",
@@ -134,30 +190,36 @@ def read_documents(store: Datastore) -> Documents | None:
                 )
             if card.rows != len(store):
                 raise ValueError(f"{card.rows:,} rows in the place of {len(store):,}")
-            return Documents(_read_starts(archive, card), card.rows, card.eos, card.boundary)
+            starts = _read_starts(archive, card, version)
+            if alone and 0 not in starts[:1]:
+                starts = np.append(0, starts)
+            return Documents(starts, card.rows, card.eos, card.boundary)
     except ValueError as error:
         raise DatastoreError(
             f"{path} is damaged",
-            expected=f"beginnings of documents, version {VERSION}",
+            expected=f"beginnings of documents, version {VERSION} or before",
             found=error,
             do=remedy,
         ) from None
 
 
-def _read_card(archive: Archive) -> Card:
+def _read_card(archive: Archive) -> tuple[Card, int]:
+    """The card, and the file's version."""
     if unknown := set(archive.names) - {"card", "starts"}:
         raise ValueError(f"an array that does not belong to documents, {min(unknown)}")
     fields = parse_json(archive.text("card"))
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise ValueError("a file of another kind")
-    if (version := fields.pop("version", None)) != VERSION:
+    version = fields.pop("version", None)
+    if type(version) is not int or version not in (1, VERSION):  # True is 1, too
         raise ValueError(f"version {version!r}")
-    return typed(fields, Card)
+    return typed(fields, Card), version
 
 
-def _read_starts(archive: Archive, card: Card) -> np.ndarray:
+def _read_starts(archive: Archive, card: Card, version: int) -> np.ndarray:
     starts = archive.vector("starts", "int64")
-    if not len(starts) or starts[0] != 0 or starts[-1] >= card.rows:
+    begins = 0 in starts[:1]
+    if begins != (version == 1) or (starts[:1] < 0).any() or (starts[-1:] >= card.rows).any():
         raise ValueError(f"starts: rows that are not from 0 to below {card.rows:,}")
     if not (starts[1:] > starts[:-1]).all():
         raise ValueError("starts: rows that do not ascend")
@@ -197,7 +259,9 @@ def first_line(store: Datastore, documents: Documents, document: int, most: int 
     words = np.flatnonzero(head != documents.eos)
     if not len(words):
         return head[:0]
-    line = store.values[start + words[0] : min(stop, start + words[0] + most)]
+    first = start + words[0]
+    _, ends_there = store.texts_of(np.array([first]))
+    line = store.values[first : min(stop, int(ends_there[0]), first + most)]
     ends = np.flatnonzero(line == documents.eos)
     return np.array(line[: ends[0]] if len(ends) else line)
 
@@ -205,7 +269,7 @@ def first_line(store: Datastore, documents: Documents, document: int, most: int 
 def around(
     store: Datastore, row: int, before: int, after: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The text around an entry, as far as the datastore goes.
+    """The text around an entry, as far as it is in the datastore.
 
     Args:
         store: the datastore, with its values.
@@ -225,5 +289,7 @@ def around(
     if not 0 <= row < len(store):
         raise IndexError(f"row {row:,} of {len(store):,}")
     check_mapped(store.values, "values")
-    values = store.values
-    return np.array(values[max(row - before, 0) : row]), np.array(values[row + 1 : row + 1 + after])
+    (start,), (stop,) = store.texts_of(np.array([row]))
+    earlier = store.values[max(row - before, start) : row]
+    later = store.values[row + 1 : min(row + 1 + after, stop)]
+    return np.array(earlier), np.array(later)

@@ -21,7 +21,7 @@ FORMAT = "fairseq-knnlm datastore"
 VERSION = 4
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
 PROJECTION, WEIGHTS = "projection.npy", "weights.npy"
-INDEX = "knn.index"
+INDEX, DOCUMENTS = "knn.index", "documents.npz"
 #: Where the blocks lie of a datastore that has several.
 BLOCKS = "blocks"
 

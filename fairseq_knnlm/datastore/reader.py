@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fairseq_knnlm.datastore.blocks import Block, blocks_of, breaks_of, check_block
 from fairseq_knnlm.datastore.manifest import (
+    DOCUMENTS,
     INDEX,
     KEYS,
     PROJECTION,
@@ -74,6 +75,19 @@ class Datastore:
         """
         return breaks_of(self.blocks, self.manifest)
 
+    def texts_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The texts that entries are from, as far as each is there in one piece.
+
+        Args:
+            rows: (n,) integers, from 0 to below N.
+
+        Returns:
+            (n,) int64 the first row of each one's text, and (n,) that behind its last.
+        """
+        edges = np.append(self.breaks, len(self))
+        texts = np.searchsorted(self.breaks, rows, side="right")
+        return edges[texts - 1], edges[texts]
+
     @property
     def nbytes(self) -> int:
         """Bytes of what is opened."""
@@ -93,7 +107,7 @@ class Datastore:
     @property
     def documents_path(self) -> Path:
         """Where it is said where its documents begin."""
-        return self.index_path.with_name(self.index_path.name.replace(INDEX, "documents.npz"))
+        return self.index_path.with_name(self.index_path.name.replace(INDEX, DOCUMENTS))
 
     def full_keys(self) -> Rows:
         """The keys.
@@ -175,7 +189,7 @@ def open_datastore(
                     path, manifest, seal, load_keys=load_keys, in_memory=in_memory, verify=verify
                 )
             return _open_one(path, manifest, seal, load_keys, in_memory, verify)
-        except DatastoreError:
+        except (DatastoreError, FileNotFoundError):
             if not _was_replaced(path, seal):
                 raise
 
@@ -265,7 +279,11 @@ def outline(path: Path) -> Datastore:
     Raises:
         DatastoreError: as ``read_manifest`` does.
     """
-    manifest, seal = read_manifest(path)
+    return outlined(path, *read_manifest(path))
+
+
+def outlined(path: Path, manifest: Manifest, seal: str = "") -> Datastore:
+    """The same of a manifest that need not have been written yet."""
     nothing = np.empty(0, manifest.value_dtype)
     return Datastore(path, manifest, None, nothing, seal, path / INDEX)
 

@@ -23,7 +23,7 @@ from itertools import islice
 import numpy as np
 
 from fairseq_knnlm.errors import NGramError
-from fairseq_knnlm.experts.ngram_counting import count_grams, first_of_each
+from fairseq_knnlm.experts.ngram_counting import count_grams, first_of_each, text_lengths
 
 #: Discounts of counts 1, 2 and 3 or more, after that of 0, where a text is too small or too regular
 #: to estimate them.
@@ -200,9 +200,15 @@ class NGramModel:
 
     @classmethod
     def count(
-        cls, tokens: np.ndarray, vocabulary: int, order: int = 5, progress: bool = True
+        cls,
+        tokens: np.ndarray,
+        vocabulary: int,
+        order: int = 5,
+        progress: bool = True,
+        *,
+        breaks: Sequence[int] | np.ndarray = (0,),
     ) -> NGramModel:
-        """Counts a text.
+        """Counts a text, or several.
 
         While counting, some 30 bytes more a token are in use than the model takes in the end.
 
@@ -211,13 +217,15 @@ class NGramModel:
             vocabulary: types in the dictionary, V.
             order: tokens of the longest n-grams, 1 or more.
             progress: show a bar.
+            breaks: where a text begins, ascending from 0; no n-gram goes over such a place.
 
         Raises:
             NGramError: where a token is not below ``vocabulary``.
         """
         assert order >= 1
         check_tokens(tokens, vocabulary)
-        grams = list(count_grams(tokens, vocabulary, order, progress))
+        lengths = text_lengths(breaks, len(tokens))
+        grams = list(count_grams(tokens, lengths, vocabulary, order, progress))
         return cls.of(grams, vocabulary, len(tokens))
 
     @classmethod

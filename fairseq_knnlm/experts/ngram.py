@@ -17,7 +17,7 @@ from fairseq_knnlm.experts.contract import Timeless
 from fairseq_knnlm.experts.dense import DensePrediction
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, check_unmerged, flag
 from fairseq_knnlm.experts.kneser_ney import NGramModel
-from fairseq_knnlm.experts.ngram_file import load_counts, save_counts
+from fairseq_knnlm.experts.ngram_file import counted_from, load_counts, save_counts
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class NGramKind(Kind):
 
 
 def counted(store: Datastore) -> NGramModel:
-    """Counts of a datastore's text, kept beside it once made.
+    """Counts of a datastore's text, kept beside it once made, and made anew once it was changed.
 
     Raises:
         ConfigError: where entries of the datastore were merged.
@@ -112,10 +112,14 @@ def counted(store: Datastore) -> NGramModel:
     check_unmerged(store, "n-grams", remedy)
     path = store.ngram_path
     vocabulary = store.manifest.origin.vocabulary
-    if path.is_file():
-        tokens = len(store)
-        return load_counts(path, store.fingerprint, vocabulary=vocabulary, tokens=tokens)
-    model = NGramModel.count(store.values, vocabulary, CONTEXT + 1)
+    if path.is_file() and counted_from(path) not in store.manifest.before:
+        return load_counts(
+            *(path, store.fingerprint),
+            vocabulary=vocabulary,
+            tokens=len(store),
+            breaks=store.breaks,
+        )
+    model = NGramModel.count(store.values, vocabulary, CONTEXT + 1, breaks=store.breaks)
     try:
         save_counts(model, path, store.fingerprint)
     except (OSError, OutputError) as error:  # the datastore may be somebody else's

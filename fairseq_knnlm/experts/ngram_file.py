@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ import numpy as np
 
 from fairseq_knnlm.errors import NGramError
 from fairseq_knnlm.experts.kneser_ney import NGramModel
+from fairseq_knnlm.experts.ngram_counting import text_lengths
 from fairseq_knnlm.files import parse_json, publish, typed
 from fairseq_knnlm.files.arrays import Archive, opened, write_card
 
@@ -59,6 +60,7 @@ def load_counts(
     *,
     vocabulary: int | None = None,
     tokens: int | None = None,
+    breaks: Sequence[int] | np.ndarray = (0,),
 ) -> NGramModel:
     """Reads what ``save_counts`` wrote.
 
@@ -67,6 +69,7 @@ def load_counts(
         fingerprint: of the datastore that is in use.
         vocabulary: types of its dictionary, where known.
         tokens: its entries, where known.
+        breaks: where its texts begin (``Datastore.breaks``).
 
     Raises:
         NGramError: where it is missing, damaged, or was counted from another datastore.
@@ -78,7 +81,7 @@ def load_counts(
         ):
             if ours is not None and ours != theirs:
                 raise ValueError(f"{name} {theirs:,} in the place of {ours:,}")
-        return NGramModel.of(_read_grams(archive, card), card.vocabulary, card.tokens)
+        return NGramModel.of(_read_grams(archive, card, breaks), card.vocabulary, card.tokens)
 
 
 def describe_counts(path: Path, fingerprint: str) -> str:
@@ -91,9 +94,19 @@ def describe_counts(path: Path, fingerprint: str) -> str:
         return f"up to {card.order} tokens, of {card.tokens:,}"
 
 
+def counted_from(path: Path) -> str:
+    """The fingerprint of the datastore that a file of counts was counted from.
+
+    Raises:
+        NGramError: where it is missing or damaged.
+    """
+    with _counts(path) as (_, card):
+        return card.datastore
+
+
 @contextmanager
-def _counts(path: Path, fingerprint: str) -> Iterator[tuple[Archive, Card]]:
-    """The file of counts, open, and its card.
+def _counts(path: Path, fingerprint: str | None = None) -> Iterator[tuple[Archive, Card]]:
+    """The file of counts, open, and its card; of any datastore where none is asked for.
 
     Raises:
         NGramError: as ``load_counts``, also of what is read from it.
@@ -102,7 +115,7 @@ def _counts(path: Path, fingerprint: str) -> Iterator[tuple[Archive, Card]]:
     try:
         with opened(path) as archive:
             card = _read_card(archive)
-            if card.datastore != fingerprint:
+            if fingerprint is not None and card.datastore != fingerprint:
                 raise NGramError(
                     f"{path} was counted from another datastore",
                     expected=f"datastore {fingerprint[:12]}...",
@@ -128,11 +141,13 @@ def _read_card(archive: Archive) -> Card:
     return typed(fields, Card)
 
 
-def _read_grams(archive: Archive, card: Card) -> list[tuple[np.ndarray, np.ndarray]]:
+def _read_grams(
+    archive: Archive, card: Card, breaks: Sequence[int] | np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Keys and counts as in ``Order``, of each order, lowest first.
 
-    They must be what counting ``card.tokens`` tokens can come to; each order's counts sum up to
-    what the next one, or the text, has of them.
+    They must be what counting ``card.tokens`` tokens of texts that begin at ``breaks`` can come to;
+    each order's counts sum up to what the next one, or the texts, have of them.
 
     Raises:
         ValueError: naming the array that is not.
@@ -159,7 +174,8 @@ def _read_grams(archive: Archive, card: Card) -> list[tuple[np.ndarray, np.ndarr
             raise ValueError(f"counts_{n}: a count below {least}, or no 0 at its end")
         grams.append((keys, counts))
         contexts = len(keys)
-    sums = [len(keys) for keys, _ in grams[1:]] + [max(card.tokens - card.order + 1, 0)]
+    longest = (text_lengths(breaks, card.tokens) - card.order + 1).clip(0).sum()
+    sums = [*(len(keys) for keys, _ in grams[1:]), int(longest)]
     for n, ((_, counts), expected) in enumerate(zip(grams, sums, strict=True), start=1):
         if (found := int(counts.sum(dtype=np.int64))) != expected:
             raise ValueError(f"counts_{n}: {found:,} in all in the place of {expected:,}")

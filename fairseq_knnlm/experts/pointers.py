@@ -1,7 +1,8 @@
 """Pointers: the neighbours of a token lead to those of the next (Alon et al., 2022, RetoMaton).
 
-Row i + 1 of a datastore follows row i in its text. Where a candidate's value turned out to be the
-token that was read, the row after it is a pointer: a candidate for the next token, at no search.
+Row i + 1 of a datastore follows row i in its text, unless that ends there. Where a candidate's
+value turned out to be the token that was read, the row after it is a pointer: a candidate for the
+next token, at no search.
 So a way that the text once took is followed for as long as this one goes the same way.
 """
 
@@ -119,8 +120,7 @@ class PointerExpert(KnnExpert):
     def _successors(self, candidates: Tensor, tokens: Tensor) -> Tensor:
         """(S, most) int64: rows after those candidates (S, C) whose values are the tokens (S,)."""
         values = self.memory.tokens_before(candidates, 0)
-        goes_on = (candidates >= 0) & (candidates + 1 < len(self.memory.store))
-        followed = (values == tokens[:, None]) & goes_on
+        followed = (values == tokens[:, None]) & self.memory.goes_on(candidates)
         queries, columns = followed.nonzero(as_tuple=True)
         places = followed.cumsum(dim=1)[queries, columns] - 1
         kept = places < self.most

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.mixture.model import MixturePrediction
 from fairseq_knnlm.retrieval.neighbours import Neighbours
 
@@ -76,12 +77,12 @@ class Drafts:
     """Drafts of texts, from their own past and from the neighbours.
 
     Attributes:
-        values: by the expert's name, (rows,) tokens of the datastore that it searches, in the order
+        stores: by the expert's name, the datastore that it searches, whose entries are in the order
             of their text; empty to go by the texts alone.
         trust: by the source, how far it goes; learned.
     """
 
-    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    stores: Mapping[str, Datastore] = field(default_factory=dict)
     trust: dict[str, Trust] = field(
         default_factory=lambda: {"past": Trust(20.0, 10.0), "near": Trust(20.0, 4.0)}
     )
@@ -100,16 +101,16 @@ class Drafts:
             texts: the tokens of each.
         """
         near = [
-            (self.values[name], {int(row): place for place, row in enumerate(places)}, found)
+            (self.stores[name], {int(row): place for place, row in enumerate(places)}, found)
             for name, (places, found) in prediction.near().items()
-            if name in self.values
+            if name in self.stores
         ]
         drafts = []
         for row, text in zip(rows, texts, strict=True):
             ways = list(past(text))
-            for values, places, found in near:
+            for store, places, found in near:
                 if row in places:
-                    ways += behind(text, values, found, places[row])
+                    ways += behind(text, store, found, places[row])
             drafts.append(self._agreed(ways))
         return drafts
 
@@ -155,12 +156,12 @@ def past(text: Sequence[int]) -> Iterator[Way]:
                 return
 
 
-def behind(text: Sequence[int], values: np.ndarray, near: Neighbours, place: int) -> list[Way]:
+def behind(text: Sequence[int], store: Datastore, near: Neighbours, place: int) -> list[Way]:
     """What stands behind those neighbours of a context that have the token that was chosen.
 
     Args:
         text: its tokens, the chosen one is the last.
-        values: (rows,) tokens of the datastore, in the order of its text.
+        store: the datastore, in the order of its text.
         near: neighbours of several contexts.
         place: of the context among them.
     """
@@ -169,16 +170,18 @@ def behind(text: Sequence[int], values: np.ndarray, near: Neighbours, place: int
     if not len(rows):
         return []
     rows = rows[near.distances[place][right].cpu().numpy().argsort(kind="stable")[:NEAREST]]
+    values, (starts, stops) = store.values, store.texts_of(rows)
     same = np.ones(len(rows), dtype=bool)
     weights = np.ones(len(rows))
     for step in range(1, min(SHARED, len(text) - 1) + 1):
-        same &= (rows >= step) & (values[np.maximum(rows - step, 0)] == text[-1 - step])
+        earlier = np.maximum(rows - step, starts)
+        same &= (rows - step >= starts) & (values[earlier] == text[-1 - step])
         weights[same] *= MORE
     # Of the nearest with the most in common: others say little that is right.
     best = weights.argsort(kind="stable")[::-1][:FOLLOWED]
     return [
-        ("near", values[row + 1 : row + 1 + LONGEST].tolist(), float(weight))
-        for row, weight in zip(rows[best], weights[best], strict=True)
+        ("near", values[row + 1 : min(row + 1 + LONGEST, stop)].tolist(), float(weight))
+        for row, stop, weight in zip(rows[best], stops[best], weights[best], strict=True)
     ]
 
 

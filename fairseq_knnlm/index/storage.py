@@ -175,6 +175,16 @@ def _check_bytes(path: Path, card: IndexCard, *, everything: bool) -> None:
         raise damaged(path, "the bytes that were written", "other ones (checksums differ)")
 
 
+def read_whole(path: Path, card: IndexCard, datastore: str) -> Any:
+    """An index with all its entries, which lie in its file.
+
+    Raises:
+        IndexFileError: where it is damaged, or of another datastore than that of this fingerprint.
+    """
+    _check_file(path, card, datastore, everything=False)
+    return read_file(path)
+
+
 def read_trained(path: Path, *, everything: bool = False) -> Any:
     """The trained, empty part of an index in pieces; None where the index is in one file.
 

@@ -42,6 +42,7 @@ class LocalRetriever:
         self.store = store
         self.similarity = similarity
         self._values = _as_tensor(store.values)
+        self._breaks: Tensor | None = None
         self._weights = None if store.weights is None else _as_tensor(store.weights)
         self._projection = None if store.projection is None else _as_tensor(store.projection)
         recomputes = similarity != "do_not_recomp_l2"
@@ -170,13 +171,37 @@ class LocalRetriever:
             steps: 1 for the token just before an entry's value; 0 for that value itself.
 
         Returns:
-            Token ids of the same shape; -1 where there are none, or where what stood before an
-            entry was merged away.
+            Token ids of the same shape; -1 where there are none: before the text begins, or where
+            what stood before an entry was merged away.
         """
         if self.store.manifest.merged:
             return torch.full_like(ids, -1)
         rows = ids - steps
-        return self._values_of(rows.clamp_min(0)).masked_fill(rows < 0, -1)
+        tokens = self._values_of(rows.clamp_min(0)).masked_fill(rows < 0, -1)
+        if steps and self._has_breaks:
+            tokens.masked_fill_(rows < self._first_rows(ids), -1)
+        return tokens
+
+    def goes_on(self, ids: Tensor) -> Tensor:
+        """Whether the row after an entry follows it in its text; of the same shape, bool.
+
+        Args:
+            ids: rows of the datastore, any shape; below 0 where missing, which nothing follows.
+        """
+        found = (ids >= 0) & (ids + 1 < len(self.store))
+        return found & (self._first_rows(ids + 1) <= ids) if self._has_breaks else found
+
+    @property
+    def _has_breaks(self) -> bool:
+        """Whether the datastore holds several texts, and not one from its first row to its last."""
+        return len(self.store.breaks) > 1
+
+    def _first_rows(self, ids: Tensor) -> Tensor:
+        """The row at which the text begins that each entry is from; 0 for a missing one."""
+        if self._breaks is None or self._breaks.device != ids.device:
+            self._breaks = torch.from_numpy(self.store.breaks).to(ids.device)
+        texts = torch.searchsorted(self._breaks, ids.clamp_min(0), right=True) - 1
+        return self._breaks[texts]
 
     def _check_ids(self, ids: Tensor) -> None:
         low, high = map(int, ids.aminmax()) if ids.numel() else (0, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,18 @@ logger = logging.getLogger(__name__)
 FLAG = "--document-boundary"
 #: The token that ends a line in every dictionary that fairseq makes.
 EOS = 2
+#: Characters of a document's name.
+LONGEST_NAME = 80
 
 
 def find_documents(
-    values: np.ndarray, eos: int, boundary: str | None, symbols: Sequence[str]
+    values: np.ndarray,
+    eos: int,
+    boundary: str | None,
+    symbols: Sequence[str],
+    breaks: Sequence[int] | np.ndarray = (0,),
 ) -> Documents:
-    """Where the documents of a text begin.
+    """Where the documents of a text begin, or of several.
 
     Args:
         values: (N,) token ids, mapped or not.
@@ -37,15 +45,19 @@ def find_documents(
         boundary: the expression that the first line of a document matches; None where documents
             begin after empty lines.
         symbols: the dictionary, which only an expression asks for.
+        breaks: where a text begins, ascending from 0, and so a document.
 
     Raises:
         ConfigError: where ``boundary`` is no expression.
     """
-    if boundary is None:
-        return after_empty_lines(values, eos)
-    expression = check_expression(FLAG, boundary)
-    found = at_matching_lines(values, eos, expression, line_spelling(symbols))
-    if len(found) == 1:
+    find = partial(after_empty_lines, eos=eos)
+    if boundary is not None:
+        expression, spell = check_expression(FLAG, boundary), line_spelling(symbols)
+        find = partial(at_matching_lines, eos=eos, expression=expression, spell=spell)
+    texts = pairwise([*breaks, len(values)])
+    starts = np.concatenate([first + find(values[first:stop]).starts for first, stop in texts])
+    found = Documents(starts, len(values), eos, boundary)
+    if boundary is not None and len(found) == 1:
         logger.warning(
             "%s %r matches no line, or only the first: all of the text is one document",
             *(FLAG, boundary),
@@ -71,8 +83,9 @@ def add_documents(
     """
     check_text(store)
     if symbols is not None:
-        _check_dictionary(store, symbols)
-    return write_documents(store, find_documents(store.values, eos, boundary, symbols or ()))
+        check_dictionary(store, symbols)
+    found = find_documents(store.values, eos, boundary, symbols or (), store.breaks)
+    return write_documents(store, found)
 
 
 def keep_documents(folder: Path, find: Callable[[np.ndarray], Documents]) -> None:
@@ -95,7 +108,12 @@ def keep_documents(folder: Path, find: Callable[[np.ndarray], Documents]) -> Non
         )
 
 
-def _check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
+def check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
+    """Refuses a dictionary that is not the datastore's.
+
+    Raises:
+        DatastoreError: where it is another.
+    """
     origin = store.manifest.origin
     store.check_origin(dictionary=dictionary_fingerprint(symbols))
     if len(symbols) < origin.vocabulary:  # of files of urvashik/knnlm no more is known
@@ -105,3 +123,9 @@ def _check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
             found=f"{len(symbols):,}",
             do="name the data that the language model was trained on",
         )
+
+
+def shown_name(line: str) -> str:
+    """The name of a document as it is shown, from the text of its first line."""
+    name = line.strip()
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"

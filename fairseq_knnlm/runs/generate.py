@@ -129,7 +129,7 @@ def drafts_for(inputs: Inputs, batch: int, speculate: bool | None) -> Drafts | N
     stores = inputs.memory.stores
     names = kind_of("knn").names(len(stores))
     texts = zip(names, stores, strict=True)
-    return Drafts({name: store.values for name, store in texts if not store.manifest.merged})
+    return Drafts({name: store for name, store in texts if not store.manifest.merged})
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], new: int, most: int | None) -> None:

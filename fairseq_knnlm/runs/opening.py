@@ -71,7 +71,8 @@ def open_memory(options: Options, symbols: Sequence[str]) -> Memory:
     calibration = None
     if stores and _asks_what_was_fitted(options):
         seals = [store.fingerprint for store in stores]
-        calibration = read_calibration(stores[0].calibration_path, seals)
+        before = [store.manifest.before for store in stores]
+        calibration = read_calibration(stores[0].calibration_path, seals, before)
     names = chosen_experts(options, calibration)
     check_given(options, names)
     skipping = None

@@ -19,6 +19,7 @@ from fairseq_knnlm.explanation.record import Memory, Place, Source
 from fairseq_knnlm.files import check_mapped
 from fairseq_knnlm.mixture.shares import Found
 from fairseq_knnlm.retrieval.local import LocalRetriever
+from fairseq_knnlm.runs.documents import shown_name
 from fairseq_knnlm.runs.opening import Memory as OpenedMemory
 from fairseq_knnlm.runs.spelling import Spelling
 
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 BEFORE, AFTER = 12, 8
 #: Of those before it, as many may be left out so that the first one begins a word.
 CUT = 4
-#: Characters of a document's name.
-LONGEST_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ class Text:
         number = int(self.documents.document_of(np.array([row]))[0])
         if number not in self._names:
             line = first_line(self.store, self.documents, number)
-            name = self.spelling.text(line.tolist()).strip()
-            self._names[number] = _shortened(name) or None
+            name = self.spelling.text(line.tolist())
+            self._names[number] = shown_name(name) or None
         return self._names[number], self.documents.extent(number)[0]
 
     def keys(self, rows: Sequence[int]) -> np.ndarray:
@@ -155,10 +154,6 @@ def _matched(theirs: Sequence[int], ours: Sequence[int]) -> int:
     """How many of the last tokens are the same."""
     pairs = zip(reversed(theirs), reversed(ours), strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
 
 
 class Sources:

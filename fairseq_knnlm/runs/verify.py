@@ -23,11 +23,12 @@ from fairseq_knnlm.datastore import (
 from fairseq_knnlm.datastore.boundaries import after_empty_lines
 from fairseq_knnlm.datastore.documents import check_text
 from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
-from fairseq_knnlm.experts.ngram_file import load_counts
+from fairseq_knnlm.experts.ngram_file import counted_from, load_counts
 from fairseq_knnlm.files.arrays import kind_of
 from fairseq_knnlm.index.storage import load as load_index
 
 WRONG = "not as it should be"
+BEFORE = "this datastore before it was changed"
 #: What names of temporary files hold, and what is said of them.
 LEFT = (".partial-", ".building", ".lock")
 LEFT_OVER = "of a run that has not ended, or did not end well; the next one removes it"
@@ -147,7 +148,9 @@ def _index(store: Datastore) -> str:
 
 def _ngrams(store: Datastore, values: np.ndarray | None) -> str:
     path = store.ngram_path
-    model = load_counts(path, store.fingerprint)
+    if counted_from(path) in store.manifest.before:
+        return f"n-grams of {BEFORE}; they are counted anew when they are asked for"
+    model = load_counts(path, store.fingerprint, breaks=store.breaks)
     types = None if values is None else np.unique(values)
     same = types is None or np.array_equal(model.orders[0].keys, types)
     if not same or (model.vocabulary, model.tokens) != (
@@ -164,9 +167,12 @@ def _ngrams(store: Datastore, values: np.ndarray | None) -> str:
 
 
 def _calibration(store: Datastore) -> str:
-    calibration = read_calibration(store.calibration_path, [store.fingerprint])
+    seals, before = [store.fingerprint], [store.manifest.before]
+    calibration = read_calibration(store.calibration_path, seals, before)
     if calibration is None:
         return "of other datastores than this alone"
+    if list(calibration.datastores) != seals:
+        return f"{calibration.best.name}, fitted for {BEFORE}"
     return f"{calibration.best.name}, fitted for this datastore"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,10 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stores import alter, assert_helps, build_index, origin, random_entries, write_store
+from stores import (
+    CUTS,
+    Ranges,
+    alter,
+    assert_helps,
+    build_index,
+    kept,
+    origin,
+    random_entries,
+    write_cut,
+    write_store,
+)
 
 from fairseq_knnlm.datastore import (
-    Datastore,
     Manifest,
     Stretch,
     check_numbers,
@@ -29,46 +38,12 @@ from fairseq_knnlm.files.sealed import seal
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import LocalRetriever
 
-Ranges = Sequence[tuple[int, int]]
-CUTS = [0, 40, 41, 100]
-
-
-def write_blocks(
-    path: Path, cuts: Sequence[int] = CUTS, forgotten: Sequence[Ranges] = ((), (), ())
-) -> Datastore:
-    """A datastore of 100 entries, cut at these rows, of which some of each block are forgotten."""
-    keys, values = random_entries(100, 6)
-    stretches = []
-    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        part = write_store(
-            path / "blocks" / f"{number:06d}", keys[start:stop], values[start:stop], dtype="float16"
-        )
-        breaks = [] if number else [0]
-        stretches.append(
-            Stretch(part.path.name, len(part), part.fingerprint, breaks, forgotten[number])
-        )
-    rows = sum(stop - start for stretch in stretches for start, stop in stretch.kept)
-    manifest = Manifest(rows, 6, "float16", "uint16", origin(), blocks=stretches)
-    write_manifest(path / "manifest.json", manifest)
-    return open_datastore(path)
-
-
-def kept(forgotten: Sequence[Ranges], cuts: Sequence[int] = CUTS) -> np.ndarray:
-    """The entries that are left of the 100."""
-    gone = {
-        first + row
-        for first, ranges in zip(cuts, forgotten, strict=False)
-        for start, stop in ranges
-        for row in range(start, stop)
-    }
-    return np.array([row for row in range(100) if row not in gone])
-
-
 FORGOTTEN: dict[str, Sequence[Ranges]] = {
     "nothing": ((), (), ()),
     "the first": (((0, 3),), (), ()),
     "the last": ((), (), ((50, 59),)),
     "in the middle": (((4, 9), (20, 21)), (), ((1, 2), (30, 59))),
+    "the last of a block": (((35, 40),), (), ()),
 }
 
 
@@ -77,7 +52,7 @@ FORGOTTEN: dict[str, Sequence[Ranges]] = {
 def test_it_reads_as_what_is_left(
     tmp_path: Path, forgotten: Sequence[Ranges], in_memory: bool
 ) -> None:
-    write_blocks(tmp_path / "store", forgotten=forgotten)
+    write_cut(tmp_path / "store", forgotten=forgotten)
     store = open_datastore(tmp_path / "store", in_memory=in_memory, verify=True)
     keys, values = random_entries(100, 6)
     rows = kept(forgotten)
@@ -91,14 +66,14 @@ def test_it_reads_as_what_is_left(
 @pytest.mark.parametrize("forgotten", FORGOTTEN.values(), ids=FORGOTTEN)
 def test_where_a_text_breaks_off(tmp_path: Path, forgotten: Sequence[Ranges]) -> None:
     """A row is none where the row before it in the text is the row before it in the datastore."""
-    store = write_blocks(tmp_path / "store", forgotten=forgotten)
+    store = write_cut(tmp_path / "store", forgotten=forgotten)
     rows = kept(forgotten)
     expected = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1)]
     assert store.breaks.tolist() == expected
 
 
 def test_a_block_that_begins_a_text(tmp_path: Path) -> None:
-    store = write_blocks(tmp_path / "store")
+    store = write_cut(tmp_path / "store")
     stretches = [Stretch(*_fields(block.stretch), breaks=[0, 30]) for block in store.blocks[:1]]
     stretches += [Stretch(*_fields(block.stretch), breaks=[0]) for block in store.blocks[1:]]
     manifest = Manifest(100, 6, "float16", "uint16", origin(), blocks=stretches)
@@ -115,7 +90,7 @@ def _fields(stretch: Stretch) -> tuple[str, int, str]:
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN.values(), ids=FORGOTTEN)
 def test_rows_of_a_block_and_of_the_whole(tmp_path: Path, forgotten: Sequence[Ranges]) -> None:
-    store = write_blocks(tmp_path / "store", forgotten=forgotten)
+    store = write_cut(tmp_path / "store", forgotten=forgotten)
     left = kept(forgotten)
     assert [block.first for block in store.blocks] == np.searchsorted(left, CUTS[:-1]).tolist()
     for block, start in zip(store.blocks, CUTS, strict=False):
@@ -127,7 +102,7 @@ def test_rows_of_a_block_and_of_the_whole(tmp_path: Path, forgotten: Sequence[Ra
 
 
 def test_exact_distances_are_those_of_one_array(tmp_path: Path) -> None:
-    store = write_blocks(tmp_path / "store")
+    store = write_cut(tmp_path / "store")
     keys, values = random_entries(100, 6)
     whole = write_store(tmp_path / "whole", keys, values, dtype="float16")
     index = SearchIndex(*build_index(keys.astype("f2").astype("f4"), "Flat"))
@@ -139,9 +114,9 @@ def test_exact_distances_are_those_of_one_array(tmp_path: Path) -> None:
 
 def test_fingerprints_are_of_the_content(tmp_path: Path) -> None:
     """And not of the folder, nor of when it was made."""
-    one, same = write_blocks(tmp_path / "one"), write_blocks(tmp_path / "same")
+    one, same = write_cut(tmp_path / "one"), write_cut(tmp_path / "same")
     assert one.fingerprint == same.fingerprint == outline(one.path).fingerprint
-    assert write_blocks(tmp_path / "cut", [0, 50, 80, 100]).fingerprint != one.fingerprint
+    assert write_cut(tmp_path / "cut", [0, 50, 80, 100]).fingerprint != one.fingerprint
 
 
 def damage(where: str) -> Callable[[Path], None]:
@@ -181,7 +156,7 @@ def another(path: Path) -> None:
 def test_a_block_that_is_not_as_it_was_is_named(
     tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
-    store = write_blocks(tmp_path / "store")
+    store = write_cut(tmp_path / "store")
     spoil(store.path)
     with pytest.raises(DatastoreError) as caught:
         open_datastore(store.path)
@@ -241,7 +216,7 @@ def test_who_opens_it_while_it_is_changed_sees_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block of the old manifest is removed after that was read, and before it is opened."""
-    store = write_blocks(tmp_path / "store")
+    store = write_cut(tmp_path / "store")
     last = store.blocks[-1]
     fewer = Manifest(
         41, 6, "float16", "uint16", origin(), blocks=store.manifest.blocks[:2], before=["a" * 64]

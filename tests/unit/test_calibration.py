@@ -596,6 +596,30 @@ def test_one_for_all_sets_as_older_versions_had_it(tmp_path: Path) -> None:
     assert read(path).datastores == (DATASTORE,)
 
 
+def test_what_was_fitted_before_a_datastore_was_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Serves with a warning, the latest first, until something is fitted for it as it is."""
+    path, now, older, oldest = tmp_path / "calibration.json", "9" * 64, SECOND, DATASTORE
+    write_calibration(path, of(oldest, THIRD))
+    before = [[oldest, older], []]
+    for each, warns in ((oldest, True), (older, True), (now, False)):
+        write_calibration(path, replace(of(oldest, THIRD), datastores=(each, THIRD)))
+        caplog.clear()
+        found = read_calibration(path, [now, THIRD], before)
+        assert found is not None
+        assert found.datastores == (each, THIRD)
+        assert ("tune again" in caplog.text) == warns
+    # The name of the file tells the others, which may have been changed, too.
+    found = read_calibration(path, [now, "8" * 64], [[oldest], [THIRD]])
+    assert found is not None
+    assert found.datastores == (now, THIRD)
+    with pytest.raises(TableError, match="another set"):
+        read_calibration(path, [now], [[oldest, older]])
+    with pytest.raises(TableError, match="another set"):
+        read_calibration(path, ["8" * 64, THIRD], [["7" * 64], []])
+
+
 def test_the_other_sets_are_named(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     assert calibrated_sets(path) == []

@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from stores import (
+    Ranges,
     alter,
     assert_helps,
     lengthen,
     origin,
     truncate,
     write_compressed,
+    write_cut,
     write_store,
 )
 
@@ -36,8 +40,10 @@ from fairseq_knnlm.datastore.boundaries import (
     at_matching_lines,
     check_expression,
 )
+from fairseq_knnlm.datastore.manifest import write_manifest
 from fairseq_knnlm.errors import ConfigError, DatastoreError
 from fairseq_knnlm.runs.compress import compress
+from fairseq_knnlm.runs.documents import find_documents
 from fairseq_knnlm.runs.save import Saving
 from fairseq_knnlm.runs.spelling import line_spelling
 
@@ -239,7 +245,9 @@ def test_damage_is_told(written: Datastore, spoil: Callable[[Path], None]) -> No
         ([0], {"boundary": ""}, "boundary"),
         ([0], {"datastore": "x"}, "datastore"),
         ([0], {"colour": 1}, "colour"),
-        ([0], {"version": 2}, "version 2"),
+        ([0], {"version": 3}, "version 3"),
+        ([0], {"version": True}, "version True"),
+        ([0], {"version": 2}, "from 0"),
         ([0], {"format": "fairseq-knnlm n-grams"}, "another kind"),
     ],
 )
@@ -268,6 +276,99 @@ def test_a_folder_in_its_place_is_told(store: Datastore) -> None:
     store.documents_path.mkdir()
     with pytest.raises(DatastoreError, match=r"documents\.npz is damaged"):
         read_documents(store)
+
+
+# Blocks
+
+
+def words_in_blocks(path: Path, cuts: list[int], forgotten: Sequence[Ranges]) -> Datastore:
+    """``/ a b c / c / / b a / / / c a /``, cut at these rows."""
+    values = tokens("/ a b c / c / / b a / / / c a /")
+    return write_cut(path, cuts, forgotten, values=values)
+
+
+CUT = [[0, 16], [0, 8, 16], [0, 7, 9, 13, 16], [0, 1, 2, 3, 16]]
+
+
+@pytest.mark.parametrize("cuts", CUT)
+def test_documents_of_blocks_are_those_of_the_text(tmp_path: Path, cuts: list[int]) -> None:
+    """However it is cut; a block may begin with a document, have it in the middle, or none."""
+    store = words_in_blocks(tmp_path / "store", cuts, [()] * 9)
+    found = find_documents(store.values, EOS, None, ())
+    assert read_documents(store) is None
+    write_documents(store, found)
+    again = read_documents(outline(store.path))
+    assert again is not None
+    assert again.starts.tolist() == [0, 8, 13]
+    assert (again.rows, again.eos, again.boundary) == (16, EOS, None)
+    for block in store.blocks:
+        alone = read_documents(outline(block.path))  # a datastore of its own
+        assert alone is not None
+        starts = {0, *(start - block.first for start in (0, 8, 13))}
+        assert set(alone.starts.tolist()) == {n for n in starts if 0 <= n < block.rows}
+    (store.blocks[-1].path / "documents.npz").unlink()
+    assert read_documents(store) is None
+
+
+@pytest.mark.parametrize(
+    ("cut", "forgotten", "starts"),
+    [
+        (8, (((0, 2),), ()), [0, 6, 11]),
+        (8, (((0, 7),), ()), [0, 1, 6]),  # all of the first document, but for an empty line
+        (9, (((0, 8),), ()), [0, 5]),  # that too
+        (8, ((), ((0, 4),)), [0, 8, 9]),
+        (8, ((), ((0, 5),)), [0, 8]),  # all of the second
+        (8, ((), ((0, 4), (5, 6))), [0, 8, 9]),  # the third without its first word
+        (8, ((), ((5, 8),)), [0, 8]),  # all of the third
+        (8, (((7, 8),), ((0, 1),)), [0, 7, 11]),  # over the edge of two documents
+    ],
+)
+def test_documents_of_what_is_left(
+    tmp_path: Path, cut: int, forgotten: Sequence[Ranges], starts: list[int]
+) -> None:
+    """Those of which nothing is left are gone; the others keep what they have."""
+    whole = words_in_blocks(tmp_path / "store", [0, cut, 16], [()] * 2)
+    write_documents(whole, after_empty_lines(whole.values, EOS))
+    shutil.copytree(whole.path, tmp_path / "fewer")
+    stretches = [
+        replace(block.stretch, forgotten=gone)
+        for block, gone in zip(whole.blocks, forgotten, strict=True)
+    ]
+    rows = sum(stop - start for one in stretches for start, stop in one.kept)
+    write_manifest(
+        tmp_path / "fewer" / "manifest.json", replace(whole.manifest, rows=rows, blocks=stretches)
+    )
+    fewer = outline(tmp_path / "fewer")
+    found = read_documents(fewer)
+    assert found is not None
+    assert (found.starts.tolist(), found.rows) == (starts, len(fewer))
+    write_documents(fewer, found)  # which loses nothing
+    again = read_documents(fewer)
+    assert again is not None
+    assert again.starts.tolist() == starts
+
+
+@pytest.mark.parametrize("boundary", [None, "b"])
+def test_documents_of_several_texts(boundary: str | None) -> None:
+    """As of each by itself."""
+    values, breaks = tokens("/ a b c / c / / b a / / / c a /"), [0, 2, 8, 9, 12]
+    found = find_documents(values, EOS, boundary, WORDS, breaks)
+    expected = [
+        first + start
+        for first, text in zip(breaks, np.split(values, breaks[1:]), strict=True)
+        for start in find_documents(text, EOS, boundary, WORDS).starts.tolist()
+    ]
+    assert found.starts.tolist() == expected
+    assert set(breaks) <= set(expected)
+
+
+def test_damage_names_the_block(tmp_path: Path) -> None:
+    store = words_in_blocks(tmp_path / "store", [0, 8, 16], [()] * 2)
+    write_documents(store, after_empty_lines(store.values, EOS))
+    alter(store.blocks[1].path / "documents.npz")
+    with pytest.raises(DatastoreError) as caught:
+        read_documents(store)
+    assert_helps(caught, "000001", f"--dstore {store.path} --documents")
 
 
 # Text

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from stores import random_entries, truncate, write_store
 
+from fairseq_knnlm.datastore import open_datastore
+from fairseq_knnlm.datastore.forgetting import forget
 from fairseq_knnlm.errors import NGramError
 from fairseq_knnlm.experts import ngram_file as module
 from fairseq_knnlm.experts.kneser_ney import FALLBACK, NGramModel, estimate_discounts
 from fairseq_knnlm.experts.ngram import counted
-from fairseq_knnlm.experts.ngram_file import describe_counts, load_counts, save_counts
+from fairseq_knnlm.experts.ngram_file import counted_from, describe_counts, load_counts, save_counts
 
 ORDERS = (1, 2, 3, 4, 5)
 VOCABULARY = 12
@@ -43,11 +45,13 @@ def count(tokens: np.ndarray, order: int = 5, vocabulary: int = VOCABULARY) -> N
 class Formula:
     """Interpolated modified Kneser-Ney as the papers write it, one token at a time."""
 
-    def __init__(self, tokens: np.ndarray, vocabulary: int, order: int) -> None:
-        text = tuple(tokens.tolist())
+    def __init__(self, texts: Sequence[np.ndarray], vocabulary: int, order: int) -> None:
         self.vocabulary, self.order = vocabulary, order
         raw = [
-            Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, order + 1)
+            Counter(
+                tuple(text[i : i + n].tolist()) for text in texts for i in range(len(text) - n + 1)
+            )
+            for n in range(1, order + 1)
         ]
         self.counts = [Counter(gram[1:] for gram in longer) for longer in raw[1:]] + [raw[-1]]
 
@@ -113,7 +117,7 @@ def distribution(model: NGramModel, context: np.ndarray) -> np.ndarray:
 def test_the_formula(length: int, order: int) -> None:
     """Also for texts shorter than the order, down to none at all."""
     tokens, unseen = corpus(length), corpus(60, seed=1, used=VOCABULARY)
-    formula = Formula(tokens, VOCABULARY, order)
+    formula = Formula([tokens], VOCABULARY, order)
     scores = score(count(tokens, order), unseen)
     contexts = [tuple(unseen[max(i - 4, 0) : i].tolist()) for i in range(len(unseen))]
     expected = [formula.prob(c, int(w)) for c, w in zip(contexts, unseen, strict=True)]
@@ -129,7 +133,7 @@ def test_the_formula(length: int, order: int) -> None:
 def test_distributions_after_what_only_a_text_begins_with(order: int) -> None:
     """Such contexts are followed by grams that are counted, but never behind another token."""
     tokens = np.concatenate([[11, 10, 9], corpus(40, used=8)]).astype(np.uint16)
-    formula = Formula(tokens, VOCABULARY, order)
+    formula = Formula([tokens], VOCABULARY, order)
     model = count(tokens, order)
     for context in ((11,), (11, 10), (5, 11, 10), (11, 10, 9), (10,)):
         expected = [formula.prob(context, token) for token in range(VOCABULARY)]
@@ -137,6 +141,26 @@ def test_distributions_after_what_only_a_text_begins_with(order: int) -> None:
         found = distribution(model, padded)
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=str(context))
         assert found.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("breaks", [[0, 1, 3, 200, 200 + 4, 230], [0, 499], list(range(500))])
+def test_no_gram_goes_from_one_text_to_the_next(
+    tmp_path: Path, breaks: list[int], order: int
+) -> None:
+    """Texts shorter than the order are among them; the file knows how many grams there can be."""
+    tokens, unseen = corpus(400), corpus(60, seed=1, used=VOCABULARY)
+    formula = Formula(np.split(tokens, breaks[1:]), VOCABULARY, order)
+    model = NGramModel.count(tokens, VOCABULARY, order, progress=False, breaks=breaks)
+    save_counts(model, tmp_path / "counts.npz", MINE)
+    contexts = [tuple(unseen[max(i - 4, 0) : i].tolist()) for i in range(len(unseen))]
+    expected = [formula.prob(c, int(w)) for c, w in zip(contexts, unseen, strict=True)]
+    for one in (model, load_counts(tmp_path / "counts.npz", MINE, breaks=breaks)):
+        scores = score(one, unseen)
+        np.testing.assert_allclose(scores.log_probs, np.log(expected), rtol=1e-6, atol=1e-6)
+    if order > 1:
+        with pytest.raises(NGramError, match=f"counts_{order}"):
+            load_counts(tmp_path / "counts.npz", MINE)
 
 
 def test_the_longest_corpus_has_estimated_discounts() -> None:
@@ -157,7 +181,7 @@ def test_types_of_scores() -> None:
 def test_every_type_together_makes_one(length: int, order: int) -> None:
     """After nothing, seen and unseen contexts, and longer ones than count."""
     tokens = corpus(length)
-    model, formula = count(tokens, order), Formula(tokens, VOCABULARY, order)
+    model, formula = count(tokens, order), Formula([tokens], VOCABULARY, order)
     for context in (tokens[:0], tokens[5:6], tokens[5:9], tokens[:30], np.array([11, 0, 11, 0])):
         probs = distribution(model, context)
         assert probs.shape == (VOCABULARY,)
@@ -287,7 +311,7 @@ def test_a_large_vocabulary_does_not_wrap() -> None:
     vocabulary = 2**31
     tokens = corpus() + np.int64(vocabulary - VOCABULARY)
     scores = score(count(tokens, vocabulary=vocabulary), tokens)
-    formula = Formula(tokens, vocabulary, 5)
+    formula = Formula([tokens], vocabulary, 5)
     expected = [formula.prob(tuple(tokens[i - 4 : i].tolist()), int(tokens[i])) for i in (50, 300)]
     np.testing.assert_allclose(scores.log_probs[[50, 300]], np.log(expected), rtol=1e-6)
     with pytest.raises(AssertionError):
@@ -463,6 +487,17 @@ def test_what_counting_cannot_come_to_is_refused(tmp_path: Path, case: str) -> N
         load_counts(path, MINE)
     assert "cannot be read" in str(caught.value)
     assert says in str(caught.value)
+
+
+def test_counts_of_before_a_datastore_was_changed_are_made_anew(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", *random_entries(60, 4))
+    counted(store)
+    left = open_datastore(forget(store.path, [(5, 20)]).path)
+    assert counted_from(left.ngram_path) == store.fingerprint
+    model = counted(left)
+    assert counted_from(left.ngram_path) == left.fingerprint
+    other = NGramModel.count(left.values, 50, breaks=[0, 5], progress=False)
+    assert np.array_equal(model.orders[-1].counts, other.orders[-1].counts)
 
 
 def test_a_description_reads_no_counts(tmp_path: Path) -> None:

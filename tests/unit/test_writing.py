@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stores import write_store
 from test_lm import PAD, VOCABULARY, decoder
 from torch import Tensor
 
@@ -163,17 +165,18 @@ def test_the_past_of_a_text() -> None:
     assert list(past([1, 2])) == list(past([1])) == list(past([])) == []
 
 
-def test_what_stands_behind_neighbours() -> None:
+def test_what_stands_behind_neighbours(tmp_path: Path) -> None:
     """Of those with the chosen token, the one that shares most of what was before comes first."""
-    values = np.array([7, 5, 1, 2, 3, 7, 6, 5, 8, 9], dtype=np.uint16)
+    values = np.array([7, 5, 1, 2, 3, 7, 6, 5, 8, 9])
+    store = write_store(tmp_path / "store", np.ones((10, 6), np.float32), values)
     ids = torch.tensor([[1, 7, 4, -1]])
     near = Neighbours(
         ids, torch.tensor([[1.0, 2.0, 3.0, torch.inf]]), torch.tensor([[5, 5, 3, 5]]), ids >= 0
     )
-    ways = behind([4, 7, 6, 5], values, near, 0)
+    ways = behind([4, 7, 6, 5], store, near, 0)
     assert [tokens for _, tokens, _ in ways] == [[8, 9], [1, 2, 3, 7, 6, 5, 8, 9][:LONGEST]]
     assert ways[0][2] > ways[1][2]
-    assert behind([4, 2], values, near, 0) == []
+    assert behind([4, 2], store, near, 0) == []
 
 
 def test_trust_follows_what_was_right() -> None:

@@ -1,0 +1,47 @@
+"""Naming a dictionary, which spells the tokens of a datastore, and reading it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fairseq_knnlm.errors import ConfigError
+
+
+def add_dictionary(parser: argparse.ArgumentParser, what: str) -> None:
+    """The argument that names a dictionary, and what it is for."""
+    parser.add_argument(
+        "--data",
+        dest="dictionary",  # where there is data, unknown flags are taken for fairseq's
+        type=Path,
+        help=f"folder that fairseq-preprocess wrote, or a dict.txt: {what}",
+    )
+
+
+def check_dictionary(path: Path) -> None:
+    """Refuses what is no dictionary.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    if not _file(path).is_file():
+        raise ConfigError(
+            f"no dictionary at {path}",
+            expected="--data DATA, a folder that fairseq-preprocess wrote, or its dict.txt",
+            found="a folder without dict.txt" if path.is_dir() else "no such file",
+            do="check the path",
+        )
+
+
+def read_dictionary(path: Path) -> tuple[list[str], int]:
+    """The symbols of a dictionary, in order, and the id of the one that ends a line."""
+    import fairseq_knnlm.tasks  # noqa: F401  before fairseq, of which it keeps noise off the screen
+
+    from fairseq.data import Dictionary  # isort: skip
+
+    found = Dictionary.load(str(_file(path)))
+    return found.symbols, found.eos()
+
+
+def _file(path: Path) -> Path:
+    return path / "dict.txt" if path.is_dir() else path
