@@ -33,8 +33,8 @@ def run_results(inputs: Inputs, scorer: KnnScorer, left_out: int) -> dict[str, A
     tally = scorer.tally
     found = losses(
         tokens=tally.tokens,
-        base_log_prob=tally.base,
-        log_prob=tally.mixed,
+        base_log_prob=tally.base.value,
+        log_prob=tally.mixed.value,
         seconds=tally.seconds,
         impossible=tally.impossible,
         left_out=left_out,
