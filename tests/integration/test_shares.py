@@ -9,14 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from conftest import BLOCKS, Lab, eval_lm, must, run
-from stores import assert_helps
+from conftest import BLOCKS, Lab, must
 
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
-from fairseq_knnlm.errors import ConfigError, TableError
-from fairseq_knnlm.runs.joining import join_cards, join_results, join_tables
+from fairseq_knnlm.runs.joining import join_results, join_tables
+from fairseq_knnlm.runs.scorer import KnnScorer
 
 TIMES = ("seconds", "tokens_per_second", "search_seconds")
 KNN = ["--k", 16, "--lmbda", 0.3, "--knn-temp", 2.0]
@@ -97,3 +95,78 @@ def test_shares_join_to_the_whole(lab: Lab, datastore: Path, tmp_path: Path, cas
         for number in range(of):
             shared.share(number, of)
         assert_same(shared.joined(of), whole)
+
+
+def losses(lab: Lab, folder: Path, of: int, *flags: object, split: str = "test") -> dict[str, Any]:
+    """What shares join to that write results alone: then few settings are asked."""
+    files = []
+    for number in range(of):
+        files.append(folder / f"results-{of}-{number}.json")
+        share = ["--num-shards", of, "--shard-id", number] if of > 1 else []
+        lab.evaluate(split, *flags, "--results-json", files[-1], *share)
+    return timeless(join_results(files))
+
+
+@pytest.fixture(scope="module")
+def tuned(lab: Lab) -> Path:
+    """A datastore with a calibration, by the real commands."""
+    store = lab.folder / "tuned-for-shares"
+    model = ["--path", lab.checkpoint(), *BLOCKS, "--sample-break-mode", "none", "--cpu"]
+    must("fairseq-knnlm", "save", lab.data, "--dstore", store, *model)
+    must("fairseq-knnlm", "build-index", "--dstore", store)
+    must("fairseq-knnlm", "tune", "--dstore", store, "--data", lab.data, *model, "--k", 16)
+    return store
+
+
+#: Fitted, by the flags that name it.
+FITTED: dict[str, list[object]] = {
+    "default": ["--knnlm"],
+    "gate": ["--experts", "knn,cache", "--mixer", "gate"],
+    "fewer searches": ["--experts", "knn,cache", "--skip-searches", 0.5],
+    "fewer searches and pointers": [
+        *("--experts", "knn,cache", "--skip-searches", 0.5, "--pointers", "join"),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", list(FITTED))
+def test_a_calibrated_mixture_in_shares(lab: Lab, tuned: Path, tmp_path: Path, case: str) -> None:
+    flags = ["--dstore-filename", tuned, "--k", 16, *FITTED[case]]
+    whole = losses(lab, tmp_path, 1, *flags)
+    assert "cache" in whole["experts"]
+    assert whole["tokens"] == len(lab.text("test"))
+    assert [losses(lab, tmp_path, of, *flags) for of in (2, 4)] == [whole, whole]
+
+
+#: Which look back less far than the split is long, and how far.
+NEAR: dict[str, tuple[list[object], int]] = {
+    "cache": (["--experts", "cache", *CACHE, "--cache-window", 200], 202),
+    "documents": (["--experts", "cache", *CACHE, "--cache-window", 70, "--cache-reset"], 72),
+    "pointers": (["--knnlm", *KNN, "--pointers", "join"], 63),
+    "both": (["--experts", "knn,cache", *KNN, *CACHE, "--pointers", "join"], 4002),
+    "neither": (["--knnlm", *KNN], 0),
+}
+
+
+@pytest.mark.parametrize("case", list(NEAR))
+def test_a_share_reads_no_more_than_it_looks_back_to(
+    lab: Lab, datastore: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the train split, 47 batches: whole ones, and no figure knows of them."""
+    flags, looks_back = NEAR[case]
+    if "cache" not in flags or case == "both":
+        flags = memory(datastore, *flags)
+    whole = losses(lab, tmp_path, 1, *flags, split="train")
+    read: list[int] = []
+    catch_up = KnnScorer.catch_up
+
+    def counted(scorer: KnnScorer, models: Any, sample: Any) -> None:
+        read.append(sample["ntokens"])
+        catch_up(scorer, models, sample)
+
+    monkeypatch.setattr(KnnScorer, "catch_up", counted)
+    assert losses(lab, tmp_path, 3, *flags, split="train") == whole
+    third = whole["tokens"] / 3
+    before = sum(min(looks_back, third * number) for number in (1, 2))
+    assert before - 2 * 64 <= sum(read) <= before + 2 * 64
+    assert bool(read) == bool(looks_back)
