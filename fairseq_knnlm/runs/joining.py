@@ -30,14 +30,20 @@ PLACES = {"datastore"}
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Bounds of what is added up or told of the results of a share; others are compared alone."""
+    """Bounds of what is added up or told of results; other fields are compared alone."""
 
     tokens: Count
     tokens_left_out: Count
     tokens_impossible: Count
     seconds: Finite
+    tokens_per_second: Finite
+    base_loss: Finite | None
+    base_perplexity: Finite | None
+    loss: Finite | None
+    perplexity: Finite | None
     split: str
     share: Share | None = None
+    experts: list[str] | dict[str, Any] = []
     mixed: list[str] = []
     mixture: str = ""
     mixture_from: str = ""
@@ -259,5 +265,5 @@ def _refuse_others(
 
 
 def _short(value: Any) -> str:
-    words = "not given" if value is None else str(value)
+    words = "none" if value is None else str(value)
     return words if len(words) <= 100 else f"{words[:100]}..."

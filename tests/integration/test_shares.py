@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BLOCKS, Lab, must
+from conftest import BLOCKS, Lab, eval_lm, must
 
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
+from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.runs.joining import join_results, join_tables
 from fairseq_knnlm.runs.scorer import KnnScorer
 
@@ -80,6 +81,10 @@ CASES: dict[str, list[object]] = {
     "cache": ["--experts", "cache", *CACHE, "--cache-window", 50],
     "cache by documents": ["--experts", "cache", *CACHE, "--cache-window", 7, "--cache-reset"],
     "pointers": ["--knnlm", *KNN, "--pointers", "replace", "--pointer-min", 2],
+    "beginnings": [
+        *("--experts", "knn,cache", *KNN, *CACHE, "--pointers", "join"),
+        *("--add-bos-token", "--tokens-per-sample", 8, "--context-window", 0),
+    ],
     "no context": ["--knnlm", *KNN, "--tokens-per-sample", 8, "--context-window", 0],
     "sentences": ["--sample-break-mode", "complete", "--skip-invalid-size-inputs-valid-test"],
 }
@@ -88,10 +93,10 @@ CASES: dict[str, list[object]] = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_shares_join_to_the_whole(lab: Lab, datastore: Path, tmp_path: Path, case: str) -> None:
     flags = CASES[case]
-    asks = memory(datastore) if "--knnlm" in flags else []
+    asks = memory(datastore) if "--k" in flags else []
     shared = Shared(lab, tmp_path, *asks, *flags)
     whole = shared.whole()
-    for of in (1, 2, 3, 4):
+    for of in (1, 2, 3, 4) if case in ("base", "knn", "cache") else (3,):
         for number in range(of):
             shared.share(number, of)
         assert_same(shared.joined(of), whole)
@@ -154,7 +159,7 @@ def test_a_share_reads_no_more_than_it_looks_back_to(
 ) -> None:
     """Of the train split, 47 batches: whole ones, and no figure knows of them."""
     flags, looks_back = NEAR[case]
-    if "cache" not in flags or case == "both":
+    if "--k" in flags:
         flags = memory(datastore, *flags)
     whole = losses(lab, tmp_path, 1, *flags, split="train")
     read: list[int] = []
@@ -170,3 +175,70 @@ def test_a_share_reads_no_more_than_it_looks_back_to(
     before = sum(min(looks_back, third * number) for number in (1, 2))
     assert before - 2 * 64 <= sum(read) <= before + 2 * 64
     assert bool(read) == bool(looks_back)
+
+
+def test_shares_are_read_by_several_workers(lab: Lab, tmp_path: Path) -> None:
+    """Of fairseq's loader: each collates every other batch, windows before it included."""
+    flags = ["--experts", "cache", *CACHE, "--cache-window", 60]
+    whole = losses(lab, tmp_path, 1, *flags)
+    files = [tmp_path / f"{number}.json" for number in range(2)]
+    for number, file in enumerate(files):
+        share = ["--num-shards", 2, "--shard-id", number, "--results-json", file]
+        eval_lm(lab.command("test", *flags, *share, "--num-workers", "2"))
+    assert timeless(join_results(files)) == whole
+
+
+def test_shares_as_processes(lab: Lab, datastore: Path, tmp_path: Path) -> None:
+    """As people type it, each process by itself; the log says which share it was."""
+    flags = memory(datastore, "--experts", "knn,cache", *KNN, *CACHE)
+    shared = Shared(lab, tmp_path, *flags)
+    whole, table = shared.whole()
+    results, tables = [], []
+    for number in range(2):
+        results.append(tmp_path / f"share-{number}.json")
+        tables.append(tmp_path / f"share-{number}.npz")
+        share = ["--num-shards", 2, "--shard-id", number]
+        written = ["--results-json", results[-1], "--score-table", tables[-1]]
+        said = must("fairseq-eval-lm", *lab.command("test", *flags, *share, *written))
+        ours, stock = said.index(f"share {number} of 2 (--shard-id)"), said.index("Loss (base 2)")
+        assert ours < stock
+        assert "fairseq-knnlm report --join FILES" in said
+    to = ["--results-json", tmp_path / "joined.json", "--score-table", tmp_path / "joined.npz"]
+    said = must("fairseq-knnlm", "report", "--join", *results, *tables, *to)
+    assert "test, joined of 2 shares" in said
+    assert f"mixture  perplexity {whole['perplexity']:.2f}, loss {whole['loss']:.4f} bits" in said
+    found = json.loads(to[1].read_text()), read_table(to[3])  # type: ignore[union-attr, arg-type]
+    assert_same(found, (whole, table))
+
+
+def test_what_is_left_out_is_counted_once(lab: Lab, tmp_path: Path) -> None:
+    """Ends of documents in no block, and blocks longer than the model takes."""
+    flags = ["--sample-break-mode", "eos", "--tokens-per-sample", 1000, "--context-window", 0]
+    flags += ["--max-tokens", 64, "--model-overrides", "{'max_target_positions': 12}"]
+    whole = losses(lab, tmp_path, 1, *flags)
+    assert whole["tokens_left_out"] > 0
+    assert whole["tokens"] + whole["tokens_left_out"] == len(lab.text("test"))
+    assert losses(lab, tmp_path, 3, *flags) == whole
+
+
+def test_shares_of_other_runs_do_not_join(lab: Lab, datastore: Path, tmp_path: Path) -> None:
+    flags = memory(datastore, "--knnlm", *KNN)
+
+    def share(number: int, *more: object, split: str = "test") -> Path:
+        file = tmp_path / f"{number}-{len(list(tmp_path.iterdir()))}.json"
+        of = ["--num-shards", 2, "--shard-id", number, "--results-json", file]
+        lab.evaluate(split, *flags, *of, *more)
+        return file
+
+    first = share(0)
+    others = {
+        "--lmbda 0.4": share(1, "--lmbda", 0.4),
+        "context_window": share(1, "--context-window", 4),
+        "of_batches": share(1, "--max-tokens", 32),
+        "precision float16": share(1, "--fp16"),
+    }
+    for says, other in others.items():
+        with pytest.raises(TableError, match="are of different runs") as caught:
+            join_results([first, other])
+        assert says in str(caught.value)
+    assert join_results([first, share(1)])["tokens"] == len(lab.text("test"))
