@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from fairseq_knnlm.calibration.settings import Finite, Name, check_setting
+from fairseq_knnlm.calibration.share import Count, Share
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.files import parse_json, typed
+from fairseq_knnlm.files import Fingerprint, parse_json, typed
 from fairseq_knnlm.mixture.components import searches
 
 FORMAT = "fairseq-knnlm score table"
 VERSION = 2
+#: Of the table of a share, which nothing can be fitted on or measured by before it is joined.
+SHARE_VERSION = 3
 
-Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Weighed(msgspec.Struct, frozen=True):
     """A component of a fixed mixture, as results tell it: with its settings beside these."""
 
     expert: Name
-    weight: Share
+    weight: Part
 
 
 class Blocks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,10 +70,16 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distances: str = ""
     pointers: str = ""
     searches_saved: Finite = 0.0
-    searches_skipped: Share = 0.0
+    searches_skipped: Part = 0.0
     datastore: str = ""
     entries: Count = 0
     versions: dict[str, str] = {}
+    share: Share | None = None
+
+
+def version_of(card: Mapping[str, Any]) -> int:
+    """The version of a table with this card."""
+    return SHARE_VERSION if card.get("share") else VERSION
 
 
 def read_card(path: Path, text: str) -> dict[str, Any]:
@@ -89,10 +97,10 @@ def read_card(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise ValueError("a file of another kind")
     version = card.get("version")
-    if version != VERSION:
+    if version != version_of(card):
         raise TableError(
             f"{path} is a score table of another version of fairseq-knnlm",
-            expected=f"version {VERSION}",
+            expected=f"version {version_of(card)}",
             found=f"version {version}",
             do="write it again, with --score-table or `fairseq-knnlm tune --data`",
         )
@@ -111,7 +119,7 @@ def read_card(path: Path, text: str) -> dict[str, Any]:
             raise ValueError(f"nothing of the expert {name} - at `$.described`")
         if searches(name) and not checked.k:
             raise ValueError("no number of neighbours - at `$.k`")
-    return {"datastores": [], "described": {}, **card}
+    return card
 
 
 def _check_setting(expert: str, setting: dict[str, Any], where: str) -> None:

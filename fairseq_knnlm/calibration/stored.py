@@ -40,7 +40,7 @@ from fairseq_knnlm.calibration.record_file import (
     short,
 )
 from fairseq_knnlm.errors import TableError
-from fairseq_knnlm.files import typed, write_sealed
+from fairseq_knnlm.files import fingerprint, typed, write_sealed
 from fairseq_knnlm.mixture.mixers import Bins, Fixed, Gate, Mixer, Skip
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,11 @@ class Calibration:
     def best(self) -> FittedMixture:
         """The mixture that is used unless told otherwise."""
         return self.mixtures[self.default]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that it holds."""
+        return fingerprint(_content(self))
 
     def check_model(self, model: str) -> None:
         """Refuses another language model than the one it was fitted for.

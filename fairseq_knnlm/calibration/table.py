@@ -16,7 +16,8 @@ Reading one takes neither torch nor fairseq nor faiss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,19 +102,52 @@ def _in_words(setting: tuple[str, Any]) -> str:
 
 
 def read_table(path: Path) -> ScoreTable:
-    """Reads a score table.
+    """Reads the score table of a whole run.
 
     Raises:
-        TableError: where it is missing, damaged, none, or of another version; it names the field
-            or column that is not as it should be.
+        TableError: where it is missing, damaged, none, of another version, or of a share of a run;
+            it names the field or column that is not as it should be.
     """
+    table = read_part(path)
+    if share := table.card.get("share"):
+        raise TableError(
+            f"{path} is the score table of a share",
+            expected="the table of a whole run",
+            found=f"share {share['number']} of {share['of']}",
+            do="join all of them: fairseq-knnlm report --join TABLES --score-table WHOLE.npz",
+        )
+    return table
+
+
+def read_part(path: Path) -> ScoreTable:
+    """Reads the score table of a whole run, or of a share.
+
+    Raises:
+        TableError: as ``read_table``.
+    """
+    with _reading(path) as archive:
+        card = read_card(path, archive.text("card"))
+        return ScoreTable(_columns(archive, card), {"datastores": [], "described": {}, **card})
+
+
+def read_card_of(path: Path) -> dict[str, Any]:
+    """The card alone, of a whole run or of a share, as it is written.
+
+    Raises:
+        TableError: as ``read_table``.
+    """
+    with _reading(path) as archive:
+        return read_card(path, archive.text("card"))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Archive]:
     expected = "a score table, as --score-table FILE.npz writes it"
     if not path.exists():
         raise TableError(f"no score table at {path}", expected=expected, found="nothing")
     try:
         with opened(path) as archive:
-            card = read_card(path, archive.text("card"))
-            return ScoreTable(_columns(archive, card), card)
+            yield archive
     except ValueError as error:
         raise TableError(
             f"{path} cannot be read",

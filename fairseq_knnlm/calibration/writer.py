@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq_knnlm.calibration.card import FORMAT, VERSION
+from fairseq_knnlm.calibration.card import FORMAT, version_of
 from fairseq_knnlm.files import Claim, partial_folder, publish
 from fairseq_knnlm.files.arrays import write_card
 
@@ -40,7 +40,7 @@ class ScoreTableWriter:
 
     def publish(self, card: dict[str, Any]) -> None:
         """Writes the table, rows in the order of the text."""
-        card = {"format": FORMAT, "version": VERSION, **card}
+        card = {"format": FORMAT, "version": version_of(card), **card}
         with publish(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             order = np.argsort(self._column("row"), kind="stable")
             for name in self._kinds:

@@ -16,10 +16,13 @@ from fairseq_knnlm.runs.places import check_datastore_output, check_new_datastor
 from fairseq_knnlm.runs.stores import name_foreign, open_store
 
 
-def add_store(parser: argparse.ArgumentParser) -> None:
+def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """The arguments that name a datastore to read."""
     parser.add_argument(
-        "--dstore", required=True, type=Path, help="datastore folder, or PREFIX of urvashik/knnlm"
+        "--dstore",
+        required=required,
+        type=Path,
+        help="datastore folder, or PREFIX of urvashik/knnlm",
     )
     parser.add_argument("--dstore-size", type=int, help="entries, for files of urvashik/knnlm")
     parser.add_argument(

@@ -1,4 +1,7 @@
-"""``fairseq-knnlm report``: what every calibrated mixture does on another text."""
+"""``fairseq-knnlm report``: what every calibrated mixture does on another text.
+
+With ``--join``: what a run does of which several processes had a share each.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,101 @@ from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.cli.common import add_store, check_store, opened
 from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.files import check_outputs, write_json
+from fairseq_knnlm.runs.places import check_apart
 
-HELP = "say what every calibrated mixture does on a score table of test"
+HELP = "say what every calibrated mixture does on a score table of test, or join shares of a run"
 EXAMPLE = "--dstore DSTORE --score-table test.npz"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A datastore, beside which the calibration lies, and a score table."""
-    add_store(parser)
-    parser.add_argument("--score-table", required=True, type=Path, help="from --score-table")
+    """A datastore, beside which the calibration lies, and a score table; or files of shares."""
+    add_store(parser, required=False)
+    parser.add_argument(
+        "--score-table", type=Path, help="from --score-table; with --join, the table to write"
+    )
+    parser.add_argument(
+        "--join",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="results (.json) or score tables (.npz) of all shares of one run, of --num-shards",
+    )
+    parser.add_argument("--results-json", type=Path, help="with --join, the results to write")
 
 
 def check(args: argparse.Namespace, _: Sequence[str]) -> None:
-    """Refuses sizes that no datastore has."""
+    """Refuses sizes that no datastore has, and arguments that do not belong together."""
     check_store(args)
+    if args.join is not None:
+        _check_join(args)
+    elif args.dstore is None or args.score_table is None or args.results_json is not None:
+        raise ConfigError(
+            "a report is of a calibration on a score table, or of the shares of a run",
+            expected="--dstore DSTORE --score-table FILE.npz, or --join FILES",
+            found="--results-json without --join"
+            if args.results_json is not None
+            else "not both of --dstore and --score-table",
+        )
+
+
+def _check_join(args: argparse.Namespace) -> None:
+    results, tables = _by_kind(args.join)
+    for flag, given, files in (
+        ("--dstore", args.dstore, []),
+        ("--results-json", args.results_json, results),
+        ("--score-table", args.score_table, tables),
+    ):
+        if given is not None and not files:
+            raise ConfigError(
+                f"{flag} does nothing with these files",
+                expected="results to join to --results-json, score tables to --score-table",
+                found=", ".join(map(str, args.join)),
+                do=f"leave {flag} out, or name what each share wrote by it",
+            )
+    outputs = {"--results-json": args.results_json, "--score-table": args.score_table}
+    check_apart(outputs, {"--join": args.join})
+    check_outputs(outputs)
+
+
+def _by_kind(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Results, and score tables."""
+    tables = [file for file in files if file.suffix == ".npz"]
+    return [file for file in files if file not in tables], tables
 
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
-    """Applies the mixtures to the table, a line each."""
+    """Applies the mixtures to the table, a line each; or joins shares."""
+    if args.join is not None:
+        _join(args)
+    else:
+        _measure(args)
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Tells of the whole run what its processes told of their shares, and writes it."""
+    from fairseq_knnlm.experts.registry import find_kind
+    from fairseq_knnlm.runs.joining import join_cards, join_results, join_tables
+    from fairseq_knnlm.runs.report import closing_lines, doubts
+
+    results, tables = _by_kind(args.join)
+    found = join_results(results) if results else {}
+    if tables:
+        to = args.score_table
+        card = join_cards(tables) if to is None else join_tables(tables, to)
+        found = found or card
+    if args.results_json is not None:
+        write_json(args.results_json, found)
+    print(f"{found['split']}, joined of {len(results or tables)} shares")
+    kinds = dict.fromkeys(map(find_kind, found.get("experts", ())))
+    for line in closing_lines(found, filter(None, kinds)):
+        print(line)
+    for line in doubts(found):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _measure(args: argparse.Namespace) -> None:
     from fairseq_knnlm.calibration.report import GAINS, gains, measured
     from fairseq_knnlm.calibration.skipping import skipping_costs
     from fairseq_knnlm.runs.tune import calibration_of, check_table

@@ -87,6 +87,10 @@ class Expert(Protocol):
     def at_a_time(self) -> int:
         """Contexts that it is best asked of at a time."""
 
+    @property
+    def looks_back(self) -> int | None:
+        """Tokens of the text before a context that it must have read; None for all there are."""
+
     def predict(self, contexts: Contexts) -> Prediction:
         """What follows N contexts."""
 
@@ -114,6 +118,7 @@ class Timeless:
     #: So many contexts are enough for the work to be shared between them, and few enough for memory
     #: to be used again in the place of new memory, which costs more than the arithmetic on it.
     at_a_time = 1024
+    looks_back = 0
 
     def observe(self, tokens: Tensor) -> None:
         """Keeps nothing."""

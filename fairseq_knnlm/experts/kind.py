@@ -205,13 +205,29 @@ class Kind:
         """
 
     def results(self, opened: Sequence[Opened], experts: Sequence[Any]) -> dict[str, Any]:
-        """What there is to tell of the run, for the results JSON.
+        """What there is to tell of the run, for the results JSON, besides what was counted.
 
         Args:
             opened: the experts of this kind, one at least.
             experts: those of them that were made, which may be none.
         """
         return {}
+
+    def counts(self, experts: Sequence[Any]) -> dict[str, float]:
+        """What they counted in the run; that of the shares of one adds up.
+
+        Args:
+            experts: of this kind, as far as they were made.
+        """
+        return {}
+
+    def figures(self, counts: Mapping[str, float]) -> dict[str, Any]:
+        """What the results JSON tells of what was counted.
+
+        Args:
+            counts: as ``counts`` gives them, or their sums over shares.
+        """
+        return dict(counts)
 
     def lines(self, found: Mapping[str, Any]) -> Iterator[str]:
         """The same as lines of the report.

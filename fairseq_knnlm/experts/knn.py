@@ -156,8 +156,6 @@ class KnnExpert(Timeless):
         self.settings = [vars(setting) for setting in settings]
         self.features = features
         self.name = name
-        self.search_seconds = 0.0
-        self.asked = self.recalled = 0
         self._fewer = sorted({setting.k for setting in settings if setting.k})
         suffixes = [setting.suffix for setting in settings] + [max(SUFFIXES) if features else 0]
         self._suffix = max(suffixes)
@@ -170,8 +168,14 @@ class KnnExpert(Timeless):
             for setting in settings
         ]
         self._last: tuple[Neighbours, Tensor] | None = None
+        self.start_counting()
         if features:
             self._counts = retriever.token_counts().float().log1p()
+
+    def start_counting(self) -> None:
+        """Counts from here on."""
+        self.search_seconds = 0.0
+        self.asked = self.recalled = 0
 
     def predict(self, contexts: Contexts) -> KnnPrediction:
         """What follows contexts, given their keys."""

@@ -199,18 +199,32 @@ class KnnKind(Kind):
 
     def results(self, opened: Sequence[Opened], experts: Sequence[KnnExpert]) -> dict[str, Any]:
         first = opened[0]
-        found = {
+        found: dict[str, Any] = {
             "k": first.options.k,
-            "search_seconds": sum(expert.search_seconds for expert in experts),
-            "tokens_recalled": max((expert.recalled for expert in experts), default=0),
             "index": first.parts.index.card.describe(),
             "distances": first.parts.distances,
         }
+        if any(isinstance(expert, PointerExpert) for expert in experts):
+            found |= first.options.pointers_in_words
+        return found
+
+    def counts(self, experts: Sequence[KnnExpert]) -> dict[str, float]:
+        found: dict[str, float] = {f"recalled_{one.name}": one.recalled for one in experts}
+        found["search_seconds"] = sum(expert.search_seconds for expert in experts)
         pointed = [expert for expert in experts if isinstance(expert, PointerExpert)]
         if pointed:
-            searches = sum(expert.searches for expert in pointed)
-            saved = 1 - searches / max(1, sum(expert.queries for expert in pointed))
-            found |= {**first.options.pointers_in_words, "searches_saved": saved}
+            found["searches"] = sum(expert.searches for expert in pointed)
+            found["queries"] = sum(expert.queries for expert in pointed)
+        return found
+
+    def figures(self, counts: Mapping[str, float]) -> dict[str, Any]:
+        recalled = [count for name, count in counts.items() if name.startswith("recalled_")]
+        found: dict[str, Any] = {
+            "search_seconds": counts["search_seconds"],
+            "tokens_recalled": int(max(recalled, default=0)),
+        }
+        if "queries" in counts:
+            found["searches_saved"] = 1 - counts["searches"] / max(1, counts["queries"])
         return found
 
     def lines(self, found: Mapping[str, Any]) -> Iterator[str]:

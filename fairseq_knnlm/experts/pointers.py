@@ -47,6 +47,8 @@ class PointerExpert(KnnExpert):
         searches: those of them that were searched.
     """
 
+    looks_back = RUN - 1
+
     def __init__(
         self,
         retriever: LocalRetriever,
@@ -62,8 +64,11 @@ class PointerExpert(KnnExpert):
         self.memory = retriever
         self.least = least
         self.most = max(1, k // PART_OF_K)
-        self.queries = self.searches = 0
         self._texts: dict[int, tuple[int, Tensor]] = {}
+
+    def start_counting(self) -> None:
+        super().start_counting()
+        self.queries = self.searches = 0
 
     def reorder(self, order: Tensor) -> None:
         """Text i goes on where text ``order[i]`` stood."""

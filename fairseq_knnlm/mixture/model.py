@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.contract import Expert, Prediction, Timeless
-from fairseq_knnlm.experts.knn import KnnPrediction
+from fairseq_knnlm.experts.knn import KnnExpert, KnnPrediction
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mix import abstaining, added, effective, mix
@@ -210,6 +210,34 @@ class MixtureLM:
                 for start in range(0, len(contexts), one.at_a_time):
                     one.predict(contexts[start : start + one.at_a_time])
 
+    @property
+    def looks_back(self) -> int | None:
+        """Tokens of the text before a context that must have been read; None for all there are."""
+        far = [one.looks_back for one in self.everyone]
+        return None if None in far else max(one for one in far if one is not None)
+
+    def catch_up(self, contexts: Contexts, tokens: Tensor) -> None:
+        """Goes through contexts and what came after each, as ``score`` does, and counts nothing.
+
+        Only those that look back are asked.
+
+        Args:
+            contexts: N of them.
+            tokens: (N,) int64, what came after each.
+        """
+        for part in self._parts(len(contexts)):
+            for one in self.everyone:
+                if one.looks_back != 0:
+                    one.predict(contexts[part])
+                    one.observe(tokens[part])
+        self.start_counting()
+
+    def start_counting(self) -> None:
+        """Whoever counts, counts from here on."""
+        for one in self.everyone:
+            if isinstance(one, KnnExpert):
+                one.start_counting()
+
     def observe(self, tokens: Tensor) -> None:
         """Tells what came after the contexts of the last prediction, (N,) int64."""
         for one in self.everyone:
@@ -233,17 +261,21 @@ class MixtureLM:
             tokens: (N,) int64, what came after each.
             watch: is shown each piece: its contexts, tokens and prediction.
         """
-        size = min([len(contexts) or 1, *(one.at_a_time for one in self.experts)])
-        size = size if watch is None else min(size, watch.at_a_time)
         parts = []
-        for start in range(0, max(len(contexts), 1), size):
-            part = slice(start, start + size)
+        for part in self._parts(len(contexts), watch):
             prediction = self.predict(contexts[part])
             parts.append(prediction.score(tokens[part]))
             if watch is not None:
                 watch(contexts[part], tokens[part], prediction)
             self.observe(tokens[part])
         return _joined(parts)
+
+    def _parts(self, count: int, watch: Watch | None = None) -> Iterator[slice]:
+        """So many contexts, as they are best asked of; one part at least."""
+        size = min([count or 1, *(one.at_a_time for one in self.experts)])
+        size = size if watch is None else min(size, watch.at_a_time)
+        for start in range(0, max(count, 1), size):
+            yield slice(start, start + size)
 
 
 def _features(predictions: Mapping[str, Prediction]) -> dict[str, Tensor]:

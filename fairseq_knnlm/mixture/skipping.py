@@ -133,7 +133,7 @@ class SkippingMixtureLM(MixtureLM):
         self.rest = MixtureLM(lm, [one for one in experts if one not in self.searching], rest)
         self.skip = skip
         self.threshold = skip.threshold(share)
-        self.tokens = self.searched = 0
+        self.start_counting()
         self._rows = torch.empty(0, dtype=torch.int64)
 
     def predict(self, contexts: Contexts) -> MixturePrediction:
@@ -152,6 +152,28 @@ class SkippingMixtureLM(MixtureLM):
             name: Picked(one, rows, len(contexts)) for name, one in others.items()
         }
         return Skipped(rest, searched, rows, self.weighed(picked | searched))
+
+    @property
+    def looks_back(self) -> int | None:
+        """As ``MixtureLM``; what pointers need hangs on who tells which contexts to search for."""
+        theirs = [one.looks_back for one in self.searching]
+        if self.rest.looks_back is None or None in theirs:
+            return None
+        return self.rest.looks_back + max([one for one in theirs if one is not None])
+
+    def catch_up(self, contexts: Contexts, tokens: Tensor) -> None:
+        """As ``MixtureLM``; pointers go on only from contexts that were searched for."""
+        if all(one.looks_back == 0 for one in self.searching):
+            super().catch_up(contexts, tokens)
+            return
+        for part in self._parts(len(contexts)):
+            self.predict(contexts[part])
+            self.observe(tokens[part])
+        self.start_counting()
+
+    def start_counting(self) -> None:
+        super().start_counting()
+        self.tokens = self.searched = 0
 
     def observe(self, tokens: Tensor) -> None:
         """Tells what came after the contexts of the last prediction, (N,) int64."""

@@ -20,6 +20,7 @@ from fairseq_knnlm.runs.results import run_results, table_card
 from fairseq_knnlm.runs.save import Saving, open_saving, sample_keys
 from fairseq_knnlm.runs.save_blocks import ALONE, BlockSaving, Share
 from fairseq_knnlm.runs.scorer import Blocks, FillsTable, Listener
+from fairseq_knnlm.runs.shares import Stretch
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ class EvaluationRun:
         sizes: (number of blocks,) tokens of each block, in the order of the text.
         left_out: tokens in blocks that fairseq will drop.
         share: which part of a datastore is this process's to save.
+
+    Attributes:
+        stretch: the share of the run that this process has; None where it has all.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class EvaluationRun:
     ) -> None:
         self.inputs = inputs
         self.left_out = left_out
+        self.stretch: Stretch | None = None
         options = inputs.options
         listeners: list[Listener] = []
         self.saving: Saving | BlockSaving | None = None
@@ -101,7 +106,7 @@ class EvaluationRun:
         memory = self.inputs.memory
         for expert in memory.experts.values() if memory is not None else ():
             expert.kind.finish(expert)
-        found = run_results(self.inputs, self.scorer, self.left_out)
+        found = run_results(self.inputs, self.scorer, self.left_out, self.stretch)
         failures: list[Exception] = []
         publishing = (
             self.publish_datastore,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fairseq_knnlm.experts.kind import Kind
@@ -23,17 +23,31 @@ def tell(found: dict[str, Any], kinds: Iterable[Kind]) -> None:
     """
     for line in closing_lines(found, kinds):
         logger.info(line)
+    for line in doubts(found):
+        logger.warning(line)
+    if (share := found.get("share")) is not None:
+        logger.info(
+            "share %s of %s (--shard-id): these figures, and the loss that fairseq tells below, "
+            "are of its %s of %s tokens; what all shares write joins to the whole by "
+            "`fairseq-knnlm report --join FILES`, of --results-json or --score-table",
+            *(share["number"], share["of"], f"{found['tokens']:,}", f"{share['of_tokens']:,}"),
+        )
+
+
+def doubts(found: dict[str, Any]) -> Iterator[str]:
+    """Why its figures say little, if anything.
+
+    Args:
+        found: the results.
+    """
     if found.get("tokens_recalled", 0) > RECALLED * found["tokens"]:
-        logger.warning(
-            "%s of %s tokens have an entry of their own in the datastore, at no distance: it "
-            "seems to hold the evaluated text, and then the perplexity says nothing",
-            *(f"{found[name]:,}" for name in ("tokens_recalled", "tokens")),
+        yield (
+            f"{found['tokens_recalled']:,} of {found['tokens']:,} tokens have an entry of their "
+            "own in the datastore, at no distance: it seems to hold the evaluated text, and then "
+            "the perplexity says nothing"
         )
     if found["tokens_impossible"]:
-        logger.warning(
-            "%s tokens have probability 0: the loss is infinite",
-            f"{found['tokens_impossible']:,}",
-        )
+        yield f"{found['tokens_impossible']:,} tokens have probability 0: the loss is infinite"
 
 
 def closing_lines(found: dict[str, Any], kinds: Iterable[Kind] = ()) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from fairseq_knnlm.calibration.card import Card
+from fairseq_knnlm.experts.kind import Kind
 from fairseq_knnlm.experts.registry import find_kind
 from fairseq_knnlm.mixture.mixers import Fixed
 from fairseq_knnlm.mixture.skipping import SkippingMixtureLM
@@ -16,32 +17,41 @@ from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.mixing import describe, described, mixed_experts
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.scorer import KnnScorer
+from fairseq_knnlm.runs.shares import Stretch, share_of
 from fairseq_knnlm.versions import versions
 
 #: The loss whose perplexity a float can just hold.
 MOST_BITS = 1023
+#: Stands among the kinds of experts for what was counted of skipped searches.
+SKIPPING = "skipping"
 
 
-def run_results(inputs: Inputs, scorer: KnnScorer, left_out: int) -> dict[str, Any]:
+def run_results(
+    inputs: Inputs, scorer: KnnScorer, left_out: int, stretch: Stretch | None = None
+) -> dict[str, Any]:
     """All that there is to tell of a run.
 
     Args:
         inputs: what it worked on.
         scorer: what scored, once all is scored.
         left_out: tokens in blocks that fairseq dropped.
+        stretch: the share of the run that this is; None of a whole one.
     """
-    tally = scorer.tally
+    tally, counts = scorer.tally, _counts(inputs.memory, scorer)
     found = losses(
         tokens=tally.tokens,
-        base_log_prob=tally.base,
-        log_prob=tally.mixed,
+        base_log_prob=tally.base.value,
+        log_prob=tally.mixed.value,
         seconds=tally.seconds,
         impossible=tally.impossible,
         left_out=left_out,
     )
     if inputs.memory is not None:
-        found |= _mixed(inputs.memory, scorer)
-    return found | {"split": inputs.split, "context": inputs.context, "versions": versions()}
+        found |= _mixed(inputs.memory, scorer) | figures(counts)
+    found |= {"split": inputs.split, "context": inputs.context, "versions": versions()}
+    if stretch is not None:
+        found["share"] = share_of(inputs, stretch, tally, counts)
+    return found
 
 
 def losses(
@@ -107,13 +117,38 @@ def _mixed(memory: Memory, scorer: KnnScorer) -> dict[str, Any]:
     for kind, opened in memory.by_kind.items():
         experts = [expert for expert in mixture.experts if find_kind(expert.name) is kind]
         found |= kind.results(opened, experts)
-    if isinstance(mixture, SkippingMixtureLM):
-        found["searches_skipped"] = 1 - mixture.searched / max(mixture.tokens, 1)
     if memory.stores:
         found |= {
             "datastore": ":".join(str(store.path) for store in memory.stores),
             "entries": sum(map(len, memory.stores)),
         }
+    return found
+
+
+def _counts(memory: Memory | None, scorer: KnnScorer) -> dict[str, dict[str, float]]:
+    """By the kind of expert, what it counted; skipped searches by their own name."""
+    mixture = scorer.mixture
+    found = {
+        kind.name: kind.counts([one for one in mixture.experts if find_kind(one.name) is kind])
+        for kind in (memory.by_kind if memory is not None else ())
+    }
+    if isinstance(mixture, SkippingMixtureLM):
+        found[SKIPPING] = {"tokens": mixture.tokens, "searched": mixture.searched}
+    return {name: counts for name, counts in found.items() if counts}
+
+
+def figures(counts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What results tell of what was counted.
+
+    Args:
+        counts: by the kind of expert, as a run counted them, or their sums over its shares.
+    """
+    found: dict[str, Any] = {}
+    for name, some in counts.items():
+        if name == SKIPPING:
+            found["searches_skipped"] = 1 - some["searched"] / max(some["tokens"], 1)
+        else:  # a kind from outside the package may not be known here
+            found |= (find_kind(name) or Kind()).figures(some)
     return found
 
 

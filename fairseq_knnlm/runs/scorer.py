@@ -23,6 +23,7 @@ from fairseq_knnlm.lm.contexts import Contexts, Encoded
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.mixture.model import MixtureLM, Scores, Watch
+from fairseq_knnlm.runs.sums import ExactSum
 
 
 @dataclass(frozen=True)
@@ -148,18 +149,18 @@ class Tally:
     """Sums over a run, in natural log and seconds."""
 
     tokens: int = 0
-    base: float = 0.0
-    mixed: float = 0.0
+    base: ExactSum = field(default_factory=ExactSum)
+    mixed: ExactSum = field(default_factory=ExactSum)
     impossible: int = 0
-    seconds: float = field(default=0.0)
+    seconds: float = 0.0
 
     def take(self, batch: Batch) -> None:
-        counted = torch.from_numpy(batch.rows >= 0).to(batch.base.device)
-        mixed = batch.mixed[counted]
+        counted = batch.rows >= 0
+        base, mixed = (some.float().cpu().numpy()[counted] for some in (batch.base, batch.mixed))
         self.tokens += len(mixed)
-        self.base += float(batch.base[counted].double().sum())
-        self.mixed += float(mixed.double().sum())
-        self.impossible += int(torch.isneginf(mixed).sum())
+        self.base.add(base)
+        self.mixed.add(mixed)
+        self.impossible += int(np.isneginf(mixed).sum())
 
 
 #: A mixture around the language model.
@@ -224,11 +225,7 @@ class KnnScorer:
             ModelError: where keys are needed of an ensemble, or a probability is none.
         """
         started = time.perf_counter()
-        self.lm.models = self._read(models)
-        target = sample["target"]
-        mask = target.ne(self.pad)
-        contexts, mask = self._contexts(sample, mask)
-        targets = target[:, -mask.shape[1] :][mask]
+        contexts, targets, mask = self._understood(models, sample)
         scores = self.mixture.score(contexts, targets, self.watch)
         batch = Batch(contexts.rows.cpu().numpy(), targets, contexts, scores)
         _check_numbers(batch.base)
@@ -240,6 +237,26 @@ class KnnScorer:
             # fairseq-eval-lm would leave out infinite scores, and fail to say so.
             mixed = mixed.clamp_min(torch.finfo(mixed.dtype).min)
         return _hypotheses(targets, mask, mixed)
+
+    @torch.no_grad()
+    def catch_up(self, models: Sequence[nn.Module], sample: dict[str, Any]) -> None:
+        """Reads a batch that stands before those to be scored; nobody is told of it.
+
+        Args:
+            models: as for ``generate``.
+            sample: the batch.
+        """
+        contexts, targets, _ = self._understood(models, sample)
+        self.mixture.catch_up(contexts, targets)
+
+    def _understood(
+        self, models: Sequence[nn.Module], sample: dict[str, Any]
+    ) -> tuple[Contexts, Tensor, Tensor]:
+        """The N contexts that are scored, what came after each, and where in the batch they are."""
+        self.lm.models = self._read(models)
+        target = sample["target"]
+        contexts, mask = self._contexts(sample, target.ne(self.pad))
+        return contexts, target[:, -mask.shape[1] :][mask], mask
 
     def _read(self, models: Sequence[nn.Module]) -> tuple[TransformerLM, ...]:
         if len(models) > 1 and self.key_type is not None:

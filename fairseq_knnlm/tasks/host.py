@@ -23,6 +23,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -137,18 +138,36 @@ class CorrectsLoss(logging.Filter):
 
 
 class WithEnd:
-    """An iterator of fairseq's that tells when it has been read to its end."""
+    """An iterator of fairseq's that tells when it has been read to its end.
 
-    def __init__(self, batches: Any, finish: Callable[[], None]) -> None:
+    Args:
+        batches: the iterator.
+        finish: called at the end.
+        before: so many batches at its beginning are not handed on.
+        read: called with each of these.
+    """
+
+    def __init__(
+        self,
+        batches: Any,
+        finish: Callable[[], None],
+        before: int = 0,
+        read: Callable[[Any], None] = lambda batch: None,
+    ) -> None:
         self._batches = batches
         self._finish = finish
+        self._before = before
+        self._read = read
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._batches) - self._before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._batches
+        batches = iter(self._batches)
+        for batch in islice(batches, self._before):
+            self._read(batch)
+        yield from batches
         self._finish()

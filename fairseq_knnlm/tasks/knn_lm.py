@@ -37,6 +37,7 @@ from fairseq_knnlm.tasks.generation import MixtureEnsemble, MixtureGenerator
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
 from fairseq_knnlm.tasks.idle import name_ignored
 from fairseq_knnlm.tasks.outputs import check_writes
+from fairseq_knnlm.tasks.shares import ShareOfBatches
 from fairseq_knnlm.tasks.windows import InStretches, InTextOrder, WindowsInText
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
     ) -> Any:
         """The stock loader; puts our scorer where ``fairseq-eval-lm`` makes its own."""
         saving = self.options.saving.save_knnlm_dstore
-        loading.check_loader(context_window, num_shards, self.options)
+        if saving:
+            loading.check_saving(num_shards, self.options)
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
         left_out = int(sizes.sum() - read.sum())
@@ -121,12 +123,14 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         loading.name_omitted(omitted, str(self.args.sample_break_mode))
         stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
         if self.needs_order():
-            loading.check_order(num_shards)
             dataset = InTextOrder(dataset)
         if context_window > 0:
             size, pad = self.args.tokens_per_sample, self.target_dictionary.pad()
             longest = max_positions if isinstance(max_positions, int) else None
             dataset = WindowsInText(dataset, size, context_window, pad, longest)
+        in_part = num_shards > 1 and not saving  # which is shared out by blocks of its own
+        part = ShareOfBatches(dataset, shard_id, num_shards) if in_part else None
+        text = dataset if part is None else part
         load = partial(
             super().eval_lm_dataloader,
             max_tokens=max_tokens,
@@ -138,26 +142,33 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         if not all(map(is_supported, self.models)):
             loading.check_stock_is_enough(self.options, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
-            return load(dataset, num_shards=num_shards, shard_id=shard_id)
+            return load(text)
         on_gpu = next(self.models[0].parameters()).is_cuda
+        to_device = utils.move_to_cuda if on_gpu else lambda batch: batch
         if (whole := whole_run(self.args)) is not None:
             loading.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
         inputs = self.inputs(self.models, self.context(context_window))
-        share = Share(shard_id, num_shards) if saving else ALONE
-        run = EvaluationRun(inputs, sizes, left_out + omitted, share)
+        # What is left out of the text is counted once.
+        left_out = left_out + omitted if shard_id == 0 else 0
+        saved = Share(shard_id, num_shards) if saving else ALONE
+        run = EvaluationRun(inputs, sizes, left_out, saved)
         if run.sample_every:
-            run.learn(
-                load(dataset, num_shards=run.sample_every),
-                utils.move_to_cuda if on_gpu else lambda batch: batch,
-            )
+            run.learn(load(text, num_shards=run.sample_every), to_device)
             self.dataset_to_epoch_iter.clear()  # fairseq would hand out the shard again
         if run.texts is not None:
             if not run.texts:
                 run.publish_datastore()
                 sys.exit(0)
-            dataset, num_shards, shard_id = InStretches(dataset, run.texts), 1, 0
+            text = InStretches(dataset, run.texts)
+        if part is None:
+            batches = WithEnd(load(text), run.finish)
+        else:
+            part.looks_back = loading.check_looks_back(run.scorer.mixture.looks_back)
+            ours, run.stretch = load(part), part.stretch
+            catch_up = partial(run.scorer.catch_up, self.models)
+            batches = WithEnd(ours, run.finish, part.before, lambda one: catch_up(to_device(one)))
         hand_over(run.scorer)
-        return WithEnd(load(dataset, num_shards=num_shards, shard_id=shard_id), run.finish)
+        return batches
 
     def needs_order(self) -> bool:
         """Whether somebody must be given the text in its order."""
@@ -227,7 +238,10 @@ def _check_run(args: Any, options: Options) -> None:
     inputs: dict[str, list[str]] = {}
     if run is not None:
         stock.check_numbers(run)
-        loading.check_loader(run.eval_lm.context_window, stock.shards(run), options)
+        shards, processes = run.dataset.num_shards, stock.processes(run)
+        if options.saving.save_knnlm_dstore:
+            loading.check_saving(stock.shards(run), options)
+        loading.check_processes(shards, processes, options)
         path, split = run.common_eval.path, run.dataset.gen_subset
         if command is not None and path is not None:
             asks = options.saving.save_knnlm_dstore or options.mixing.evaluates

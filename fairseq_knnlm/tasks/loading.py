@@ -10,43 +10,75 @@ from fairseq_knnlm.runs.options import Options
 
 logger = logging.getLogger(__name__)
 
-#: fairseq starts a process, and so a shard, for each GPU that it sees.
-ONE_PROCESS = "leave --num-shards out, and on several GPUs pass --distributed-world-size 1"
 
-
-def check_loader(context_window: int, num_shards: int, options: Options) -> None:
-    """Refuses a part of a text where the whole of it is to be written, or gives contexts.
-
-    A datastore is shared out by its blocks, whatever their contexts.
+def check_saving(shards: int, options: Options) -> None:
+    """Refuses figures of a datastore that several processes save, blocks each as they come.
 
     Raises:
-        ConfigError: where there are several shards.
+        ConfigError: naming the flag.
     """
-    saving, writing = options.saving.save_knnlm_dstore, options.writing
-    if context_window > 0 and not saving:
-        _check_one_process(num_shards, "contexts reach over the whole text")
-    if writing.score_table or writing.results_json:
-        what = "a score table or results file is written by one process"
-        _check_one_process(num_shards, what)
-
-
-def check_order(num_shards: int) -> None:
-    """Refuses a part of the text for the cache or pointers, which live on what was just read.
-
-    Raises:
-        ConfigError: where there are several shards.
-    """
-    _check_one_process(num_shards, "the cache and pointers need the text in one piece")
-
-
-def _check_one_process(num_shards: int, problem: str) -> None:
-    if num_shards > 1:
+    flag = _written(options)
+    if flag and shards > 1:
         raise ConfigError(
-            problem,
+            f"{flag} of a run that saves a datastore is written by one process",
             expected="one process over the whole split",
-            found=f"{num_shards} shards",
-            do=ONE_PROCESS,
+            found=f"{shards} shards",
+            do=f"leave {flag} out, and evaluate in a run of its own",
         )
+
+
+def _written(options: Options) -> str | None:
+    """The flag of a file of figures that is to be written."""
+    if options.writing.results_json:
+        return "--results-json"
+    return "--score-table" if options.writing.score_table else None
+
+
+def check_processes(num_shards: int, processes: int, options: Options) -> None:
+    """Refuses several processes of fairseq's, one a GPU, where each must have flags of its own.
+
+    Args:
+        num_shards: as typed.
+        processes: that fairseq starts by itself; a shard each, where ``num_shards`` is 1.
+        options: what the run is asked to do.
+
+    Raises:
+        ConfigError: where they would share what each is to have for itself.
+    """
+    if processes > 1 and num_shards > 1:
+        raise ConfigError(
+            "a share is one process",
+            expected="--num-shards, or several processes that fairseq starts",
+            found=f"--num-shards {num_shards}, and a process for each of {processes} GPUs",
+            do="pass --distributed-world-size 1, and --device-id to say which GPU",
+        )
+    if processes > 1 and (flag := _written(options)):
+        raise ConfigError(
+            "each process writes files of its own",
+            expected=f"{flag} of one process",
+            found=f"{processes} processes, one for each GPU, that fairseq starts",
+            do=f"pass --distributed-world-size 1; or, for a share on each GPU, also "
+            f"--num-shards {processes}, --shard-id and files with other names",
+        )
+
+
+def check_looks_back(looks_back: int | None) -> int:
+    """Refuses shares for an expert that must have read all text before them.
+
+    Args:
+        looks_back: tokens that must have been read; None for all.
+
+    Raises:
+        ConfigError: where that is all.
+    """
+    if looks_back is None:
+        raise ConfigError(
+            "an expert goes by all text before a token: each share would read the whole",
+            expected="one process over the whole split, or experts that look back so far",
+            found="several shards",
+            do="leave --num-shards out, or name other --experts",
+        )
+    return looks_back
 
 
 def check_writes_nothing(options: Options, where: str = "where text is generated") -> None:

@@ -50,7 +50,12 @@ def check_numbers(run: Any) -> None:
 
 def shards(run: Any) -> int:
     """Parts into which fairseq divides the batches, one for each process."""
-    return max(run.dataset.num_shards, run.distributed_training.distributed_world_size)
+    return max(run.dataset.num_shards, processes(run))
+
+
+def processes(run: Any) -> int:
+    """Processes that fairseq starts by itself: one for each GPU that it sees."""
+    return max(1, int(run.distributed_training.distributed_world_size))
 
 
 def check_checkpoint(path: str | None, *, one: bool) -> None:

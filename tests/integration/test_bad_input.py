@@ -60,7 +60,11 @@ FLAGS = {
     "nonsense device": (["--knn-device", "gpu"], "auto, cpu"),
     "no block left": (["--tokens-per-sample", 8], "--tokens-per-sample 3072"),
     "negative block": (["--tokens-per-sample", 4], "-4 tokens"),
-    "shards with a context": (["--num-shards", 2], "--num-shards"),
+    "more shares than batches": (["--num-shards", 1000], "the batches of the split"),
+    "a share and a process a GPU": (
+        ["--num-shards", 2, "--distributed-world-size", 2],
+        "--distributed-world-size 1",
+    ),
     "unknown expert": (["--experts", "knn,oracle"], "of knn, cache, ngram, lm2"),
     "expert named twice": (["--experts", "knn,knn"], "each once"),
     "expert without a name": (["--experts", "knn,"], "each once"),
@@ -78,10 +82,6 @@ FLAGS = {
     "theta below 0": (["--experts", "knn,cache", "--cache-theta=-1"], "0 or more"),
     "mixer that was not fitted": (["--mixer", "gate"], "knn, gate in the calibration"),
     "mixer and weights": (["--mixer", "bins", "--lmbda", 0.1], "--lmbda"),
-    "cache in shards": (
-        ["--experts", "cache", "--num-shards", 2, "--tokens-per-sample", 8, "--context-window", 0],
-        "one process over the whole split",
-    ),
 }
 
 
@@ -262,10 +262,20 @@ def test_model_without_the_layer(lab: Lab, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--results-json", "--score-table"])
-def test_writing_in_shards(lab: Lab, tmp_path: Path, flag: str) -> None:
-    blocks = ["--tokens-per-sample", 8, "--context-window", 0, "--num-shards", 2]
-    says = refused(lab, ConfigError, flag, tmp_path / "new", *blocks)
-    assert "--distributed-world-size 1" in says
+@pytest.mark.parametrize("shards", ["--num-shards", "--distributed-world-size"])
+def test_figures_of_saving_in_shards(lab: Lab, tmp_path: Path, flag: str, shards: str) -> None:
+    saving = ["--save-knnlm-dstore", "--dstore-mmap", tmp_path / "new", shards, 2]
+    says = refused(lab, ConfigError, *saving, flag, tmp_path / "file")
+    assert f"leave {flag} out" in says
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--results-json", "--score-table"])
+def test_one_file_of_several_processes(lab: Lab, tmp_path: Path, flag: str) -> None:
+    """That fairseq starts by itself, a GPU each, all with the same flags."""
+    several = ["--distributed-world-size", 2]
+    says = refused(lab, ConfigError, flag, tmp_path / "new", *several)
+    assert "--num-shards 2, --shard-id and files with other names" in says
     assert not list(tmp_path.iterdir())
 
 

@@ -95,7 +95,7 @@ class UnigramKind(Kind):
     def described(self, opened: Opened, models: Models) -> dict[str, Any]:
         return {"tokens": int(opened.parts.sum())}
 
-    def results(self, opened: Sequence[Opened], experts: Sequence[UnigramExpert]) -> dict[str, Any]:
+    def counts(self, experts: Sequence[UnigramExpert]) -> dict[str, float]:
         return {"unigrams_asked": sum(expert.asked for expert in experts)}
 
     def lines(self, found: Mapping[str, Any]) -> Iterator[str]:
