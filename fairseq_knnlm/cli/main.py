@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from fairseq_knnlm.cli import (
+    append,
     build_index,
     compact,
     compress,
@@ -60,6 +61,7 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "verify": verify,
     "compress": compress,
+    "append": append,
     "forget": forget,
     "compact": compact,
     "import": import_,

@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from fairseq_knnlm.datastore.blocks import Block
 from fairseq_knnlm.datastore.manifest import BLOCKS
 from fairseq_knnlm.datastore.reader import Datastore, outline
 from fairseq_knnlm.errors import DatastoreError
@@ -100,7 +101,7 @@ class Documents:
         return f"{len(self):,}, each from a line that matches {self.boundary!r} on"
 
 
-def write_documents(store: Datastore, documents: Documents) -> Path:
+def write_documents(store: Datastore, documents: Documents, blocks: Sequence[Block] = ()) -> Path:
     """Writes where the documents of a datastore begin, atomically, in the place of what was there.
 
     A datastore in blocks is given a file a block. Rows that were forgotten count as of the document
@@ -109,6 +110,7 @@ def write_documents(store: Datastore, documents: Documents) -> Path:
     Args:
         store: the datastore, of which neither keys nor values are read.
         documents: of its rows.
+        blocks: of those that are to be written; all where none is named.
 
     Returns:
         The file, or the folder that the blocks are in.
@@ -121,7 +123,7 @@ def write_documents(store: Datastore, documents: Documents) -> Path:
     if not store.blocks:
         _write(store, documents.starts, documents)
         return store.documents_path
-    for block in store.blocks:
+    for block in blocks or store.blocks:
         first, stop = np.searchsorted(documents.starts, [block.first, block.stop])
         _write(outline(block.path), block.own_rows(documents.starts[first:stop]), documents)
     return store.path / BLOCKS

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from fairseq_knnlm.datastore import Datastore, Documents, open_datastore, write_documents
+from fairseq_knnlm.datastore import Block, Datastore, Documents, write_documents
 from fairseq_knnlm.datastore.boundaries import (
     after_empty_lines,
     at_matching_lines,
@@ -88,18 +89,23 @@ def add_documents(
     return write_documents(store, found)
 
 
-def keep_documents(folder: Path, find: Callable[[np.ndarray], Documents]) -> None:
-    """Finds the documents of a datastore that was just saved, and keeps where they begin.
+def keep_documents(
+    store: Datastore, find: Callable[[np.ndarray], Documents], blocks: Sequence[Block] = ()
+) -> None:
+    """Finds the documents of a text that was just saved, and keeps where they begin.
 
     Where they cannot be written, that is no reason to lose the datastore.
 
     Args:
-        folder: of the datastore.
-        find: the documents of its values (N,).
+        store: the datastore.
+        find: the documents of the text's values (n,).
+        blocks: the last of the datastore, which hold the text; none where all of it is the text.
     """
-    store = open_datastore(folder, load_keys=False)
+    first = blocks[0].first if blocks else 0
+    found = find(store.values[first:])
+    documents = replace(found, starts=first + found.starts, rows=len(store))
     try:
-        write_documents(store, find(store.values))
+        write_documents(store, documents, blocks)
     except OSError as error:
         logger.warning(
             "where documents begin cannot be kept (%s); add it later with `fairseq-knnlm verify "

@@ -92,6 +92,11 @@ class SavingOptions:
     max_bytes_per_key: int | None = flag(
         None, "memory that --recipe auto may spend on a key (default: 72)", counts="bytes"
     )
+    append_dstore: bool = flag(
+        False,
+        "with --save-knnlm-dstore: add the text to the datastore that is at --dstore-mmap, and to "
+        "its index",
+    )
     block_rows: int = flag(
         2**20,
         "entries of a block, about: a datastore of more than one is made block by block, and goes "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from fairseq_knnlm.background import Behind
@@ -17,6 +18,7 @@ from fairseq_knnlm.datastore import (
     DatastoreWriter,
     Documents,
     Origin,
+    open_datastore,
 )
 from fairseq_knnlm.datastore.making import Making, Plan
 from fairseq_knnlm.errors import ConfigError
@@ -29,6 +31,7 @@ from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.lm.transformer import TransformerLM
+from fairseq_knnlm.runs.append import plan_onto
 from fairseq_knnlm.runs.documents import find_documents, keep_documents
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.options import Options, WritingOptions
@@ -96,7 +99,7 @@ class Saving:
         return self._writer.publish(add_files)
 
     def _add_documents(self, folder: Path, _: str) -> None:
-        keep_documents(folder, self._find)
+        keep_documents(open_datastore(folder, load_keys=False), self._find)
 
     def _add(self, builder: IndexBuilder) -> None:
         rows, keys = _joined(self._waiting)
@@ -178,24 +181,28 @@ def open_saving(
         symbols=symbols,
     )
     texts = cut(starts, rows, options.block_rows)
-    builder = _index_builder(inputs.options, rows, width) if options.no_save_keys else None
-    if len(texts) == 1 or (builder is not None and not can_be_cut(builder.index)):
+    edges = [*(int(starts[text.start]) for text in texts), rows]
+    plan = Plan(width, options.key_dtype, origin, edges, options.document_boundary)
+    builder = None
+    if options.append_dstore:
+        plan = plan_onto(path, plan, options)
+    elif options.no_save_keys:
+        builder = _index_builder(inputs.options, rows, width)
+        plan = replace(plan, recipe=builder.recipe.factory)
+    if not options.append_dstore and (len(texts) == 1 or not _can_be_cut(builder)):
         check_shards(share, 1)
         writer = DatastoreWriter(path, rows, width, origin, options.key_dtype)
         return Saving(writer, find, builder)
-    plan = Plan(
-        width,
-        options.key_dtype,
-        origin,
-        starts=[*(int(starts[text.start]) for text in texts), rows],
-        boundary=options.document_boundary,
-        recipe=builder.recipe.factory if builder is not None else None,
-    )
     making = Making(path, plan)
-    streaming = Streaming(path, plan.fingerprint, builder) if builder is not None else None
+    streaming = None if plan.key_dtype else Streaming(path, plan.fingerprint, builder)
     saving = BlockSaving(making, texts, share, find, streaming)
     _check_whole(inputs.options.writing, saving)
     return saving
+
+
+def _can_be_cut(builder: IndexBuilder | None) -> bool:
+    """Whether keys can be streamed into pieces; they can be where they are kept."""
+    return builder is None or can_be_cut(builder.index)
 
 
 def _check_whole(writing: WritingOptions, saving: BlockSaving) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from fairseq_knnlm.background import Behind
-from fairseq_knnlm.datastore import DatastoreWriter, Documents
+from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Documents, outline
 from fairseq_knnlm.datastore.boundaries import after_empty_lines
-from fairseq_knnlm.datastore.making import Making, read_plan
+from fairseq_knnlm.datastore.making import Making, Plan, read_plan
 from fairseq_knnlm.errors import BusyError, ConfigError
 from fairseq_knnlm.index.build import IndexBuilder
 from fairseq_knnlm.index.streaming import PieceStream
+from fairseq_knnlm.runs.build_index import extend_index
 from fairseq_knnlm.runs.documents import EOS, keep_documents
 from fairseq_knnlm.runs.scorer import Batch
 from fairseq_knnlm.runs.streaming import Streaming
@@ -195,12 +196,21 @@ def join(making: Making, find: Find | None) -> str:
             "makes the last of them makes a datastore of them"
         )
     try:
-        path = making.join()
+        path = making.join(partial(_finish, making.plan, find))
     except BusyError:
         return f"another process makes a datastore of the blocks in {making.path}"
+    entries = f"{making.plan.starts[-1]:,} entries"
+    if making.plan.onto:
+        return f"added {entries} to {path}, {len(outline(path)):,} in all"
+    return f"saved {entries} in {path}, {len(blocks)} blocks"
+
+
+def _finish(plan: Plan, find: Find | None, store: Datastore) -> None:
+    """What is left to do to new blocks before they are part of the datastore."""
     if find is not None:
-        keep_documents(path, find)
-    return f"saved {making.plan.starts[-1]:,} entries in {path}, {len(blocks)} blocks"
+        keep_documents(store, find, store.blocks[-len(plan.blocks) :])
+    if plan.onto and plan.key_dtype is not None:
+        extend_index(store)
 
 
 def join_there(path: Path) -> str:

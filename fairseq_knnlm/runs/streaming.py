@@ -27,10 +27,10 @@ class Streaming:
     Args:
         folder: of the datastore in the making.
         making: fingerprint of what is being made.
-        builder: of the index; left alone where that is trained already.
+        builder: of the index; None where that is there, as where a text is added.
     """
 
-    def __init__(self, folder: Path, making: str, builder: IndexBuilder) -> None:
+    def __init__(self, folder: Path, making: str, builder: IndexBuilder | None) -> None:
         self._path = folder / INDEX
         self._making = making
         self._claim = self._wait()
@@ -55,7 +55,7 @@ class Streaming:
 
     def learn(self, rows: np.ndarray, keys: np.ndarray) -> None:
         """Trains the index on keys (n, D) float32, drawn evenly, of these rows (n,)."""
-        assert self.builder is not None and self._claim is not None
+        assert self.builder is not None and self._claim is not None, self._path
         index, card = train_for_pieces(self.builder, keys, rows)
         save(index, card, self._path, self._making)
         self._claim.release()

@@ -132,6 +132,15 @@ def _check_saving(options: SavingOptions, *, fp16: bool) -> None:
         _need(saving, "--no-save-keys", "--save-knnlm-dstore")
     if options.recipe != "auto" or options.max_bytes_per_key is not None:
         _need(options.no_save_keys, "--recipe", "--no-save-keys (else build-index takes it)")
+    if options.append_dstore:
+        _need(saving, "--append-dstore", "--save-knnlm-dstore")
+        if options.recipe != "auto" or options.max_bytes_per_key is not None:
+            raise ConfigError(
+                "--recipe does nothing where a text is added",
+                expected="the datastore's own index, which goes on",
+                found="--recipe or --max-bytes-per-key",
+                do="leave it out, or build another index afterwards",
+            )
     if options.block_rows != SavingOptions.block_rows:
         _need(saving, "--block-rows", "--save-knnlm-dstore")
     if options.document_boundary is not None:

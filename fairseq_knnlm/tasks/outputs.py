@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from fairseq_knnlm.datastore import read_manifest
+from fairseq_knnlm.datastore.into_blocks import check_uncompressed
 from fairseq_knnlm.datastore.legacy import is_legacy, keys_file, values_file
 from fairseq_knnlm.experts.kind import spelled
 from fairseq_knnlm.experts.registry import kinds
@@ -28,7 +30,9 @@ def check_writes(options: Options, inputs: Mapping[str, Iterable[str]]) -> None:
     new = saving.dstore_mmap if saving.save_knnlm_dstore else None
     outputs = {"--results-json": writing.results_json, "--score-table": writing.score_table}
     read = {name: [Path(file) for file in files] for name, files in inputs.items()}
-    if new is not None:
+    if new is not None and saving.append_dstore:
+        check_uncompressed(Path(new), read_manifest(Path(new))[0])
+    elif new is not None:
         check_new_datastore("--dstore-mmap", Path(new), outputs, goes_on=True)
         check_datastore_output("--dstore-mmap", Path(new))
     check_apart(outputs, read | _read_by(options))
