@@ -151,7 +151,8 @@ class CacheExpert:
         self.windows = sorted(windows | set(FEATURE_WINDOWS if features else ()))
         self.at_a_time = contexts_at_a_time(self.windows[-1])
         self.length = max(2, self.windows[-1])  # two line ends make an empty line
-        self.looks_back = self.length + 2  # they also part the first of these from what came before
+        # The first line end may stand before the window, and part its first position from the next.
+        self.looks_back = self.length + 1
         self._suffix = max([setting.suffix for setting in settings] + [2 if features else 0])
         self._columns = [
             SparseSetting(setting.suffix, self.windows.index(setting.window), setting.theta)

@@ -8,12 +8,13 @@ opening a huge one checks an evenly spaced sample and leaves the rest to ``Check
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import msgspec
 from tqdm import tqdm
@@ -52,13 +53,17 @@ def checksums(
         return list(tqdm(digests, total=len(chunks), desc=label, unit=" chunks", delay=2))
 
 
-def _checksum(path: Path, chunk: int, size: int | None = None) -> str:
+def _checksum(path: Path, chunk: int, size: int) -> str:
     """Of a chunk, as far as it lies within the first ``size`` bytes."""
-    start = chunk * CHUNK_BYTES
-    count = CHUNK_BYTES if size is None else min(CHUNK_BYTES, max(0, size - start))
+    left = max(0, size - chunk * CHUNK_BYTES)
     with path.open("rb") as file:
-        file.seek(start)
-        return hashlib.sha256(file.read(count)).hexdigest()[:16]
+        return _digest(file, chunk, min(CHUNK_BYTES, left))
+
+
+def _digest(file: BinaryIO, chunk: int, count: int) -> str:
+    """Of the first bytes of a chunk."""
+    file.seek(chunk * CHUNK_BYTES)
+    return hashlib.sha256(file.read(count)).hexdigest()[:16]
 
 
 def altered(
@@ -94,9 +99,14 @@ def chunks_of(size: int) -> int:
 class Checking:
     """Compares the chunks of a file that opening left unread, in a thread, while it is in use.
 
+    The file is open from now on, so that it may be removed meanwhile.
+
     Args:
         path: the file.
         expected: the checksums of all its chunks.
+
+    Raises:
+        OSError: where it cannot be opened, and is to be read.
     """
 
     def __init__(self, path: Path, expected: Sequence[str]) -> None:
@@ -105,7 +115,8 @@ class Checking:
         self._expected = expected
         self._left = sorted(set(range(len(expected))) - set(sampled_chunks(len(expected))))
         self._failure: DatastoreError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        file = path.open("rb") if self._left else io.BytesIO()
+        self._thread = threading.Thread(target=self._run, args=(file,), daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -126,12 +137,13 @@ class Checking:
         self._thread.join()
         self.check()
 
-    def _run(self) -> None:
+    def _run(self, file: BinaryIO) -> None:
         try:
-            for chunk in self._left:
-                if _checksum(self.path, chunk) != self._expected[chunk]:
-                    raise ValueError("other ones (checksums differ)")
-                self.checked += 1
+            with file:
+                for chunk in self._left:
+                    if _digest(file, chunk, CHUNK_BYTES) != self._expected[chunk]:
+                        raise ValueError("other ones (checksums differ)")
+                    self.checked += 1
         except (OSError, ValueError) as error:
             self._failure = DatastoreError(
                 f"{self.path} is damaged",

@@ -6,6 +6,7 @@ datastore pruning). The result is a datastore of its own; the one it is made of 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from fairseq_knnlm.files import Claim, check_mapped, partial_prefix, reserve
 from fairseq_knnlm.index.pca import principal_components
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.storage import load as load_index
+
+logger = logging.getLogger(__name__)
 
 #: Keys that are read, searched or projected at a time: 64 MiB of float32 at a width of 1,024.
 ROWS_AT_A_TIME = 16_384
@@ -81,6 +84,12 @@ def _compress(
 ) -> Path:
     keys = store.full_keys()
     weights = store.weights
+    if merge is None and len(store.breaks) > 1:
+        logger.warning(
+            "%s holds %d texts, which the compressed datastore takes for one: pointers and n-grams "
+            "go from one to the next there",
+            *(store.path, len(store.breaks)),
+        )
     documents = None if merge is not None or weights is not None else read_documents(store)
     if merge is not None:
         weights = merged_weights(store, _open_index(store, index, merge), merge, out, seed)
@@ -263,6 +272,7 @@ def _open_index(store: Datastore, index: Path | None, k: int) -> SearchIndex:
         datastore=store.fingerprint,
         rows=len(store),
         width=store.manifest.width,
+        blocks=store.blocks,
         device="auto",
         k=k + 1,
         foreign=index is not None,

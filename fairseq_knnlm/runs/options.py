@@ -183,12 +183,6 @@ class Options:
         return found
 
     @property
-    def writes(self) -> bool:
-        """Whether the run leaves a file behind."""
-        written = self.writing.score_table or self.writing.results_json
-        return bool(self.saving.save_knnlm_dstore or written)
-
-    @property
     def named_experts(self) -> list[str] | None:
         """The experts that are named, None where nothing is said; knn for each datastore."""
         return None if self.mixing.named is None else self._names(self.mixing.named)

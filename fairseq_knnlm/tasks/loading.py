@@ -50,7 +50,7 @@ def check_processes(num_shards: int, processes: int, options: Options) -> None:
             "a share is one process",
             expected="--num-shards, or several processes that fairseq starts",
             found=f"--num-shards {num_shards}, and a process for each of {processes} GPUs",
-            do="pass --distributed-world-size 1, and --device-id to say which GPU",
+            do="pass --distributed-world-size 1; CUDA_VISIBLE_DEVICES=i before it says which GPU",
         )
     if processes > 1 and (flag := _written(options)):
         raise ConfigError(

@@ -145,10 +145,10 @@ def test_a_calibrated_mixture_in_shares(lab: Lab, tuned: Path, tmp_path: Path, c
 
 #: Which look back less far than the split is long, and how far.
 NEAR: dict[str, tuple[list[object], int]] = {
-    "cache": (["--experts", "cache", *CACHE, "--cache-window", 200], 202),
-    "documents": (["--experts", "cache", *CACHE, "--cache-window", 70, "--cache-reset"], 72),
+    "cache": (["--experts", "cache", *CACHE, "--cache-window", 200], 201),
+    "documents": (["--experts", "cache", *CACHE, "--cache-window", 70, "--cache-reset"], 71),
     "pointers": (["--knnlm", *KNN, "--pointers", "join"], 63),
-    "both": (["--experts", "knn,cache", *KNN, *CACHE, "--pointers", "join"], 4002),
+    "both": (["--experts", "knn,cache", *KNN, *CACHE, "--pointers", "join"], 4001),
     "neither": (["--knnlm", *KNN], 0),
 }
 

@@ -354,3 +354,19 @@ def test_the_grid_of_a_score_table() -> None:
     assert {setting.suffix for setting in grid} == {0, 1, 2}
     assert {setting.window for setting in grid} == set(module.WINDOWS)
     assert CacheSetting(0, 1 / 8, 4000) in grid
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_who_read_what_it_looks_back_to_says_the_same(window: int, reset: bool) -> None:
+    """To the bit, wherever it begins, also just behind or between two line ends."""
+    settings = [replace(setting, window=window) for setting in EVERY]
+    question = whole()
+    far = expert(settings, reset=reset).looks_back
+    for start in range(1, TOKENS - 1, 2):
+        cuts = [0, start, min(start + 9, TOKENS - 1), TOKENS]
+        expected = in_batches(expert(settings, reset=reset), question, cuts).log_probs[start:]
+        late = expert(settings, reset=reset)
+        ask(late, question[max(0, start - far) : start])
+        found = in_batches(late, question, cuts[1:]).log_probs
+        assert torch.equal(found.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0)), start

@@ -21,6 +21,7 @@ from fairseq_knnlm.index.cutting import copy_pieces, cut_index
 from fairseq_knnlm.index.pieces import pieces_of, training_in
 from fairseq_knnlm.index.storage import load
 from fairseq_knnlm.runs.build_index import build_index, extend_index
+from fairseq_knnlm.runs.compress import compress
 
 ROWS, WIDTH, K = 900, 8, 10
 RECIPES = ("Flat", "SQ8", "IVF16,Flat", "IVF16,PQ4x4", "PCAR8,IVF16,PQ4x4fsr", "IVF16,RaBitQfs")
@@ -143,3 +144,25 @@ def test_damage_is_told(tmp_path: Path) -> None:
     truncate(store.index_path)
     with pytest.raises(IndexFileError):
         cut_index(left)
+
+
+@pytest.mark.parametrize("choice", [{"merge": 4}, {"pca": 5}, {"merge": 2, "pca": 3}])
+def test_compressed_as_if_it_had_never_held_them(
+    tmp_path: Path, choice: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_with(tmp_path / "store", "Flat")
+    cut_index(into_blocks(store.path))
+    left = open_datastore(forget(store.path, [(100, 250), (700, 703)]).path)
+    rows = [*range(100), *range(250, 700), *range(703, ROWS)]
+    keys, values = random_entries(ROWS, WIDTH)
+    other = write_store(tmp_path / "other", keys[rows], values[rows])
+    build_index(other, other.index_path, BuildOptions(queries=0), recipe="Flat", device="cpu")
+    ours, theirs = (
+        open_datastore(compress(each, tmp_path / name, seed=3, **choice))
+        for name, each in (("ours", left), ("theirs", other))
+    )
+    assert np.array_equal(ours.values, theirs.values)
+    assert np.array_equal(np.array(ours.keys), np.array(theirs.keys))
+    if "merge" in choice:
+        assert np.array_equal(np.array(ours.weights), np.array(theirs.weights))
+    assert ("holds 3 texts" in caplog.text) == ("merge" not in choice)

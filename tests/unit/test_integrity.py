@@ -70,3 +70,13 @@ def test_an_empty_file_has_no_chunks(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert checksums(tmp_path / "empty") == []
     assert not altered(tmp_path / "empty", [])
+
+
+def test_a_file_may_be_removed_while_it_is_compared(chunked: Path) -> None:
+    """As where a datastore is changed that is in use; what is mapped stays, too."""
+    expected = checksums(chunked)
+    left = len(expected) - integrity.CHUNKS_ON_OPEN
+    checking = integrity.Checking(chunked, expected)
+    chunked.unlink()
+    checking.wait()
+    assert checking.checked == left

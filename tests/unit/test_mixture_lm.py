@@ -378,3 +378,35 @@ def test_texts_go_on_where_they_are_told_to(store: Datastore) -> None:
             torch.testing.assert_close(rows[5::2], rows[6::2])
             rows = torch.cat([rows[:5], rows[5::2]])
         torch.testing.assert_close(rows, alone[: len(rows)], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_looks_back_as_far_as_any_of_its_experts() -> None:
+    """Where searches are skipped pointers hang on who decides that; None is all text."""
+
+    def reads(name: str, far: int | None) -> Says:
+        one = Says(name, [[0.0] * TOKENS], {})
+        one.looks_back = far  # type: ignore[assignment]
+        return one
+
+    alone = Fixed((LM,), (1.0,))
+    assert MixtureLM(lm()).looks_back == 0
+    assert MixtureLM(lm(), [reads("cache", 7), reads("other", 5)]).looks_back == 7
+    assert MixtureLM(lm(), [reads("cache", None), reads("other", 5)]).looks_back is None
+    skip = Skip(Gate((LM,), (), 0, ()), (0.0, 1.0))
+    for others, pointers, expected in ((7, 63, 70), (7, 0, 7), (None, 63, None), (7, None, None)):
+        experts = [reads("knn", pointers), reads("cache", others)]
+        mixture = SkippingMixtureLM(lm(), experts, alone, alone, skip, 0.5)
+        assert mixture.looks_back == expected
+
+
+def test_catching_up_asks_only_those_that_look_back() -> None:
+    """Of all contexts, and tells them what came."""
+    told: list[Tensor] = []
+    reader, other = Says("cache", [[0.0] * TOKENS], {}), Says("other", [[0.0] * TOKENS], {})
+    reader.looks_back = 7  # type: ignore[misc]
+    reader.observe = told.append  # type: ignore[method-assign]
+    tokens = torch.arange(TOKENS)
+    first = lm()
+    MixtureLM(first, [reader, other]).catch_up(contexts(tokens.tolist()), tokens)
+    assert (len(first.asked), len(reader.asked), len(other.asked)) == (0, 1, 0)
+    assert torch.equal(torch.cat(told), tokens)
