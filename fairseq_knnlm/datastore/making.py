@@ -160,23 +160,23 @@ class Making:
     def _check_making(self, folder: Path, found: Manifest, block: int) -> None:
         check_alike(folder, found, self._manifest([]))
         rows = len(self.plan.rows(block))
-        if found.rows != rows or found.origin != self.plan.origin:
-            ours, theirs = {"rows": rows}, {"rows": found.rows}
+        ours, theirs = self.plan.origin.anywhere, found.origin.anywhere
+        if found.rows != rows or theirs != ours:
             raise another_making(
                 folder,
-                {**ours, **msgspec.to_builtins(self.plan.origin)},
-                {**theirs, **msgspec.to_builtins(found.origin)},
+                {"rows": rows, **msgspec.to_builtins(ours)},
+                {"rows": found.rows, **msgspec.to_builtins(theirs)},
             )
 
     def _manifest(self, blocks: Sequence[Stretch]) -> Manifest:
-        """Of the new blocks alone."""
+        """Of the new blocks alone; each says for itself which processor made it."""
         plan = self.plan
         return Manifest(
             rows=sum(block.rows for block in blocks) or 1,
             width=plan.width,
             key_dtype=plan.key_dtype,
             value_dtype=str(value_dtype(plan.origin.vocabulary)),
-            origin=plan.origin,
+            origin=plan.origin.anywhere,
             blocks=blocks,
         )
 
@@ -270,8 +270,9 @@ def check_same(path: Path, there: Plan, asked: Plan) -> None:
     """Refuses to go on with a datastore of another making.
 
     Raises:
-        DatastoreError: naming the first difference.
+        DatastoreError: naming the first difference; another processor is none.
     """
+    there, asked = (replace(plan, origin=plan.origin.anywhere) for plan in (there, asked))
     if there != asked:
         raise another_making(path, msgspec.to_builtins(there), msgspec.to_builtins(asked))
 
