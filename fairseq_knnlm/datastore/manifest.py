@@ -156,6 +156,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     before: Sequence[Fingerprint] = ()
 
     @property
+    def has_checksums(self) -> bool:
+        """Whether there is something to tell by that the arrays are as they were written.
+
+        Files of urvashik/knnlm carry nothing of the kind.
+        """
+        return bool(self.files or self.blocks)
+
+    @property
     def query_width(self) -> int:
         """Dimensions of the language model's keys, which are projected where ``width`` is less."""
         return self.compressions[0].width if self.compressions else self.width
