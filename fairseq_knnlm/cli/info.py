@@ -7,7 +7,20 @@ from collections.abc import Sequence
 
 from fairseq_knnlm.calibration.record_file import FITTED_BEFORE, calibrated_sets, read_record
 from fairseq_knnlm.cli.common import add_store, check_store, outlined
-from fairseq_knnlm.datastore import Datastore, open_datastore, read_documents
+from fairseq_knnlm.cli.info_blocks import (
+    describe_pieces,
+    describe_split,
+    print_blocks,
+    print_making,
+)
+from fairseq_knnlm.datastore import (
+    PROCESSOR,
+    Datastore,
+    open_datastore,
+    outline,
+    read_documents,
+)
+from fairseq_knnlm.datastore.making import is_only_in_the_making
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.experts.ngram_file import counted_from, describe_counts
 from fairseq_knnlm.files import human_bytes
@@ -29,6 +42,9 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Prints what the manifest says, then a line for each part."""
+    if is_only_in_the_making(args.dstore):
+        print_making(args.dstore)
+        return
     store = outlined(args)
     _print_manifest(store)
     parts = {
@@ -54,20 +70,25 @@ def _print_manifest(store: Datastore) -> None:
     print(f"  values       {manifest.value_dtype}, below {origin.vocabulary:,}")
     for step in manifest.compressions:
         print(f"  compressed   {step.describe()}")
-    context = [f"{name} {value}" for name, value in (origin.context or {}).items()]
-    print(f"  split        {', '.join([origin.split or 'unknown', *context])}")
+    print(f"  split        {describe_split(origin)}")
+    if PROCESSOR in origin.versions:
+        print(f"  processor    {origin.versions[PROCESSOR]}")
     print(f"  model        {origin.model or 'unknown'}")
     print(f"  dictionary   {origin.dictionary or 'unknown'}")
     print(f"  fingerprint  {store.fingerprint}")
-    if total := sum(file.bytes for file in manifest.files.values()):
+    if store.blocks:
+        print_blocks(store)
+    elif total := sum(file.bytes for file in manifest.files.values()):
         print(f"  on disk      {human_bytes(total)}")
 
 
 def _arrays(store: Datastore) -> str:
-    if not store.manifest.files:
+    if not store.manifest.has_checksums:
         return "of the right length; no checksums"
-    names = open_datastore(store.path).manifest.files
-    return f"as they were written ({', '.join(names)}); `fairseq-knnlm verify` reads every byte"
+    open_datastore(store.path)
+    one = store.blocks[0].path if store.blocks else store.path
+    names = ", ".join(outline(one).manifest.arrays())
+    return f"as they were written ({names}); `fairseq-knnlm verify` reads every byte"
 
 
 def _index(store: Datastore) -> str:
@@ -75,6 +96,8 @@ def _index(store: Datastore) -> str:
         return "none; build it with `fairseq-knnlm build-index`"
     card = read_card(store.index_path)
     assert card is not None  # only with --indexfile
+    if card.in_pieces and store.blocks:
+        return f"{card.describe()}; {describe_pieces(store, card)}"
     return card.describe()
 
 

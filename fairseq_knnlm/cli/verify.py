@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fairseq_knnlm.cli.common import add_store, check_store, opened, outlined
 from fairseq_knnlm.cli.dictionary import add_dictionary, check_dictionary, read_dictionary
 from fairseq_knnlm.datastore.boundaries import check_expression
+from fairseq_knnlm.datastore.making import is_only_in_the_making
 from fairseq_knnlm.errors import ConfigError, KnnlmError
 from fairseq_knnlm.files import check_outputs
 
@@ -63,12 +64,13 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     Raises:
         KnnlmError: with all that is wrong.
     """
-    from fairseq_knnlm.runs.verify import verified
+    from fairseq_knnlm.runs.verify import verified, verified_making
 
     if args.documents:
         _add_documents(args)
+    making = is_only_in_the_making(args.dstore)
     wrong: list[KnnlmError] = []
-    for finding in verified(outlined(args)):
+    for finding in verified_making(args.dstore) if making else verified(outlined(args)):
         print(f"{finding.path}: {finding.summary}")
         wrong += finding.errors
     if wrong:

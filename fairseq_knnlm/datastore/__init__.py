@@ -24,10 +24,12 @@ from fairseq_knnlm.datastore.documents import (
 )
 from fairseq_knnlm.datastore.manifest import (
     BLOCKS,
+    DOCUMENTS,
     FORMAT,
     INDEX,
     KEYS,
     MANIFEST,
+    PROCESSOR,
     PROJECTION,
     VALUES,
     VERSION,
@@ -48,6 +50,7 @@ from fairseq_knnlm.datastore.reader import (
     open_array,
     open_datastore,
     outline,
+    outlined,
 )
 from fairseq_knnlm.datastore.stacked import Rows, Stacked
 from fairseq_knnlm.datastore.writer import (
@@ -59,10 +62,12 @@ from fairseq_knnlm.datastore.writer import (
 
 __all__ = [
     "BLOCKS",
+    "DOCUMENTS",
     "FORMAT",
     "INDEX",
     "KEYS",
     "MANIFEST",
+    "PROCESSOR",
     "PROJECTION",
     "VALUES",
     "VERSION",
@@ -89,6 +94,7 @@ __all__ = [
     "open_array",
     "open_datastore",
     "outline",
+    "outlined",
     "read_documents",
     "read_manifest",
     "value_dtype",

@@ -122,6 +122,12 @@ def check_block(block: Block, found: Manifest, fingerprint: str, whole: Manifest
             f"block {block.fingerprint[:12]}..., as the datastore's manifest says",
             f"block {fingerprint[:12]}...",
         )
+    if found.rows != block.rows:
+        raise damaged(
+            block.path.parents[1] / MANIFEST,
+            f"{found.rows:,} rows of the block {block.path.name}, as that says itself",
+            f"{block.rows:,}",
+        )
     check_alike(block.path, found, whole)
 
 

@@ -72,8 +72,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def fingerprint(self) -> str:
-        """Of all of it."""
-        return fingerprint(msgspec.to_builtins(self))
+        """Of all of it, whichever processor makes it."""
+        return fingerprint(msgspec.to_builtins(replace(self, origin=self.origin.anywhere)))
 
     @property
     def blocks(self) -> range:
@@ -110,7 +110,7 @@ class Making:
 
     def folder(self, block: int) -> Path:
         """Where a block lies once it is made."""
-        return self.path / BLOCKS / f"{block:06d}"
+        return made_at(self.path, block)
 
     def there(self) -> list[int]:
         """The numbers of the blocks that were made."""
@@ -149,36 +149,13 @@ class Making:
             except DatastoreError as error:
                 logger.warning("making %s again: %s", folder, " ".join(str(error).split()))
             else:
-                self._check_making(folder, found.manifest, block)
+                check_made(self.plan, folder, found.manifest, block)
                 if is_sound is None or is_sound(folder):
                     sound.append(block)
                     continue
             with Claim(folder):
                 shutil.rmtree(folder)
         return sound
-
-    def _check_making(self, folder: Path, found: Manifest, block: int) -> None:
-        check_alike(folder, found, self._manifest([]))
-        rows = len(self.plan.rows(block))
-        if found.rows != rows or found.origin != self.plan.origin:
-            ours, theirs = {"rows": rows}, {"rows": found.rows}
-            raise another_making(
-                folder,
-                {**ours, **msgspec.to_builtins(self.plan.origin)},
-                {**theirs, **msgspec.to_builtins(found.origin)},
-            )
-
-    def _manifest(self, blocks: Sequence[Stretch]) -> Manifest:
-        """Of the new blocks alone."""
-        plan = self.plan
-        return Manifest(
-            rows=sum(block.rows for block in blocks) or 1,
-            width=plan.width,
-            key_dtype=plan.key_dtype,
-            value_dtype=str(value_dtype(plan.origin.vocabulary)),
-            origin=plan.origin,
-            blocks=blocks,
-        )
 
     def join(self, finish: Callable[[Datastore], object] | None = None) -> Path:
         """Makes a datastore of the blocks, once all of them are there.
@@ -216,10 +193,10 @@ class Making:
         for block in self.plan.blocks:
             folder = self.folder(block)
             found, seal = read_manifest(folder)
-            self._check_making(folder, found, block)
+            check_made(self.plan, folder, found, block)
             breaks = [0] if block == self.plan.number else []
             stretches.append(Stretch(folder.name, found.rows, seal, breaks))
-        new = self._manifest(stretches)
+        new = planned(self.plan, stretches)
         if not self.plan.onto:
             return new
         whole, seal = read_manifest(self.path)
@@ -228,6 +205,46 @@ class Making:
             rows=whole.rows + new.rows,
             blocks=[*whole.blocks, *stretches],
             before=[*whole.before, seal],
+        )
+
+
+def made_at(path: Path, block: int) -> Path:
+    """Where a block of the datastore in ``path`` lies once it is made."""
+    return path / BLOCKS / f"{block:06d}"
+
+
+def planned(plan: Plan, blocks: Sequence[Stretch] = ()) -> Manifest:
+    """The manifest of the new blocks alone; each says for itself which processor made it."""
+    return Manifest(
+        rows=sum(block.rows for block in blocks) or 1,
+        width=plan.width,
+        key_dtype=plan.key_dtype,
+        value_dtype=str(value_dtype(plan.origin.vocabulary)),
+        origin=plan.origin.anywhere,
+        blocks=blocks,
+    )
+
+
+def check_made(plan: Plan, folder: Path, found: Manifest, block: int) -> None:
+    """Refuses a block that is another than is being made.
+
+    Args:
+        plan: what is being made.
+        folder: of the block.
+        found: its own manifest.
+        block: its number.
+
+    Raises:
+        DatastoreError: naming the first difference.
+    """
+    check_alike(folder, found, planned(plan))
+    rows = len(plan.rows(block))
+    ours, theirs = plan.origin.anywhere, found.origin.anywhere
+    if found.rows != rows or theirs != ours:
+        raise another_making(
+            folder,
+            {"rows": rows, **msgspec.to_builtins(ours)},
+            {"rows": found.rows, **msgspec.to_builtins(theirs)},
         )
 
 
@@ -246,6 +263,11 @@ def _begin(path: Path, plan: Plan) -> None:
 def is_in_the_making(path: Path) -> bool:
     """Whether a datastore is being made at ``path``, or blocks for one that is there."""
     return (path / MAKING).is_file()
+
+
+def is_only_in_the_making(path: Path) -> bool:
+    """Whether there is no datastore at ``path`` yet, but one is being made."""
+    return is_in_the_making(path) and not (path / MANIFEST).exists()
 
 
 def read_plan(path: Path) -> Plan:
@@ -270,8 +292,9 @@ def check_same(path: Path, there: Plan, asked: Plan) -> None:
     """Refuses to go on with a datastore of another making.
 
     Raises:
-        DatastoreError: naming the first difference.
+        DatastoreError: naming the first difference; another processor is none.
     """
+    there, asked = (replace(plan, origin=plan.origin.anywhere) for plan in (there, asked))
     if there != asked:
         raise another_making(path, msgspec.to_builtins(there), msgspec.to_builtins(asked))
 

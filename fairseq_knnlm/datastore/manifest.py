@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import Checksum, Fingerprint, chunks_of, read_sealed, write_sealed
@@ -22,6 +23,8 @@ VERSION = 4
 MANIFEST, KEYS, VALUES = "manifest.json", "keys.npy", "values.npy"
 PROJECTION, WEIGHTS = "projection.npy", "weights.npy"
 INDEX, DOCUMENTS = "knn.index", "documents.npz"
+#: What ``versions`` call the processor.
+PROCESSOR = "processor"
 #: Where the blocks lie of a datastore that has several.
 BLOCKS = "blocks"
 
@@ -42,8 +45,9 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         vocabulary: types in the dictionary; values are below it.
         key_type: which representation the keys are (``--knn-keytype``).
         split: the data split that was read.
-        context: block length, context window and break mode of the forward pass.
-        versions: library versions at the time of writing.
+        context: block length, context window and break mode of the forward pass; how its batches
+            were made, and in which precision it was computed.
+        versions: library versions at the time of writing, and the processor.
     """
 
     model: Known
@@ -53,6 +57,14 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     split: str = ""
     context: dict[str, Annotated[int, msgspec.Meta(ge=-(2**48), le=2**48)] | str | None] = {}
     versions: dict[str, str] = {}
+
+    @property
+    def anywhere(self) -> Origin:
+        """The same, whichever processor it was computed on: processes that share the work may have
+        several kinds.
+        """
+        others = {name: it for name, it in self.versions.items() if name != PROCESSOR}
+        return replace(self, versions=others)
 
 
 class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +154,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compressions: Sequence[Compression] = ()
     blocks: Sequence[Stretch] = ()
     before: Sequence[Fingerprint] = ()
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether there is something to tell by that the arrays are as they were written.
+
+        Files of urvashik/knnlm carry nothing of the kind.
+        """
+        return bool(self.files or self.blocks)
 
     @property
     def query_width(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,7 +122,8 @@ def load(
             index = _assembled(path, card, blocks, everything=everything, mapped=mapped)
             card = replace(card, rows=index.ntotal)
         else:
-            _check_file(path, card, datastore, everything=everything)
+            seals = {datastore, *(block.fingerprint for block in blocks if _is_all(block, rows))}
+            _check_file(path, card, seals, everything=everything)
         if not card.in_pieces:
             index = _map_file(path, card.exact) if mapped else read_file(path)
         if index.ntotal != rows or index.d != width:
@@ -159,11 +160,18 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _check_file(path: Path, card: IndexCard, datastore: str, *, everything: bool) -> None:
-    if card.datastore != datastore:
+def _is_all(block: Block, rows: int) -> bool:
+    """Whether a block is all of a datastore, as where that was flat a moment ago."""
+    return block.rows == rows == block.stop
+
+
+def _check_file(
+    path: Path, card: IndexCard, datastores: Collection[str], *, everything: bool
+) -> None:
+    if card.datastore not in datastores:
         raise IndexFileError(
             f"{path} is an index of another datastore",
-            expected=f"datastore {datastore[:12]}...",
+            expected=" or ".join(f"datastore {one[:12]}..." for one in sorted(datastores)),
             found=f"datastore {card.datastore[:12]}...",
             do=BUILD,
         )
@@ -181,7 +189,7 @@ def read_whole(path: Path, card: IndexCard, datastore: str) -> Any:
     Raises:
         IndexFileError: where it is damaged, or of another datastore than that of this fingerprint.
     """
-    _check_file(path, card, datastore, everything=False)
+    _check_file(path, card, [datastore], everything=False)
     return read_file(path)
 
 

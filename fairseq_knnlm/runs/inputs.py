@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from fairseq_knnlm.datastore import PROCESSOR, Origin
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.kind import Models
-from fairseq_knnlm.lm.fingerprints import model_fingerprint
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint, model_fingerprint
+from fairseq_knnlm.lm.processor import precision, processor
 from fairseq_knnlm.lm.registry import check_model
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.options import Options
+from fairseq_knnlm.versions import versions
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Inputs:
         others: by the expert's name, further language models.
         context: blocks and context of the run, as ``Origin`` has them; None where sentences are
             scored by themselves.
+        batches: how many tokens and blocks are read at a time, ``max_tokens`` and ``batch_size``,
+            where a split is read.
     """
 
     options: Options
@@ -59,11 +64,38 @@ class Inputs:
     memory: Memory | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
     context: dict[str, Any] | None = None
+    batches: Mapping[str, int | None] = field(default_factory=dict)
 
-    def are_of(self, models: Sequence[Any], split: str, context: dict[str, Any] | None) -> bool:
+    def are_of(
+        self,
+        models: Sequence[Any],
+        split: str,
+        context: dict[str, Any] | None,
+        batches: Mapping[str, int | None],
+    ) -> bool:
         """Whether they are of these very models, on that split."""
         same = list(map(id, self.models)) == list(map(id, models))
-        return same and (self.split, self.context) == (split, context)
+        asked = split, context, batches
+        return same and (self.split, self.context, self.batches) == asked
+
+    @property
+    def origin(self) -> Origin:
+        """What a datastore that is made of them says of itself."""
+        model, symbols = self.models[0], self.vocabulary.symbols
+        forward = {
+            **self.batches,
+            "add_bos_token": int(self.vocabulary.bos is not None),
+            "precision": precision(model),
+        }
+        return Origin(
+            model=self.model,
+            dictionary=dictionary_fingerprint(symbols),
+            vocabulary=len(symbols),
+            key_type=self.options.datastores.knn_keytype,
+            split=self.split,
+            context={**(self.context or {}), **forward},
+            versions={**versions(), PROCESSOR: processor(model)},
+        )
 
     @cached_property
     def model(self) -> str:

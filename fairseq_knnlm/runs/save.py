@@ -17,7 +17,6 @@ from fairseq_knnlm.datastore import (
     INDEX,
     DatastoreWriter,
     Documents,
-    Origin,
     open_datastore,
 )
 from fairseq_knnlm.datastore.making import Making, Plan
@@ -29,7 +28,6 @@ from fairseq_knnlm.index.recipes import choose
 from fairseq_knnlm.index.specification import check_factory
 from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
-from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.runs.append import plan_onto
 from fairseq_knnlm.runs.documents import find_documents, keep_documents
@@ -38,7 +36,6 @@ from fairseq_knnlm.runs.options import Options, WritingOptions
 from fairseq_knnlm.runs.save_blocks import BlockSaving, Share, check_shards, cut
 from fairseq_knnlm.runs.scorer import Batch, Blocks
 from fairseq_knnlm.runs.streaming import Streaming
-from fairseq_knnlm.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -164,16 +161,7 @@ def open_saving(
     options, symbols = inputs.options.saving, inputs.vocabulary.symbols
     assert options.dstore_mmap is not None
     path = Path(options.dstore_mmap)
-    origin = Origin(
-        model=inputs.model,
-        dictionary=dictionary_fingerprint(symbols),
-        vocabulary=len(symbols),
-        key_type=inputs.options.datastores.knn_keytype,
-        split=inputs.split,
-        context=inputs.context or {},
-        versions=versions(),
-    )
-    width = inputs.loaded.width
+    origin, width = inputs.origin, inputs.loaded.width
     find = partial(
         find_documents,
         eos=inputs.vocabulary.eos,

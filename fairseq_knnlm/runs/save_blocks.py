@@ -1,7 +1,8 @@
 """Saving in blocks: what is there already is kept, what is missing is made, by as many as like.
 
 A block of a datastore is made of the blocks of text (fairseq's samples) whose first token lies in
-it. These are read in batches of their own, so that its bytes depend on nothing else.
+it. These are read in batches of their own, so that its bytes depend on nothing else but how large
+batches are and what computes them, which its manifest says.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,42 +10,43 @@ import numpy as np
 from fairseq_knnlm.calibration.stored import read_calibration
 from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.datastore import (
+    BLOCKS,
+    DOCUMENTS,
     INDEX,
     KEYS,
     MANIFEST,
     VALUES,
     Datastore,
+    Documents,
     check_numbers,
-    open_array,
     read_documents,
 )
-from fairseq_knnlm.datastore.boundaries import after_empty_lines
 from fairseq_knnlm.datastore.documents import check_text
+from fairseq_knnlm.datastore.making import MAKING, Plan, is_in_the_making, made_at, read_plan
 from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
 from fairseq_knnlm.experts.ngram_file import counted_from, load_counts
-from fairseq_knnlm.files.arrays import kind_of
+from fairseq_knnlm.index.card import of_another, read_card
 from fairseq_knnlm.index.storage import load as load_index
+from fairseq_knnlm.index.storage import read_trained
+from fairseq_knnlm.runs.documents import find_documents
+from fairseq_knnlm.runs.findings import (
+    WRONG,
+    Finding,
+    check_arrays,
+    judged,
+    strangers,
+    unsound,
+)
+from fairseq_knnlm.runs.verify_blocks import (
+    CheckedBlocks,
+    blocks_made,
+    of_datastore,
+    of_plan,
+    training_at,
+    unlisted,
+)
 
-WRONG = "not as it should be"
 BEFORE = "this datastore before it was changed"
-#: What names of temporary files hold, and what is said of them.
-LEFT = (".partial-", ".building", ".lock")
-LEFT_OVER = "of a run that has not ended, or did not end well; the next one removes it"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one thing.
-
-    Attributes:
-        path: the thing.
-        summary: what was found, in a line.
-        errors: what is wrong with it.
-    """
-
-    path: Path
-    summary: str
-    errors: tuple[KnnlmError, ...] = ()
 
 
 def verified(store: Datastore) -> Iterator[Finding]:
@@ -56,59 +56,74 @@ def verified(store: Datastore) -> Iterator[Finding]:
         store: the outline of a datastore in a folder, or one of urvashik/knnlm.
 
     Yields:
-        What was found, wrong or not: the arrays together, then one for each other file.
+        What was found, wrong or not: the arrays or blocks, then one for each other file.
     """
     values = None
-    if store.manifest.files:
+    if store.blocks:
+        blocks = CheckedBlocks(
+            store.path,
+            store.blocks,
+            of_datastore(store.manifest),
+            training_at(store.index_path),
+        )
+        yield from blocks.findings()
+        values = blocks.values
+    elif store.manifest.has_checksums:
         arrays, finding = _arrays(store)
         values = arrays.get(VALUES)
+        yield finding
     else:
-        finding = _old_arrays(store)
-    yield finding
+        yield _old_arrays(store)
     parts: dict[Path, Callable[[], str]] = {
         store.index_path: lambda: _index(store),
         store.ngram_path: lambda: _ngrams(store, values),
         store.calibration_path: lambda: _calibration(store),
-        store.documents_path: lambda: _documents(store, values),
     }
+    if not store.blocks:
+        parts[store.documents_path] = lambda: _documents(store, values)
     for path, look in parts.items():
         if path.exists() or path.is_symlink():
-            yield _judged(path, look)
-    if store.manifest.files:
+            yield judged(path, look)
+    if any((block.path / DOCUMENTS).exists() for block in store.blocks):
+        yield _of_blocks(store, values)
+    if store.manifest.has_checksums:
         known = {MANIFEST, *store.manifest.files, *(path.name for path in parts)}
-        yield from _others(store.path, known)
+        yield from _in_folder(store.path, known, {block.path.name for block in store.blocks})
 
 
-def _judged(path: Path, look: Callable[[], str]) -> Finding:
-    try:
-        if (kind := kind_of(path)) != "a file":
-            raise DatastoreError(
-                f"{path} is damaged",
-                expected="a file",
-                found=kind,
-                do="remove it, and make it again",
-            )
-        return Finding(path, look())
-    except KnnlmError as error:
-        return Finding(path, WRONG, (error,))
-    except OSError as error:
-        unread = DatastoreError(
-            f"{path} cannot be read", found=error.strerror, do="check whose it is, and the disk"
-        )
-        return Finding(path, WRONG, (unread,))
+def verified_making(path: Path) -> Iterator[Finding]:
+    """The same of a datastore in the making, which has no manifest yet."""
+    yield from _in_folder(path, {INDEX}, set())
+
+
+def _in_folder(folder: Path, known: set[str], listed: set[str]) -> Iterator[Finding]:
+    """What else lies in a datastore's folder: blocks in the making, leftovers, unknown things."""
+    if is_in_the_making(folder):
+        try:
+            plan = read_plan(folder)
+        except DatastoreError as error:
+            yield Finding(folder / MAKING, WRONG, (error,))
+        else:
+            yield from _being_made(folder, plan)
+            listed = listed | {made_at(folder, block).name for block in plan.blocks}
+        known = known | {MAKING}
+    if listed:
+        known = known | {BLOCKS}
+        yield from unlisted(folder, listed)
+    yield from _others(folder, known)
+
+
+def _being_made(folder: Path, plan: Plan) -> Iterator[Finding]:
+    there = blocks_made(folder, plan)
+    training = training_at(folder / INDEX) if plan.recipe is not None else None
+    yield from CheckedBlocks(folder, there, of_plan(plan), training).findings()
+    what = "blocks are there of what is being " + ("added" if plan.onto else "made")
+    yield Finding(folder / MAKING, f"{len(there):,} of {len(plan.blocks):,} {what}")
 
 
 def _arrays(store: Datastore) -> tuple[dict[str, np.ndarray], Finding]:
     """Those that are as they were written, and what was found of them all."""
-    manifest, arrays, errors = store.manifest, {}, []
-    for name in manifest.arrays():
-        try:
-            arrays[name] = open_array(store.path, name, manifest, everything=True)
-        except DatastoreError as error:
-            errors.append(error)
-            continue
-        faults = check_numbers(name, arrays[name], manifest.origin.vocabulary)
-        errors += [_unsound(store.path / name, fault) for fault in faults]
+    arrays, errors = check_arrays(store)
     summary = WRONG
     if not errors:
         summary = f"{len(store):,} entries, every byte as it was written ({', '.join(arrays)})"
@@ -118,23 +133,19 @@ def _arrays(store: Datastore) -> tuple[dict[str, np.ndarray], Finding]:
 def _old_arrays(store: Datastore) -> Finding:
     """Of files of urvashik/knnlm, which carry no checksums."""
     errors = [
-        _unsound(store.path.with_name(f"{store.path.name}_keys.npy"), fault)
+        unsound(store.path.with_name(f"{store.path.name}_keys.npy"), fault)
         for fault in check_numbers(KEYS, store.full_keys(), 0, empty_keys=False)
     ]
     summary = WRONG if errors else "of the right length; no checksums"
     return Finding(store.path, f"{len(store):,} entries, {summary}", tuple(errors))
 
 
-def _unsound(file: Path, fault: str) -> DatastoreError:
-    return DatastoreError(
-        f"{file} holds what no language model has written",
-        expected="finite keys, values of the vocabulary, weights of 1 or more",
-        found=fault,
-        do="save the datastore again, with a checkpoint whose losses are finite",
-    )
-
-
 def _index(store: Datastore) -> str:
+    if (card := read_card(store.index_path)) is not None and card.in_pieces and store.blocks:
+        index = read_trained(store.index_path, everything=True)  # its pieces are with the blocks
+        if index.d != store.manifest.width:
+            raise of_another(store.index_path, len(store), store.manifest.width, card.rows, index.d)
+        return f"{card.describe()}, of this datastore, its entries in the blocks"
     checked = load_index(
         store.index_path,
         datastore=store.fingerprint,
@@ -180,34 +191,49 @@ def _documents(store: Datastore, values: np.ndarray | None) -> str:
     check_text(store)
     documents = read_documents(store)
     assert documents is not None  # only of a file that is there
-    if values is not None:
-        if documents.boundary is None:
-            right = np.array_equal(
-                documents.starts, after_empty_lines(values, documents.eos).starts
-            )
-        else:  # which lines match only the dictionary could tell
-            right = bool((values[documents.starts[1:] - 1] == documents.eos).all())
-        if not right:
-            raise DatastoreError(
-                f"{store.documents_path} was not made of this datastore's values",
-                expected="the first row of each document, which begins a line",
-                found="other rows",
-                do="make it anew: fairseq-knnlm verify --documents",
-            )
+    if values is not None and not _are_of(documents, values, store):
+        raise DatastoreError(
+            f"{store.documents_path} was not made of this datastore's values",
+            expected="the first row of each document, which begins a line",
+            found="other rows",
+            do="make it anew: fairseq-knnlm verify --documents",
+        )
     return f"documents of this datastore: {documents.describe()}"
 
 
+def _are_of(documents: Documents, values: np.ndarray, store: Datastore) -> bool:
+    """Whether documents begin where they do in the text of the values (N,).
+
+    Which lines match an expression only the dictionary could tell, and how a document began of
+    which a part was forgotten nobody could: these only have to begin a line.
+    """
+    changed = store.manifest.before or any(block.stretch.forgotten for block in store.blocks)
+    if documents.boundary is None and not changed:
+        found = find_documents(values, documents.eos, None, (), store.breaks)
+        return np.array_equal(documents.starts, found.starts)
+    inside = np.setdiff1d(documents.starts, store.breaks)
+    return bool((values[inside - 1] == documents.eos).all())
+
+
+def _of_blocks(store: Datastore, values: np.ndarray | None) -> Finding:
+    """The documents of all blocks, put together."""
+    try:
+        if read_documents(store) is None:
+            return Finding(store.path / BLOCKS, "documents of some of the blocks, and not of all")
+        return Finding(store.path / BLOCKS, _documents(store, values))
+    except KnnlmError as error:
+        return Finding(store.path / BLOCKS, WRONG, (error,))
+
+
 def _others(folder: Path, known: set[str]) -> Iterator[Finding]:
-    for path in sorted(folder.iterdir()):
-        name = path.name
-        if name in known or name == f"{INDEX}.json" or _with_calibration(path):
+    for finding in strangers(folder, known):
+        path = finding.path
+        if path.name == f"{INDEX}.json" or _with_calibration(path):
             continue
-        if name.startswith(".") and any(part in name for part in LEFT):
-            yield Finding(path, LEFT_OVER)
-        elif path.suffix == ".npz":
-            yield _judged(path, lambda path=path: _table(path))  # type: ignore[misc]
+        if path.suffix == ".npz" and not path.name.startswith("."):
+            yield judged(path, lambda path=path: _table(path))  # type: ignore[misc]
         else:
-            yield Finding(path, f"{kind_of(path)} that fairseq-knnlm does not know")
+            yield finding
 
 
 def _with_calibration(path: Path) -> bool:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,9 @@ from fairseq_knnlm.tasks.shares import ShareOfBatches
 from fairseq_knnlm.tasks.windows import InStretches, InTextOrder, WindowsInText
 
 logger = logging.getLogger(__name__)
+
+#: Where no split is read.
+NO_BATCHES: Mapping[str, int | None] = MappingProxyType({})
 
 
 @register_task("knn_lm", dataclass=KnnlmConfig)
@@ -147,7 +152,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         to_device = utils.move_to_cuda if on_gpu else lambda batch: batch
         if (whole := whole_run(self.args)) is not None:
             loading.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
-        inputs = self.inputs(self.models, self.context(context_window))
+        sizing = {"max_tokens": max_tokens, "batch_size": batch_size}
+        inputs = self.inputs(self.models, self.context(context_window), sizing)
         # What is left out of the text is counted once.
         left_out = left_out + omitted if shard_id == 0 else 0
         saved = Share(shard_id, num_shards) if saving else ALONE
@@ -183,10 +189,15 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             "sample_break_mode": str(self.args.sample_break_mode),
         }
 
-    def inputs(self, models: Any, context: dict[str, Any] | None = None) -> Inputs:
+    def inputs(
+        self,
+        models: Any,
+        context: dict[str, Any] | None = None,
+        batches: Mapping[str, int | None] = NO_BATCHES,
+    ) -> Inputs:
         """The same ones as long as the models are: their weights are read once."""
         known, models = self._known, list(models)
-        if known is None or not known.are_of(models, self.split, context):
+        if known is None or not known.are_of(models, self.split, context, batches):
             known = self._known = Inputs(
                 options=self.options,
                 models=models,
@@ -195,6 +206,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
                 memory=self.memory,
                 others=self._others(models[0]),
                 context=context,
+                batches=batches,
             )
         return known
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Lab, must
 
 from fairseq_knnlm.cli import main
@@ -82,6 +83,7 @@ def test_processes_at_the_same_time(lab: Lab, saved: Path, tmp_path: Path) -> No
                 *("--path", str(lab.checkpoint()), "--gen-subset", "valid"),
                 *("--dstore", str(tmp_path / "store"), "--tokens-per-sample", "16"),
                 *("--context-window", "8", "--sample-break-mode", "none", "--cpu"),
+                *("--max-tokens", "64"),
                 *("--block-rows", "64", "--num-shards", "2", "--shard-id", str(number)),
             ],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -188,6 +190,9 @@ def test_more_shards_than_blocks(lab: Lab, tmp_path: Path) -> None:
         (["--context-window", 0, "--tokens-per-sample", 8], "origin.context.context_window"),
         (["--block-rows", 32], "starts"),
         (["--knn-keytype", "decoder_output"], "origin.key_type"),
+        (["--max-tokens", 48], "origin.context.max_tokens"),
+        (["--batch-size", 2], "origin.context.batch_size"),
+        (["--fp16"], "origin.context.precision"),
     ],
 )
 def test_another_making_is_refused(
@@ -272,6 +277,25 @@ def test_another_recipe_is_another_making(lab: Lab, tmp_path: Path) -> None:
     for flags, says in (([], "key_dtype"), (["--no-save-keys", "--recipe", "IVF4,SQ8"], "recipe")):
         with pytest.raises(DatastoreError, match=says):
             lab.evaluate("valid", *saving(path, *flags))
+
+
+def test_what_its_last_digits_depend_on_is_said(lab: Lab, saved: Path) -> None:
+    """Each block says which processor made it; the whole is the same, whichever that was."""
+    store = open_datastore(saved)
+    assert store.manifest.origin.context == {
+        "tokens_per_sample": 8,
+        "context_window": 8,
+        "sample_break_mode": "none",
+        "max_tokens": 64,
+        "batch_size": None,
+        "add_bos_token": 0,
+        "precision": "float32",
+    }
+    assert "processor" not in store.manifest.origin.versions
+    block = open_datastore(store.blocks[0].path).manifest.origin
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert block.versions["processor"].endswith(f", {capability}")
+    assert block.context == store.manifest.origin.context
 
 
 def test_evaluated_as_one(lab: Lab, saved: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_it_answers_as_before(tmp_path: Path, recipe: str) -> None:
     store = store_with(tmp_path / "store", recipe)
     card, before = read_card(store.index_path), answers(store)
     left = into_blocks(store.path)
+    assert all(map(np.array_equal, answers(left), before))  # at no time there is none
     assert cut_index(left)
     for found, true in zip(answers(left), before, strict=True):
         assert np.array_equal(found, true)
@@ -121,12 +122,13 @@ def test_codes_that_were_copied_are_the_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["HNSW8", "IVF16,PQ4x4,Refine(SQ8)"])
 def test_what_holds_more_than_codes_is_left(tmp_path: Path, recipe: str) -> None:
     store = store_with(tmp_path / "store", recipe)
-    content = store.index_path.read_bytes()
+    content, before = store.index_path.read_bytes(), answers(store)
     left = into_blocks(store.path)
     assert not cut_index(left)
     assert store.index_path.read_bytes() == content
+    assert all(map(np.array_equal, answers(left), before))  # as long as all of it is there
     with pytest.raises(IndexFileError, match="another datastore"):
-        answers(left)
+        answers(forget(store.path, [(0, 1)]))
 
 
 def test_that_of_another_datastore_is_left(tmp_path: Path) -> None:

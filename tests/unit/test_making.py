@@ -162,3 +162,24 @@ def test_more_blocks_onto_a_datastore(tmp_path: Path) -> None:
     assert np.array_equal(found.values[100:], values)
     assert found.breaks.tolist() == [0, 100]
     assert found.manifest.before == [base.fingerprint]
+
+
+def test_several_kinds_of_processors_share_the_work(tmp_path: Path) -> None:
+    """The blocks are theirs, and whoever joins them makes the same datastore."""
+    seals = set()
+    for order in (["a", "b"], ["b", "a"]):
+        path = tmp_path / "".join(order)
+        for kind in order:
+            known = {**PLAN.origin.versions, "processor": kind}
+            plan = replace(PLAN, origin=replace(PLAN.origin, versions=known))
+            making = Making(path, plan)
+            for block in {"a": [0, 3], "b": [1, 2]}[kind]:
+                make(making, block)
+        store = open_datastore(making.join())
+        seals.add(store.fingerprint)
+        kinds = [open_datastore(block.path).manifest.origin.versions for block in store.blocks]
+        assert [kind["processor"] for kind in kinds] == ["a", "b", "b", "a"]
+    assert len(seals) == 1
+    with pytest.raises(DatastoreError, match="of another making"):
+        Making(tmp_path / "more", PLAN)
+        Making(tmp_path / "more", replace(PLAN, origin=replace(PLAN.origin, split="other")))
