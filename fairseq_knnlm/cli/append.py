@@ -9,6 +9,7 @@ from pathlib import Path
 from fairseq_knnlm.cli.common import check_ours, evaluate
 from fairseq_knnlm.datastore import outline
 from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.runs.origins import reading_flags, words
 
 HELP = "run a language model over a split and add it to a datastore and its index"
 EXAMPLE = "DSTORE data-bin --path checkpoint_best.pt --gen-subset valid"
@@ -41,15 +42,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _as_before(path: Path, rest: Sequence[str]) -> list[str]:
     """The flags by which the datastore was read, those that were typed left out."""
-    origin = outline(path).manifest.origin
-    context = dict(origin.context)
-    size, window = context.get("tokens_per_sample"), context.get("context_window")
-    if isinstance(size, int) and isinstance(window, int):
-        context["tokens_per_sample"] = size + window  # as fairseq wants it
-    known = {f"--{name.replace('_', '-')}": value for name, value in context.items()}
-    known["--knn-keytype"] = origin.key_type
-    typed = {word.split("=")[0] for word in rest}
+    known = reading_flags(outline(path).manifest.origin)
+    typed = {"--gen-subset", *(word.split("=")[0] for word in rest)}
     if typed & {"--tokens-per-sample", "--context-window"}:  # one is taken off the other
         typed |= {"--tokens-per-sample", "--context-window"}
-    left = {flag: value for flag, value in known.items() if value is not None}
-    return [word for flag in left if flag not in typed for word in (flag, str(left[flag]))]
+    return words({flag: value for flag, value in known.items() if flag not in typed})

@@ -81,10 +81,8 @@ def _print_progress(path: Path) -> None:
     there = [block for block in plan.blocks if made_at(path, block).exists()]
     rows = sum(len(plan.rows(block)) for block in there)
     what = "to be added " if plan.onto else ""
-    print(
-        f"  in making    {len(there):,} of {len(plan.blocks):,} blocks {what}are there, {rows:,} of "
-        f"{plan.starts[-1]:,} entries"
-    )
+    blocks = f"{len(there):,} of {len(plan.blocks):,} blocks {what}are there"
+    print(f"  in making    {blocks}, {rows:,} of {plan.starts[-1]:,} entries")
     if plan.onto:
         print("  go on with   the command that adds them, as it was typed before")
     elif len(there) == len(plan.blocks):
