@@ -30,7 +30,7 @@ setup(
         "gpu": ["faiss-gpu>=1.15"],
         "demo": ["sentencepiece"],
         "plot": ["matplotlib"],
-        "cluster": ["ray"],
+        "cluster": ["ray>=2.40"],
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "selenium", "types-tqdm"],
     },
     entry_points={"console_scripts": ["fairseq-knnlm = fairseq_knnlm.cli:main"]},

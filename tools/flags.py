@@ -54,6 +54,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Experts and their mixture": REST,
     "Searching": ("probe", "knn_sim_func", "faiss_metric_type", "knn_device"),
     "Searching less": ("skip_searches", "pointers", "pointer_min"),
+    "Searching on Ray": ("knn_ray", "knn_shards", "knn_replicas"),
     "Memory": ("no_load_keys", "move_dstore_to_mem", "mmap_index"),
     "Files of urvashik/knnlm": ("dstore_size", "dstore_fp16"),
 }
@@ -71,6 +72,7 @@ VALUES = {
     "gen_subset": "SPLIT",
     "indexfile": "FILE",
     "knn_device": "DEVICE",
+    "knn_ray": "ADDRESS",
     "out": "DSTORE",
     "path": "CKPT",
     "plot": "FILE.png",

@@ -109,11 +109,11 @@ main() {
     trap stop INT TERM
     mkdir -p .venv && : >"$LOG"
     step "virtual environment" "$python" -m venv "$PWD/.venv"
-    step "torch, FAISS and the tools (a large download)" pip_install -r constraints.txt
+    step "torch, FAISS, Ray and the tools (a large download)" pip_install -r constraints.txt
     step "fairseq, compiled from source (2 to 5 minutes)" \
         pip_install --no-build-isolation --no-deps "$FAIRSEQ"
     step "fairseq_knnlm itself" pip_install --no-build-isolation --no-deps -e .
-    step "a first import, to see that it works" .venv/bin/python -c "import faiss, fairseq_knnlm"
+    step "a first import, to see that it works" .venv/bin/python -c "import faiss, fairseq_knnlm, ray"
     recipe >"$READY"
     echo "Ready, in $SECONDS s."
 }

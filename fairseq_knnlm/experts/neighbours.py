@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fairseq_knnlm.bounds import check_device
+from fairseq_knnlm.cluster.connect import check_address
+from fairseq_knnlm.cluster.opening import open_sharded
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.kind import Kind, Models, Opened, check_unmerged, flag
+from fairseq_knnlm.experts.kind import Kind, Models, Opened, check_unmerged, flag, spelled
 from fairseq_knnlm.experts.knn import DISTANCE_RANKS, KnnExpert, KnnSetting, knn_grid
 from fairseq_knnlm.experts.pointers import PART_OF_K, PointerExpert
 from fairseq_knnlm.retrieval.local import LocalRetriever
-from fairseq_knnlm.retrieval.opening import open_retriever
+from fairseq_knnlm.retrieval.opening import check_k, open_retriever, retriever_over
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,23 @@ class KnnOptions:
         "kept",
         counts="pointers",
     )
+    knn_ray: str | None = flag(
+        None,
+        "search in processes of Ray, each of which holds a part of the index: local for a Ray of "
+        "this process alone, auto for the one that runs on this machine, or HOST:PORT",
+    )
+    knn_shards: int | None = flag(
+        None,
+        "with --knn-ray: parts that the index is cut into, at most one for each block of the "
+        "datastore (default: one for each machine)",
+        counts="shards",
+    )
+    knn_replicas: int | None = flag(
+        None,
+        "with --knn-ray: copies of each part, which share the load and answer for one that died "
+        "(default: 1)",
+        counts="copies",
+    )
 
     @property
     def follows(self) -> bool:
@@ -113,6 +132,7 @@ class KnnKind(Kind):
                 found=options.knn_temp,
             )
         _check_pointers(options, asked)
+        _check_ray(options)
         if options.no_load_keys and options.knn_sim_func in ("l2", "dot"):
             raise ConfigError(
                 f"--knn-sim-func {options.knn_sim_func} needs the keys",
@@ -150,6 +170,17 @@ class KnnKind(Kind):
             remedy = "leave --pointers out, or use the original datastore"
             check_unmerged(store, "pointers", remedy)
             similarity = "l2"
+        if options.knn_ray is not None:
+            check_k(options.k, len(store))
+            sharded = open_sharded(
+                store,
+                options.knn_ray,
+                shards=options.knn_shards,
+                replicas=options.knn_replicas,
+                probe=options.probe,
+            )
+            metric = options.faiss_metric_type
+            return retriever_over(sharded, store, similarity=similarity, metric=metric)
         return open_retriever(
             store,
             options.k,
@@ -236,6 +267,31 @@ class KnnKind(Kind):
     def card(self, opened: Sequence[Opened]) -> dict[str, Any]:
         k = opened[0].options.k
         return {"distance_ranks": [rank for rank in DISTANCE_RANKS if rank <= k]}
+
+
+def _check_ray(options: KnnOptions) -> None:
+    if options.knn_ray is None:
+        for name in ("knn_shards", "knn_replicas"):
+            if getattr(options, name) is not None:
+                raise ConfigError(
+                    f"{spelled(name)} needs --knn-ray",
+                    expected="--knn-ray local, auto or HOST:PORT",
+                    found="nothing",
+                )
+        return
+    check_address("--knn-ray", options.knn_ray)
+    for given, name, why in (
+        (options.indexfile, "--indexfile", "shards hold the index that lies in the datastore"),
+        (options.mmap_index, "--mmap-index", "shards hold their part in memory"),
+        (options.knn_device.startswith("cuda"), "--knn-device", "shards search on CPUs"),
+    ):
+        if given:
+            raise ConfigError(
+                f"--knn-ray and {name} exclude each other: {why}",
+                expected="one of them",
+                found="both",
+                do=f"leave {name} out",
+            )
 
 
 def _check_pointers(options: KnnOptions, asked: bool) -> None:

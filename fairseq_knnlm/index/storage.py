@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from fairseq_knnlm.datastore import Block
 from fairseq_knnlm.errors import ConfigError, IndexFileError
-from fairseq_knnlm.files import altered, checksums, publish
+from fairseq_knnlm.files import checksums, publish
 from fairseq_knnlm.index.card import (
     BUILD,
     IndexCard,
@@ -20,13 +20,13 @@ from fairseq_knnlm.index.card import (
     read_card,
     trailer,
 )
-from fairseq_knnlm.index.codes import assemble, can_be_cut
+from fairseq_knnlm.index.codes import assemble
 from fairseq_knnlm.index.device import place
 from fairseq_knnlm.index.foreign import foreign_card
 from fairseq_knnlm.index.library import METRICS, faiss, has_lists, innermost, is_exact
 from fairseq_knnlm.index.pieces import pieces_of, training_in
 from fairseq_knnlm.index.search import SearchIndex
-from fairseq_knnlm.index.trial import reason
+from fairseq_knnlm.index.trained import check_bytes, read_file, read_trained
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ def load(
 
     index, card = _settled(path, read)
     if nprobe is not None:
-        card = replace(card, nprobe=_checked_nprobe(index, nprobe))
+        card = replace(card, nprobe=checked_nprobe(index, nprobe))
     return place(index, card, device, k)
 
 
@@ -175,12 +175,7 @@ def _check_file(
             found=f"datastore {card.datastore[:12]}...",
             do=BUILD,
         )
-    _check_bytes(path, card, everything=everything)
-
-
-def _check_bytes(path: Path, card: IndexCard, *, everything: bool) -> None:
-    if altered(path, card.chunks, everything=everything, size=card.bytes):
-        raise damaged(path, "the bytes that were written", "other ones (checksums differ)")
+    check_bytes(path, card, everything=everything)
 
 
 def read_whole(path: Path, card: IndexCard, datastore: str) -> Any:
@@ -191,23 +186,6 @@ def read_whole(path: Path, card: IndexCard, datastore: str) -> Any:
     """
     _check_file(path, card, [datastore], everything=False)
     return read_file(path)
-
-
-def read_trained(path: Path, *, everything: bool = False) -> Any:
-    """The trained, empty part of an index in pieces; None where the index is in one file.
-
-    Raises:
-        IndexFileError: where it is missing or damaged.
-    """
-    card = read_card(path)
-    if card is None or not card.in_pieces:
-        return None
-    _check_bytes(path, card, everything=everything)
-    index = read_file(path)
-    if not can_be_cut(index) or (index.ntotal, index.sa_code_size()) != (0, card.piece_bytes):
-        found = f"{type(innermost(index)).__name__} of {index.ntotal:,} entries"
-        raise damaged(path, "an index that was trained, and is empty", found)
-    return index
 
 
 def _assembled(
@@ -252,7 +230,12 @@ def _check_card(path: Path, card: IndexCard, index: Any) -> None:
             raise damaged(path, "a card that fits the index", f"{name} {said}")
 
 
-def _checked_nprobe(index: Any, nprobe: int) -> int:
+def checked_nprobe(index: Any, nprobe: int) -> int:
+    """So many lists visited a query; 0 where the index has none.
+
+    Raises:
+        ConfigError: where there are fewer.
+    """
     if not has_lists(index):
         return 0
     lists = faiss.extract_index_ivf(index).nlist
@@ -264,18 +247,6 @@ def _checked_nprobe(index: Any, nprobe: int) -> int:
             do="leave --probe out to use the value chosen when the index was built",
         )
     return nprobe
-
-
-def read_file(path: Path, flags: int = 0) -> Any:
-    """Reads a FAISS index, with FAISS's flags for reading.
-
-    Raises:
-        IndexFileError: where FAISS cannot.
-    """
-    try:
-        return faiss.read_index(str(path), flags)
-    except (RuntimeError, MemoryError) as error:
-        raise damaged(path, "an index that FAISS reads", reason(error)) from None
 
 
 def _map_file(path: Path, exact: bool) -> Any:

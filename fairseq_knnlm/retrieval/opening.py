@@ -12,7 +12,7 @@ from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.storage import load
-from fairseq_knnlm.retrieval.local import LocalRetriever
+from fairseq_knnlm.retrieval.local import LocalRetriever, Searches
 
 
 def open_retriever(
@@ -45,11 +45,26 @@ def open_retriever(
     """
     check_k(k, len(store))
     found = _open_index(store, k, index, probe, device, mapped)
-    check_metric(metric, found.card.metric)
+    return retriever_over(found, store, similarity=similarity, metric=metric)
+
+
+def retriever_over(
+    index: Searches, store: Datastore, *, similarity: str = "auto", metric: str = "auto"
+) -> LocalRetriever:
+    """A retriever over an index that is open, wherever its entries lie.
+
+    Args:
+        index: of the datastore.
+        store, similarity, metric: as for ``open_retriever``.
+
+    Raises:
+        ConfigError: where the index has another metric.
+    """
+    check_metric(metric, index.card.metric)
     if similarity == "auto":
-        settled = found.card.faithful or store.keys is None or found.card.metric == "ip"
+        settled = index.card.faithful or store.keys is None or index.card.metric == "ip"
         similarity = "do_not_recomp_l2" if settled else "l2"
-    return LocalRetriever(found, store, similarity)
+    return LocalRetriever(index, store, similarity)
 
 
 def _open_index(

@@ -16,7 +16,8 @@ from fairseq_knnlm.index.pieces import remove_pieces, training_of
 from fairseq_knnlm.index.recipes import Recipe, choose, lists_of
 from fairseq_knnlm.index.snapshots import Snapshots
 from fairseq_knnlm.index.specification import check_factory
-from fairseq_knnlm.index.storage import read_trained, save
+from fairseq_knnlm.index.storage import save
+from fairseq_knnlm.index.trained import read_trained
 from fairseq_knnlm.runs.places import OF_INDEX, check_apart
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from fairseq_knnlm.errors import BusyError, IndexFileError
 from fairseq_knnlm.files import Claim
 from fairseq_knnlm.index.build import IndexBuilder
 from fairseq_knnlm.index.pieces import open_piece, training_of
-from fairseq_knnlm.index.storage import read_trained, save
+from fairseq_knnlm.index.storage import save
 from fairseq_knnlm.index.streaming import PieceStream, train_for_pieces
+from fairseq_knnlm.index.trained import read_trained
 
 logger = logging.getLogger(__name__)
 

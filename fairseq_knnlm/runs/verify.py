@@ -27,7 +27,7 @@ from fairseq_knnlm.errors import DatastoreError, KnnlmError, NGramError
 from fairseq_knnlm.experts.ngram_file import counted_from, load_counts
 from fairseq_knnlm.index.card import of_another, read_card
 from fairseq_knnlm.index.storage import load as load_index
-from fairseq_knnlm.index.storage import read_trained
+from fairseq_knnlm.index.trained import read_trained
 from fairseq_knnlm.runs.documents import find_documents
 from fairseq_knnlm.runs.findings import (
     WRONG,

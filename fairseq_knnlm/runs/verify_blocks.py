@@ -28,7 +28,7 @@ from fairseq_knnlm.datastore.making import Plan, check_made, made_at
 from fairseq_knnlm.errors import IndexFileError, KnnlmError
 from fairseq_knnlm.index.card import read_card
 from fairseq_knnlm.index.pieces import open_piece, piece_path, training_in
-from fairseq_knnlm.index.storage import read_trained
+from fairseq_knnlm.index.trained import read_trained
 from fairseq_knnlm.runs.findings import WRONG, Finding, check_arrays, judged, strangers, unread
 
 #: What a block may hold, besides its piece of the index.

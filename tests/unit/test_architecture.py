@@ -22,8 +22,8 @@ PACKAGE = "fairseq_knnlm"
 GROUND = ""
 #: From the ground up. A folder imports itself and those before it.
 FOLDERS = (
-    *(GROUND, "files", "lm", "datastore", "index", "retrieval", "experts", "mixture"),
-    *("calibration", "explanation", "generation", "runs", "tasks", "cli"),
+    *(GROUND, "files", "lm", "datastore", "index", "retrieval", "cluster"),
+    *("experts", "mixture", "calibration", "explanation", "generation", "runs", "tasks", "cli"),
 )
 #: Folders that share no more than the ground: a datastore and an index know no language model.
 APART = {"datastore": {"lm"}, "index": {"lm"}}
@@ -39,6 +39,7 @@ LIBRARIES = {
     "msgspec": EVERYWHERE,
     "numpy": EVERYWHERE,
     "omegaconf": {"tasks", "cli"},
+    "ray": {"cluster"},
     "rich": {"cli"},
     "safetensors": {"calibration", "datastore", "files"},
     "subprocess": {"index/trial"},

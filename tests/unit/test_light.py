@@ -12,7 +12,7 @@ from cli_calls import Capture, whole_store
 from conftest import ROOT
 
 #: Libraries that take seconds to load, are not everywhere, or only print what takes long itself.
-HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "rich", "torch"}
+HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "ray", "rich", "torch"}
 SUBCOMMANDS = (
     *("save", "build-index", "tune", "report", "explain", "info", "verify", "compress", "forget"),
     *("compact", "import"),

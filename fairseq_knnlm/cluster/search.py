@@ -1,0 +1,130 @@
+"""Search in shards: lists chosen once, queries to one copy of each shard, answers merged."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_knnlm.cluster.connect import ray_library
+from fairseq_knnlm.cluster.merging import Found, incomplete, merged
+from fairseq_knnlm.cluster.replicas import Call, Replicas
+from fairseq_knnlm.index.card import IndexCard
+from fairseq_knnlm.index.library import faiss, has_lists, innermost
+
+#: Queries that are asked together, and how many such calls are on their way.
+AT_A_TIME, AHEAD = 512, 2
+#: A shard is asked for its share of the neighbours, and so many times the square root of that (what
+#: chance makes of it) more; for yet more, once this part of the queries had to be asked again.
+MARGIN, TOO_OFTEN, GROWTH = 6.0, 0.02, 1.5
+
+#: Queries (n, D) behind the index's transforms; lists to visit (n, nprobe) and how near these are,
+#: or None where there are none.
+Asked = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+
+
+class ShardedIndex:
+    """An index whose entries lie in shards; searched as one that is whole.
+
+    Args:
+        trained: FAISS's index without entries: its transforms and lists.
+        card: what the whole is, with the lists to visit.
+        shards: that together hold all entries.
+        held: entries of each.
+    """
+
+    def __init__(
+        self, trained: Any, card: IndexCard, shards: Sequence[Replicas], held: Sequence[int]
+    ) -> None:
+        self.card = card
+        self.shards = shards
+        self._whole = trained  # FAISS does not keep it for what lies within
+        self._trained = faiss.downcast_index(trained)
+        self._inner = innermost(trained)
+        self._held = held
+        self._margin = MARGIN
+        #: Queries that were asked again, since a shard might have had more neighbours.
+        self.asked_again = 0
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest entries.
+
+        Args:
+            queries: (N, D) float32.
+            k: neighbours a query.
+
+        Returns:
+            distances (N, k) float32, squared L2 or inner product, best first; ids (N, k) int64,
+            -1 where fewer than k were found. Both on the queries' device.
+
+        Raises:
+            KnnlmError: where a shard has died and does not come back.
+        """
+        asked = self._prepared(np.ascontiguousarray(queries.cpu().numpy()))
+        distances = np.empty((len(queries), k), np.float32)
+        ids = np.empty((len(queries), k), np.int64)
+        start = 0
+        for best in self._answers(asked, k):
+            stop = start + len(best[0])
+            distances[start:stop], ids[start:stop] = best
+            start = stop
+        device = queries.device
+        return torch.from_numpy(distances).to(device), torch.from_numpy(ids).to(device)
+
+    def _prepared(self, queries: np.ndarray) -> Asked:
+        """What shards are asked. Lists are chosen here, once for all of them."""
+        if isinstance(self._trained, faiss.IndexPreTransform):
+            chain: Any = self._trained.chain
+            for number in range(chain.size()):
+                queries = faiss.downcast_VectorTransform(chain.at(number)).apply(queries)
+        if not has_lists(self._inner):
+            return queries, None, None
+        nearness, lists = self._inner.quantizer.search(queries, self.card.nprobe)
+        return queries, lists.astype(np.int32), nearness
+
+    def _answers(self, asked: Asked, k: int) -> Iterator[Found]:
+        """What is nearest, some queries at a time; while that is merged, shards do the next."""
+        waiting: deque[tuple[Asked, list[Call]]] = deque()
+        for start in range(0, len(asked[0]), AT_A_TIME):
+            some = _chosen(asked, slice(start, start + AT_A_TIME))
+            waiting.append((some, self._ask(some, self._fewer(k))))
+            if len(waiting) > AHEAD:
+                yield self._answer(*waiting.popleft(), k)
+        while waiting:
+            yield self._answer(*waiting.popleft(), k)
+
+    def _ask(self, asked: Asked, k: int) -> list[Call]:
+        reference = ray_library().put(asked)
+        calls = zip(self.shards, self._held, strict=True)
+        return [shard.ask(reference, min(k, held)) for shard, held in calls]
+
+    def _answer(self, asked: Asked, calls: Sequence[Call], k: int) -> Found:
+        found = [call.answer() for call in calls]
+        largest = self.card.metric == "ip"
+        best = merged(found, k, largest=largest)
+        again = incomplete(found, self._held, best, largest=largest)
+        if len(again):
+            whole = [call.answer() for call in self._ask(_chosen(asked, again), k)]
+            for part, better in zip(best, merged(whole, k, largest=largest), strict=True):
+                part[again] = better
+            self.asked_again += len(again)
+        if len(again) > TOO_OFTEN * len(best[0]):
+            self._margin *= GROWTH
+        return best
+
+    def _fewer(self, k: int) -> int:
+        """Neighbours that a shard is asked for at first."""
+        share = k / len(self.shards)
+        return min(k, math.ceil(share + self._margin * share**0.5))
+
+
+def _chosen(asked: Asked, which: slice | np.ndarray) -> Asked:
+    queries, lists, nearness = asked
+    if lists is None or nearness is None:
+        return queries[which], None, None
+    return queries[which], lists[which], nearness[which]

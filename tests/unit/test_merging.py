@@ -1,0 +1,123 @@
+"""What shards found, merged. The oracle sorts everything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fairseq_knnlm.cluster.actors import place_of
+from fairseq_knnlm.cluster.merging import Found, incomplete, merged
+from fairseq_knnlm.cluster.shard import grouped
+from fairseq_knnlm.datastore import Block, Stretch
+
+QUERIES, ENTRIES, K = 40, 300, 50
+HELD = (100, 7, 193)
+
+
+def scores() -> np.ndarray:
+    """Distances (N, entries), of which many are the same."""
+    return np.random.default_rng(3).integers(0, 400, (QUERIES, ENTRIES)).astype(np.float32)
+
+
+def best(found: np.ndarray, first: int, k: int, largest: bool, width: int) -> Found:
+    """The k best of some columns, and -1 to fill up the width."""
+    order = np.argsort(-found if largest else found, axis=1, kind="stable")[:, :k]
+    distances = np.full((QUERIES, width), -np.inf if largest else np.inf, np.float32)
+    rows = np.full((QUERIES, width), -1, np.int32)
+    distances[:, : order.shape[1]] = np.take_along_axis(found, order, axis=1)
+    rows[:, : order.shape[1]] = order + first
+    return distances, rows
+
+
+def answers(every: np.ndarray, widths: tuple[int, ...], largest: bool) -> list[Found]:
+    """What each of three shards finds."""
+    found, first = [], 0
+    for held, width in zip(HELD, widths, strict=True):
+        found.append(best(every[:, first : first + held], first, width, largest, width))
+        first += held
+    return found
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("widths", [(50, 50, 50), (50, 7, 50), (50, 7, 49)])
+def test_merged_are_the_best_of_all(largest: bool, widths: tuple[int, ...]) -> None:
+    every = scores()
+    distances, rows = merged(answers(every, widths, largest), K, largest=largest)
+    expected, _ = best(every, 0, K, largest, K)
+    assert rows.dtype == np.int64
+    assert np.array_equal(distances, expected)
+    assert np.array_equal(np.take_along_axis(every, rows, axis=1), expected)
+    assert all(len(set(row)) == K for row in rows.tolist())
+
+
+def test_missing_ones_come_last() -> None:
+    every = scores()[:, :20]
+    found = [best(every[:, :5], 0, 5, False, 30), best(every[:, 5:], 5, 15, False, 30)]
+    distances, rows = merged(found, 30, largest=False)
+    assert np.array_equal(distances[:, :20], np.sort(every, axis=1))
+    assert (rows[:, 20:] == -1).all()
+
+
+def test_one_shard_is_the_whole() -> None:
+    (distances, rows), every = merged([best(scores(), 0, K, False, K)], K, largest=False), scores()
+    assert np.array_equal(distances, np.sort(every, axis=1)[:, :K])
+    assert rows.dtype == np.int64
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("widths", [(20, 7, 30), (50, 3, 50), (17, 2, 33), (50, 7, 50), (9, 7, 9)])
+def test_nothing_is_missing_where_it_says_so(largest: bool, widths: tuple[int, ...]) -> None:
+    """Whatever shards are asked for; and who is complete is rarely asked again."""
+    every = scores()
+    found = answers(every, widths, largest)
+    some = merged(found, K, largest=largest)
+    again = incomplete(found, HELD, some, largest=largest)
+    true, _ = best(every, 0, K, largest, K)
+    wrong = (some[0] != true).any(axis=1).nonzero()[0]
+    assert set(wrong) <= set(again)
+    assert sum(widths) < sum(min(K, held) for held in HELD) or not len(again)
+
+
+def test_an_index_that_visits_few_lists_may_be_complete() -> None:
+    """A shard that had no more to tell misses nothing, though all together are fewer than k."""
+    every = scores()[:, :20]
+    found = [best(every[:, :5], 0, 5, False, 10), best(every[:, 5:], 5, 9, False, 10)]
+    some = merged(found, 30, largest=False)
+    assert len(incomplete(found, (100, 200), some, largest=False)) == 0
+    found[1] = best(every[:, 5:], 5, 10, False, 10)  # here it may have had
+    some = merged(found, 30, largest=False)
+    assert len(incomplete(found, (100, 200), some, largest=False)) == QUERIES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shards", "expected"),
+    [
+        ((10, 10, 10, 10), 2, (2, 2)),
+        ((10, 10, 10, 10), 3, (1, 2, 1)),
+        ((10, 10, 10, 10), 4, (1, 1, 1, 1)),
+        ((400, 1, 499, 300), 2, (2, 2)),
+        ((1000, 1, 1, 1), 3, (1, 1, 2)),
+        ((1, 1, 1, 1000), 3, (2, 1, 1)),
+        ((7,), 1, (1,)),
+    ],
+)
+def test_blocks_are_shared_out(
+    sizes: tuple[int, ...], shards: int, expected: tuple[int, ...]
+) -> None:
+    """In their order, none left out, about as many entries each."""
+    blocks, first = [], 0
+    for number, rows in enumerate(sizes):
+        blocks.append(Block(__file__, first, Stretch(f"{number:06d}", rows, "a" * 64, [0], [])))  # type: ignore[arg-type]
+        first += rows
+    groups = grouped(blocks, shards)
+    assert [block for group in groups for block in group] == blocks
+    assert tuple(map(len, groups)) == expected
+
+
+@pytest.mark.parametrize("places", range(1, 7))
+@pytest.mark.parametrize("replicas", range(1, 4))
+def test_copies_lie_on_different_machines(places: int, replicas: int) -> None:
+    for shard in range(8):
+        homes = {place_of(shard, replica, replicas, places) for replica in range(replicas)}
+        assert len(homes) == min(places, replicas)
+        assert homes <= set(range(places))
