@@ -14,6 +14,7 @@ from typing import Protocol
 from fairseq_knnlm.cli import (
     append,
     build_index,
+    cluster,
     compact,
     compress,
     explain,
@@ -65,6 +66,7 @@ COMMANDS: dict[str, Command] = {
     "forget": forget,
     "compact": compact,
     "import": import_,
+    "cluster": cluster,
 }
 
 

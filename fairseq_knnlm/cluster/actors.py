@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fairseq_knnlm.cluster.agreement import name_others
-from fairseq_knnlm.cluster.connect import ray_library
+from fairseq_knnlm.cluster.connect import ray_library, runtime
 from fairseq_knnlm.cluster.replicas import PATIENCE, REPORT, Replicas, fetched
 from fairseq_knnlm.cluster.shard import Part, Shard
 from fairseq_knnlm.errors import KnnlmError
@@ -88,13 +86,10 @@ def start(
 def _options(place: str, name: str | None) -> dict[str, Any]:
     """How Ray is to run a shard: on a machine, as long as that is there; with a name if kept up."""
     strategies = ray_library().util.scheduling_strategies
-    # Workers find this package where it is not installed.
-    folder = str(Path(__file__).resolve().parents[2])
-    paths = [folder, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     options: dict[str, Any] = {
         "max_restarts": -1,
         "scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(place, soft=True),
-        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}},
+        "runtime_env": runtime(),
     }
     if name is not None:
         kept = {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fairseq_knnlm.errors import ConfigError, KnnlmError
@@ -59,6 +60,13 @@ def ray_library(*, loopback: bool = False) -> Any:
         ) from None
     logging.getLogger("ray").setLevel(logging.ERROR)
     return ray
+
+
+def runtime() -> dict[str, Any]:
+    """What Ray is to give its workers, so that they find this package where it is not installed."""
+    folder = str(Path(__file__).resolve().parents[2])
+    paths = [folder, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}
 
 
 def check_address(flag: str, address: str) -> None:

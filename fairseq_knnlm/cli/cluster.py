@@ -1,0 +1,38 @@
+"""``fairseq-knnlm cluster``: work on the machines of a Ray, a file a kind of work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fairseq_knnlm.cli import cluster_evaluate, cluster_save
+
+HELP = "save and evaluate on the machines of a Ray"
+EXAMPLE = "save --ray local --workers 2 data-bin --path checkpoint_best.pt --dstore DSTORE"
+
+#: Kinds of work, each with the four names of a subcommand.
+KINDS = {"save": cluster_save, "evaluate": cluster_evaluate}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A parser for each kind of work."""
+    kinds = parser.add_subparsers(required=True, dest="kind", metavar="WORK")
+    for name, kind in KINDS.items():
+        what = kind.HELP
+        sub = kinds.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example: fairseq-knnlm cluster {name} {kind.EXAMPLE}",
+        )
+        kind.add_arguments(sub)
+
+
+def check(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Refuses what that kind of work refuses."""
+    KINDS[args.kind].check(args, rest)
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Does it."""
+    KINDS[args.kind].run(args, rest)
