@@ -10,7 +10,7 @@ from fairseq_knnlm.datastore.making import is_in_the_making, made_at, read_plan
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.index.card import IndexCard
-from fairseq_knnlm.runs.origins import saving_command
+from fairseq_knnlm.runs.origins import making_command
 
 
 def describe_split(origin: Origin) -> str:
@@ -80,12 +80,10 @@ def _print_progress(path: Path) -> None:
         return
     there = [block for block in plan.blocks if made_at(path, block).exists()]
     rows = sum(len(plan.rows(block)) for block in there)
-    what = "to be added " if plan.onto else ""
-    blocks = f"{len(there):,} of {len(plan.blocks):,} blocks {what}are there"
-    print(f"  in making    {blocks}, {rows:,} of {plan.starts[-1]:,} entries")
-    if plan.onto:
-        print("  go on with   the command that adds them, as it was typed before")
-    elif len(there) == len(plan.blocks):
+    what = "blocks to be added" if plan.onto else "blocks"
+    count = f"{len(there):,} of {len(plan.blocks):,} {what} are there"
+    print(f"  in making    {count}, {rows:,} of {plan.starts[-1]:,} entries")
+    if len(there) == len(plan.blocks):
         print(f"  go on with   fairseq-knnlm save --join {path}")
     else:
-        print(f"  go on with   {saving_command(path, plan)}")
+        print(f"  go on with   {making_command(path, plan)}")
