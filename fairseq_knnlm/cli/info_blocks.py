@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from fairseq_knnlm.datastore import MANIFEST, Datastore, Origin
+from fairseq_knnlm.datastore import MANIFEST, PROCESSOR, Datastore, Origin, outline
 from fairseq_knnlm.datastore.making import is_in_the_making, made_at, read_plan
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.files import human_bytes
@@ -32,9 +33,19 @@ def print_blocks(store: Datastore) -> None:
         print(
             f"  changed      {times}, the last time at {last}; it was {before[-1][:12]}... before"
         )
+    print(f"  processor    {', '.join(_processors(store)) or 'unknown'}")
     print(f"  on disk      {human_bytes(sum(_bytes(block.path) for block in store.blocks))}")
     if is_in_the_making(store.path):
         _print_progress(store.path)
+
+
+def _processors(store: Datastore) -> list[str]:
+    """Those that made the blocks, as far as these can be read."""
+    found = set()
+    for block in store.blocks:
+        with suppress(KnnlmError, OSError):  # which the arrays' line tells
+            found.add(outline(block.path).manifest.origin.versions.get(PROCESSOR, "unknown"))
+    return sorted(found)
 
 
 def _bytes(block: Path) -> int:

@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     tell_crashes()
     parser = command_parser(prog)
     args, rest = parser.parse_known_args(argv)
-    # Who reads data runs fairseq-eval-lm on it, and passes on what is not ours.
-    if rest and not getattr(args, "data", None):
+    # Who reads data runs fairseq on it, and passes on what is not ours.
+    if rest and not (getattr(args, "data", None) or getattr(args, "recompute", None)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     command = COMMANDS[args.command]
     try:
