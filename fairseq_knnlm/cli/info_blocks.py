@@ -30,9 +30,7 @@ def print_blocks(store: Datastore) -> None:
         changed = time.localtime((store.path / MANIFEST).stat().st_mtime)
         times = "once" if len(before) == 1 else f"{len(before):,} times"
         last = time.strftime("%Y-%m-%d %H:%M", changed)
-        print(
-            f"  changed      {times}, the last time at {last}; it was {before[-1][:12]}... before"
-        )
+        print(f"  changed      {times}, last at {last}; it was {before[-1][:12]}... before")
     print(f"  processor    {', '.join(_processors(store)) or 'unknown'}")
     print(f"  on disk      {human_bytes(sum(_bytes(block.path) for block in store.blocks))}")
     if is_in_the_making(store.path):

@@ -190,23 +190,22 @@ def _again(store: Datastore, block: Block, expected: int, open_text: OpenText) -
 
 
 def _find(text: Text, values: np.ndarray, expected: int) -> range | None:
-    """The blocks of text that values (n,) are of; None where they are of none.
+    """The blocks of text that values (n,) are of; None where they are of none, or of which is open.
 
     Where they are expected, or wherever they are: half of them are the same there.
     """
-    edges = text.edges
-    texts = _between(edges, expected, len(values))
+    texts = _between(text.edges, expected, len(values))
     if texts is not None and _agree(text.values(texts), values):
         return texts
-    tokens = text.values(range(len(edges) - 1))
-    starts = edges[:-1][edges[:-1] + len(values) <= len(tokens)]
+    tokens = text.values(range(len(text.edges) - 1))
+    starts = text.edges[:-1][text.edges[:-1] + len(values) <= len(tokens)]
     looked_at = np.arange(min(LOOKED_AT, len(values)))
     same = (tokens[starts[:, None] + looked_at] == values[looked_at]).mean(axis=1)
-    for start in starts[np.argsort(-same, kind="stable")][:1].tolist():
-        texts = _between(edges, start, len(values))
-        if texts is not None and _agree(tokens[start : start + len(values)], values):
-            return texts
-    return None
+    places = starts[same == same.max(initial=0.5)]
+    if len(places) != 1:  # such as one of few entries, once those before it are gone
+        return None
+    texts = _between(text.edges, int(places[0]), len(values))
+    return texts if texts is not None and _agree(text.values(texts), values) else None
 
 
 def _between(edges: np.ndarray, start: int, rows: int) -> range | None:
