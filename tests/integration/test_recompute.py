@@ -31,7 +31,7 @@ KINDS = {
 
 
 def saved(lab: Lab, kind: str) -> Path:
-    path = lab.folder / f"computed again, {kind}"
+    path = lab.folder / f"to be computed, {kind}"
     if not path.exists():
         lab.evaluate("valid", *SAVE, path, *KINDS[kind])
     return path
@@ -46,7 +46,7 @@ def again(lab: Lab, path: Path, *flags: object, model: str = "adaptive") -> list
 def test_what_is_unchanged_is_confirmed(lab: Lab, kind: str, capsys: Capture) -> None:
     path = saved(lab, kind)
     said, _ = said_and_wrong(capsys, 0, *again(lab, path))
-    lines = [line for line in said.splitlines() if "computed again" in line]
+    lines = [line for line in said.splitlines() if "entries computed again" in line]
     assert len(lines) == max(1, len(open_datastore(path).blocks))
     compared = "keys in float16, and values"
     compared = {
