@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from fairseq_knnlm import files
 from fairseq_knnlm.datastore import (
     Compression,
     Datastore,
@@ -20,8 +22,10 @@ from fairseq_knnlm.datastore import (
     Manifest,
     Origin,
     Stretch,
+    Sums,
     open_datastore,
     outline,
+    read_manifest,
 )
 from fairseq_knnlm.datastore.manifest import write_manifest
 from fairseq_knnlm.errors import KnnlmError
@@ -282,3 +286,26 @@ def assert_helps(caught: pytest.ExceptionInfo[KnnlmError], *words: str) -> None:
     message = str(caught.value)
     for word in ("expected: ", "found:    ", "to do:    ", *words):
         assert word in message, message
+
+
+def plant(store: Datastore, block: int, name: str, change: Callable[[np.ndarray], object]) -> None:
+    """Changes an array of a block, or of a flat datastore; checksums and seals are made anew.
+
+    Args:
+        store: in blocks, or flat.
+        block: the number of one.
+        name: of the file.
+        change: is given the array to write to.
+    """
+    folder = store.blocks[block].path if store.blocks else store.path
+    array = np.load(folder / name)
+    change(array)
+    np.save(folder / name, array)
+    part, _ = read_manifest(folder)
+    chunks = files.checksums(folder / name)
+    sums = {**part.files, name: Sums((folder / name).stat().st_size, chunks)}
+    seal = write_manifest(folder / "manifest.json", replace(part, files=sums))
+    if store.blocks:
+        stretches = list(store.manifest.blocks)
+        stretches[block] = replace(stretches[block], fingerprint=seal)
+        write_manifest(store.path / "manifest.json", replace(store.manifest, blocks=stretches))

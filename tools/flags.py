@@ -34,8 +34,8 @@ meaning.
 COMMAND = """\
 ## The command `fairseq-knnlm`
 
-`save`, and `tune` with `--data`, pass all further flags on to `fairseq-eval-lm`. `python
-examples/build_index.py` takes what `build-index` takes.
+`save`, and `tune` with `--data`, pass all further flags on to `fairseq-eval-lm`, and `verify
+--recompute` to fairseq. `python examples/build_index.py` takes what `build-index` takes.
 """
 
 TAIL = "Next: [what it does not do](limits.md)."

@@ -71,7 +71,7 @@ def _print_manifest(store: Datastore) -> None:
     for step in manifest.compressions:
         print(f"  compressed   {step.describe()}")
     print(f"  split        {describe_split(origin)}")
-    if PROCESSOR in origin.versions:
+    if PROCESSOR in origin.versions and not store.blocks:
         print(f"  processor    {origin.versions[PROCESSOR]}")
     print(f"  model        {origin.model or 'unknown'}")
     print(f"  dictionary   {origin.dictionary or 'unknown'}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from fairseq_knnlm.datastore import MANIFEST, Datastore, Origin
+from fairseq_knnlm.datastore import MANIFEST, PROCESSOR, Datastore, Origin, outline
 from fairseq_knnlm.datastore.making import is_in_the_making, made_at, read_plan
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.index.card import IndexCard
-from fairseq_knnlm.runs.origins import saving_command
+from fairseq_knnlm.runs.origins import making_command
 
 
 def describe_split(origin: Origin) -> str:
@@ -29,12 +30,20 @@ def print_blocks(store: Datastore) -> None:
         changed = time.localtime((store.path / MANIFEST).stat().st_mtime)
         times = "once" if len(before) == 1 else f"{len(before):,} times"
         last = time.strftime("%Y-%m-%d %H:%M", changed)
-        print(
-            f"  changed      {times}, the last time at {last}; it was {before[-1][:12]}... before"
-        )
+        print(f"  changed      {times}, last at {last}; it was {before[-1][:12]}... before")
+    print(f"  processor    {', '.join(_processors(store)) or 'unknown'}")
     print(f"  on disk      {human_bytes(sum(_bytes(block.path) for block in store.blocks))}")
     if is_in_the_making(store.path):
         _print_progress(store.path)
+
+
+def _processors(store: Datastore) -> list[str]:
+    """Those that made the blocks, as far as these can be read."""
+    found = set()
+    for block in store.blocks:
+        with suppress(KnnlmError, OSError):  # which the arrays' line tells
+            found.add(outline(block.path).manifest.origin.versions.get(PROCESSOR, "unknown"))
+    return sorted(found)
 
 
 def _bytes(block: Path) -> int:
@@ -80,12 +89,10 @@ def _print_progress(path: Path) -> None:
         return
     there = [block for block in plan.blocks if made_at(path, block).exists()]
     rows = sum(len(plan.rows(block)) for block in there)
-    what = "to be added " if plan.onto else ""
-    blocks = f"{len(there):,} of {len(plan.blocks):,} blocks {what}are there"
-    print(f"  in making    {blocks}, {rows:,} of {plan.starts[-1]:,} entries")
-    if plan.onto:
-        print("  go on with   the command that adds them, as it was typed before")
-    elif len(there) == len(plan.blocks):
+    what = "blocks to be added" if plan.onto else "blocks"
+    count = f"{len(there):,} of {len(plan.blocks):,} {what} are there"
+    print(f"  in making    {count}, {rows:,} of {plan.starts[-1]:,} entries")
+    if len(there) == len(plan.blocks):
         print(f"  go on with   fairseq-knnlm save --join {path}")
     else:
-        print(f"  go on with   {saving_command(path, plan)}")
+        print(f"  go on with   {making_command(path, plan)}")

@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     tell_crashes()
     parser = command_parser(prog)
     args, rest = parser.parse_known_args(argv)
-    # Who reads data runs fairseq-eval-lm on it, and passes on what is not ours.
-    if rest and not getattr(args, "data", None):
+    # Who reads data runs fairseq on it, and passes on what is not ours.
+    if rest and not _runs_fairseq(args):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     command = COMMANDS[args.command]
     try:
@@ -105,6 +105,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(text, file=sys.stderr)
         return code
     return 0
+
+
+def _runs_fairseq(args: argparse.Namespace) -> bool:
+    """Whether there is data to read by a model, or a share of it to compute again."""
+    return bool(getattr(args, "data", None)) or getattr(args, "recompute", None) is not None
 
 
 def command_parser(prog: str | None = None) -> argparse.ArgumentParser:

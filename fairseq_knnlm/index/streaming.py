@@ -75,12 +75,16 @@ class PieceStream:
             self._waiting = [keys[self._at_a_time :]]
             self._codes.append(encode(self._index, keys[: self._at_a_time]))
 
-    def write(self, folder: Path, fingerprint: str) -> Path:
-        """Writes the piece into the folder of its block, once all keys have come."""
+    def codes(self) -> np.ndarray:
+        """(rows, S) uint8, once all keys have come."""
         if any(map(len, self._waiting)):
             self._codes.append(encode(self._index, np.concatenate(self._waiting)))
             self._waiting = []
-        rows = sum(map(len, self._codes))
-        block = Block(folder, 0, Stretch(folder.name, rows, fingerprint))
+        return np.concatenate(self._codes)
+
+    def write(self, folder: Path, fingerprint: str) -> Path:
+        """Writes the piece into the folder of its block, once all keys have come."""
+        codes = self.codes()
+        block = Block(folder, 0, Stretch(folder.name, len(codes), fingerprint))
         width = self._index.sa_code_size()
-        return write_piece(block, training_of(self._index), width, self._codes)
+        return write_piece(block, training_of(self._index), width, [codes])

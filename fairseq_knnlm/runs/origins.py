@@ -46,17 +46,22 @@ def block_rows(starts: Sequence[int]) -> int:
     return min((start // number for number, start in enumerate(starts) if number), default=1)
 
 
-def saving_command(path: Path, plan: Plan) -> str:
+def making_command(path: Path, plan: Plan) -> str:
     """The command that goes on with a datastore in the making, but for data and checkpoint."""
     flags = reading_flags(plan.origin)
     if flags.get("--max-tokens") == str(MAX_TOKENS):
         del flags["--max-tokens"]
     flags["--block-rows"] = str(block_rows(plan.starts[:-1]))
+    if plan.boundary is not None:
+        flags["--document-boundary"] = plan.boundary
+    if plan.onto:  # whose keys are as those that are there
+        return _typed(["append", path, "DATA", "--path", "CKPT"], flags)
     if plan.recipe is not None:
         flags |= {"--no-save-keys": None, "--recipe": plan.recipe}
     elif plan.key_dtype == "float32":
         flags["--dstore-fp32"] = None
-    if plan.boundary is not None:
-        flags["--document-boundary"] = plan.boundary
-    typed = ["--dstore", str(path), *words(flags)]
-    return f"fairseq-knnlm save DATA --path CKPT {shlex.join(typed)}"
+    return _typed(["save", "DATA", "--path", "CKPT", "--dstore", path], flags)
+
+
+def _typed(command: Sequence[object], flags: dict[str, str | None]) -> str:
+    return shlex.join(["fairseq-knnlm", *map(str, command), *words(flags)])

@@ -126,14 +126,9 @@ class CheckedBlocks:
             names.append(path.name)
         if (training := self._training) is not None:
             path = piece_path(block, training.fingerprint)
-            errors += judged(path, lambda: self._piece(block, training)).errors
+            errors += _wrong_with_piece(block, training)
             names.append(path.name)
         return errors, names, arrays.get(VALUES)
-
-    @staticmethod
-    def _piece(block: Block, training: Training) -> str:
-        codes = open_piece(block, training.fingerprint, training.width, everything=True)
-        return f"{len(codes):,} entries"
 
     def _others(self, block: Block) -> Iterator[Finding]:
         known = set(KNOWN)
@@ -144,6 +139,17 @@ class CheckedBlocks:
                 yield Finding(finding.path, "of another index; building one removes it")
             else:
                 yield finding
+
+
+def _wrong_with_piece(block: Block, training: Training) -> list[KnnlmError]:
+    """That it is missing, or what is wrong with it; nothing where it is as it was written."""
+    try:
+        open_piece(block, training.fingerprint, training.width, everything=True)
+    except KnnlmError as error:
+        return [error]
+    except OSError as error:
+        return [unread(piece_path(block, training.fingerprint), error)]
+    return []
 
 
 def of_datastore(whole: Manifest) -> Check:

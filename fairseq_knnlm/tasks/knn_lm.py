@@ -129,10 +129,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
         if self.needs_order():
             dataset = InTextOrder(dataset)
-        if context_window > 0:
-            size, pad = self.args.tokens_per_sample, self.target_dictionary.pad()
-            longest = max_positions if isinstance(max_positions, int) else None
-            dataset = WindowsInText(dataset, size, context_window, pad, longest)
+        dataset = self.in_windows(dataset, context_window, max_positions)
         in_part = num_shards > 1 and not saving  # which is shared out by blocks of its own
         part = ShareOfBatches(dataset, shard_id, num_shards) if in_part else None
         text = dataset if part is None else part
@@ -175,6 +172,14 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             batches = WithEnd(ours, run.finish, part.before, lambda one: catch_up(to_device(one)))
         hand_over(run.scorer)
         return batches
+
+    def in_windows(self, dataset: Any, context_window: int, max_positions: Any) -> Any:
+        """Blocks of a split after the context that stands before each, where there is one."""
+        if context_window == 0:
+            return dataset
+        size, pad = self.args.tokens_per_sample, self.target_dictionary.pad()
+        longest = max_positions if isinstance(max_positions, int) else None
+        return WindowsInText(dataset, size, context_window, pad, longest)
 
     def needs_order(self) -> bool:
         """Whether somebody must be given the text in its order."""
