@@ -39,6 +39,8 @@ from fairseq_knnlm.retrieval.opening import open_retriever
 from fairseq_knnlm.runs.streaming import Streaming
 from fairseq_knnlm.versions import versions
 
+#: Which processor FAISS's matrix products are for, where they are told: their last digits differ.
+KERNELS = os.environ.get("OPENBLAS_CORETYPE", "")
 #: Types of WikiText-103, so that a value takes four bytes.
 VOCABULARY = 267_744
 #: Groups of blocks that are searched one after the other.
@@ -93,7 +95,7 @@ class Large:
                 vocabulary=VOCABULARY,
                 key_type="last_ffn_input",
                 split="synthetic",
-                context={"seed": args.seed},
+                context={"seed": args.seed, "openblas_coretype": KERNELS},
                 versions=versions(),
             ),
             starts=[*range(0, args.entries, args.block_rows), args.entries],
@@ -137,13 +139,18 @@ def _make_missing(large: Large, making: Making, streaming: Streaming) -> None:
     print(f"{len(there)} of {len(making.plan.blocks)} blocks are there", flush=True)
     left, done, started = sum(len(making.plan.rows(block)) for block in missing), 0, time.time()
     for block in missing:
+        spent = time.process_time()
         watch = _make_block(large, making, streaming, block)
+        spent = time.process_time() - spent
         rows = len(making.plan.rows(block))
-        about = {"rows": rows, "seconds": watch.seconds, **large.memory.gib()}
+        about = {
+            **{"rows": rows, "seconds": watch.seconds, "cpu_seconds": spent},
+            **large.memory.gib(),
+        }
         write_json(large.figures(f"{block:06d}"), about)
         left, done = left - rows, done + rows
         hours = left / done * (time.time() - started) / 3600
-        shares = ", ".join(f"{name} {spent:.0f} s" for name, spent in watch.seconds.items())
+        shares = ", ".join(f"{name} {time_:.0f} s" for name, time_ in watch.seconds.items())
         rate = rows / sum(watch.seconds.values())
         print(f"block {block}: {rate:,.0f} keys/s ({shares}); {hours:.2f} hours left", flush=True)
 
@@ -323,14 +330,14 @@ def collect(large: Large) -> dict[str, Any]:
         "rows": rows,
         "seconds": seconds,
         "keys_per_second": rows / sum(seconds.values()),
+        "cpu_seconds": sum(block["cpu_seconds"] for block in blocks),
         "encoded_per_second": rows / seconds["encoding"],
         "bytes_per_key": held,
         "peak_gib": max(block["peak_gib"] for block in blocks),
         "peak_own_gib": max(block["peak_own_gib"] for block in blocks),
     }
     steps["training"] = json.loads(training.read_text()) if training.exists() else None
-    kernels = os.environ.get("OPENBLAS_CORETYPE", "")
-    return {"machine": machine(args.threads), "openblas_coretype": kernels, **steps}
+    return {"machine": machine(args.threads), "openblas_coretype": KERNELS, **steps}
 
 
 def show_figures(found: dict[str, Any]) -> None:
