@@ -144,13 +144,15 @@ def _make_missing(large: Large, making: Making, streaming: Streaming) -> None:
         spent = time.process_time() - spent
         rows = len(making.plan.rows(block))
         about = {
-            **{"rows": rows, "seconds": watch.seconds, "cpu_seconds": spent},
+            "rows": rows,
+            "seconds": watch.seconds,
+            "cpu_seconds": spent,
             **large.memory.gib(),
         }
         write_json(large.figures(f"{block:06d}"), about)
         left, done = left - rows, done + rows
         hours = left / done * (time.time() - started) / 3600
-        shares = ", ".join(f"{name} {time_:.0f} s" for name, time_ in watch.seconds.items())
+        shares = ", ".join(f"{name} {each:.0f} s" for name, each in watch.seconds.items())
         rate = rows / sum(watch.seconds.values())
         print(f"block {block}: {rate:,.0f} keys/s ({shares}); {hours:.2f} hours left", flush=True)
 
