@@ -1,10 +1,12 @@
 """Measures how the default index grows: keys are streamed into it and never stored.
 
     python benchmarks/scale.py --sizes 1000000 4000000 10000000
+    python benchmarks/scale.py --entries 103227021 --folder FOLDER
 
-Each size is measured in a process of its own. The time of a query is compared at equal recall of
-fresh queries, none of which is a key: that of the smallest index as it was built. The table at
-the end is also in OUT/scale.json.
+The second is a whole datastore in blocks, on the disk (large.py). Of the first, each size is
+measured in a process of its own. The time of a query is compared at equal recall of fresh queries,
+none of which is a key: that of the smallest index as it was built. The table at the end is also in
+OUT/scale.json.
 """
 
 import argparse
@@ -13,9 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import faiss
+import large
 import numpy as np
 import torch
 from common.commands import RunError, answer
@@ -31,6 +32,8 @@ from measure import default_threads, machine, summary
 from msgspec.structs import replace
 from synthetic import Mixture
 from tqdm import tqdm
+from truth import Truth
+from watch import Watch
 
 from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.files import write_json
@@ -43,40 +46,6 @@ from fairseq_knnlm.index.storage import write_file
 ROOT = Path(__file__).resolve().parent.parent
 #: Timed runs of all queries.
 REPEATS = 5
-
-
-@dataclass
-class Watch:
-    """Adds up seconds, by what they were spent on."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
-
-
-class Truth:
-    """The true k nearest keys of queries (Q, D), found while the keys go by."""
-
-    def __init__(self, queries: np.ndarray, k: int) -> None:
-        self.queries = queries
-        self.k = k
-        self._best = faiss.ResultHeap(len(queries), k)
-
-    def see(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        distances, found = faiss.knn(self.queries, keys, min(self.k, len(keys)))
-        self._best.add_result(distances, rows[found])
-
-    def finish(self) -> None:
-        self._best.finalize()
-
-    def recall(self, found: np.ndarray) -> float:
-        """Share of the true neighbours that are among those found, (Q, k)."""
-        pairs = zip(self._best.I, found, strict=True)
-        return float(np.mean([np.isin(true, ids).mean() for true, ids in pairs]))
 
 
 class Searcher:
@@ -147,7 +116,6 @@ def measure(args: argparse.Namespace, rows: int) -> dict[str, Any]:
     trained_on = len(sample)
     del sample
     _stream(mixture, rows, builder, truth, watch)
-    truth.finish()
     with watch.on("examining"):
         index, card = builder.finish()
     searcher = Searcher(index, card, truth)
@@ -172,7 +140,7 @@ def measure(args: argparse.Namespace, rows: int) -> dict[str, Any]:
 
 def _stream(mixture: Mixture, rows: int, builder: IndexBuilder, truth: Truth, watch: Watch) -> None:
     """Makes all keys, shows them to those who look for true neighbours, and adds them."""
-    chunks = mixture.chunks(rows)
+    chunks = mixture.chunks(range(rows))
     with tqdm(total=rows, desc=f"{rows:,} keys", unit=" keys", unit_scale=True) as bar:
         while True:
             with watch.on("generating"):
@@ -254,6 +222,9 @@ def arguments() -> argparse.Namespace:
     option("--seed", type=int, default=0, help="of keys and queries")
     option("--threads", type=int, default=default_threads(), help="of everything")
     option("--out", type=Path, default=ROOT / "bench", help="folder of scale.json")
+    option("--entries", type=int, metavar="N", help="build and search a datastore in blocks")
+    option("--block-rows", type=int, default=2**20, help="with --entries: keys of a block")
+    option("--folder", type=Path, help="with --entries: where it is made, or gone on with")
     option("--one", type=int, metavar="N", help="measure this size only, in this process")
     option("--recall", type=float, help="to compare at, where not that of the smallest index")
     option("--into", type=Path, metavar="FILE", help="with --one: JSON file to write")
@@ -262,9 +233,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    if bool(args.entries) != bool(args.folder):
+        sys.exit("--entries and --folder go together")
     args.out.mkdir(parents=True, exist_ok=True)
     faiss.omp_set_num_threads(args.threads)
     torch.set_num_threads(args.threads)
+    if args.entries:
+        return large.run(args)
     if args.one:
         found = measure(args, args.one)
         if args.into:

@@ -162,12 +162,14 @@ def read_card(path: Path, *, foreign: bool = False) -> IndexCard | None:
 def _renewed(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of older versions as of today.
 
-    Version 1 told the time in the place of the threads; before version 3 there were no pieces.
+    Version 1 told the time in the place of the threads, and at first no coverage; before version 3
+    there were no pieces.
     """
     fields = {"piece_bytes": 0} | fields
     if "seconds" not in fields:
         return fields
-    return {"threads": 0} | {name: fields[name] for name in fields if name != "seconds"}
+    rest = {name: value for name, value in fields.items() if name != "seconds"}
+    return {"threads": 0, "coverage": None} | rest
 
 
 def damaged(file: Path, expected: str, found: str) -> IndexFileError:

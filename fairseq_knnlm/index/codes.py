@@ -19,8 +19,8 @@ import numpy as np
 from fairseq_knnlm.files import check_mapped
 from fairseq_knnlm.index.library import faiss
 
-#: Codes and their ids: (n, S) uint8 and (n,) int64.
-Part = tuple[np.ndarray, np.ndarray]
+#: Codes and their ids: (n, S) uint8, and (n,) int64 or, where they follow each other, a range.
+Part = tuple[np.ndarray, np.ndarray | range]
 #: FAISS's classes whose entries are codes in a row, or in lists one after the other.
 FLAT = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexPQ"}
 ARRAYS = {"IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer", "IndexIVFRaBitQ"}
@@ -30,6 +30,8 @@ BLOCKS = {"IndexIVFPQFastScan", "IndexIVFRaBitQFastScan"}
 PACKED_TOGETHER = 32
 #: Entries that a thread puts into their lists at a time.
 GROUP = 2**16
+#: What parts are called where they are found to be damaged.
+MAPPED = "pieces of the index"
 
 
 def can_be_cut(index: Any) -> bool:
@@ -64,11 +66,12 @@ def encode(index: Any, keys: np.ndarray) -> np.ndarray:
 def assemble(index: Any, parts: Iterable[Part]) -> Any:
     """Fills a trained, empty index with codes, as adding their keys in this order would.
 
-    Memory beside the index is the codes and ids once, and as much again as 8 bytes a row.
+    Codes are read where they lie, a few lists at a time: beside the index that takes 4 bytes of
+    memory a row.
 
     Args:
         index: trained and empty; ``can_be_cut``. It is filled in place.
-        parts: codes (n, S) uint8, in memory or mapped, and their ids (n,) int64. Without lists
+        parts: codes (n, S) uint8, in memory or mapped, and their n ids. Without lists
             they are 0, 1, ... over all parts.
 
     Returns:
@@ -82,14 +85,11 @@ def assemble(index: Any, parts: Iterable[Part]) -> Any:
     parts = list(parts)
     inner = _behind_transforms(index)
     rows = sum(len(codes) for codes, _ in parts)
-    ids = np.concatenate([np.empty(0, np.int64), *(ids for _, ids in parts)])
     if type(inner).__name__ in FLAT:
-        if not np.array_equal(ids, np.arange(rows)):
-            raise ValueError("ids other than 0, 1, ... in an index without lists")
-        _joined(parts, _all_codes(inner, rows))
+        _check_in_order(parts)
+        _join(parts, _all_codes(inner, rows))
     else:
-        codes = np.empty((rows, inner.sa_code_size()), np.uint8)
-        _fill_lists(inner, _joined(parts, codes), ids)
+        _fill_lists(inner, parts)
     _count(index, rows)
     return index
 
@@ -159,42 +159,111 @@ def _flat_codes(inner: Any, shape: tuple[int, int]) -> np.ndarray:
     return codes.reshape(shape)
 
 
-def _joined(parts: Sequence[Part], room: np.ndarray) -> np.ndarray:
-    """The codes of all parts one after the other, in ``room`` (N, S)."""
+def _check_in_order(parts: Sequence[Part]) -> None:
+    """Refuses ids other than 0, 1, ... over all parts."""
+    done = 0
+    for _, ids in parts:
+        if not np.array_equal(ids, np.arange(done, done + len(ids))):
+            raise ValueError("ids other than 0, 1, ... in an index without lists")
+        done += len(ids)
+
+
+def _join(parts: Sequence[Part], room: np.ndarray) -> None:
+    """Puts the codes of all parts one after the other into ``room`` (N, S)."""
     done = 0
     for codes, _ in parts:
-        check_mapped(codes, "pieces of the index")
+        check_mapped(codes, MAPPED)
         room[done : done + len(codes)] = codes
         done += len(codes)
-    return room
 
 
-def _fill_lists(inner: Any, codes: np.ndarray, ids: np.ndarray) -> None:
-    """Puts codes (N, S) into the inverted lists, each list at once and in order."""
-    first = inner.coarse_code_size()
-    numbers = _list_numbers(codes[:, :first])
+def _fill_lists(inner: Any, parts: Sequence[Part]) -> None:
+    """Puts codes into the inverted lists, each list at once and in order."""
+    if not parts:
+        return
+    with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:
+        # FAISS and NumPy let go of the interpreter lock; threads fill lists of their own.
+        by_list = list(pool.map(lambda part: _by_list(inner, part[0]), parts))
+        sizes = sum((np.diff(ends) for _, ends in by_list), np.zeros(inner.nlist, np.int64))
+        # Lists together that hold about as many entries; a large list is a group by itself.
+        cuts = np.searchsorted(np.cumsum(sizes), np.arange(GROUP, sizes.sum(), GROUP))
+        cuts = np.unique([0, *cuts, inner.nlist])
+        fill = _Filling(inner, parts, by_list)
+        list(pool.map(fill, cuts[:-1].tolist(), cuts[1:].tolist()))
+
+
+def _by_list(inner: Any, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts the codes (n, S) of a part by their lists.
+
+    Returns:
+        The places (n,) of its codes, list by list and in order; (lists + 1,) int64, how many there
+        are before each list.
+    """
+    check_mapped(codes, MAPPED)
+    numbers = _list_numbers(codes[:, : inner.coarse_code_size()])
     sizes = np.bincount(numbers, minlength=inner.nlist)
     if len(sizes) > inner.nlist:
         raise ValueError(f"list {int(numbers.max()):,} of {inner.nlist:,}")
     order = np.argsort(numbers, kind="stable")
-    ends = np.cumsum(sizes)
-    # Lists together that hold about as many entries; a large list is a group by itself.
-    cuts = np.searchsorted(ends, np.arange(GROUP, len(codes), GROUP))
-    cuts = np.unique([0, *cuts, inner.nlist])
-    lists = faiss.downcast_InvertedLists(inner.invlists)
+    small = np.uint32 if len(codes) <= 2**32 else np.int64
+    return order.astype(small), np.cumsum([0, *sizes])
 
-    def fill(start: int, stop: int) -> None:
-        rows = order[ends[start] - sizes[start] : ends[stop - 1]]
-        held = sizes[start:stop]
-        if type(inner).__name__ in BLOCKS:
-            some, step = _packed(lists, codes[rows, first:], held)
-        else:
-            some, step = codes[rows, first:], held * (codes.shape[1] - first)
-        _add_lists(lists, range(start, stop), held, ids[rows], some.reshape(-1), step)
 
-    # FAISS and NumPy let go of the interpreter lock; threads fill lists of their own.
-    with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:
-        list(pool.map(fill, cuts[:-1].tolist(), cuts[1:].tolist()))
+class _Filling:
+    """Fills some lists at a time from all parts.
+
+    Args:
+        inner: FAISS's, with empty lists.
+        parts: codes and ids.
+        by_list: of each part, as ``_by_list`` gives it.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        parts: Sequence[Part],
+        by_list: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        self._parts = parts
+        self._orders = [order for order, _ in by_list]
+        #: (parts, lists + 1)
+        self._ends = np.array([ends for _, ends in by_list])
+        self._first = inner.coarse_code_size()
+        self._width = inner.sa_code_size() - self._first
+        self._lists = faiss.downcast_InvertedLists(inner.invlists)
+        self._packs = type(inner).__name__ in BLOCKS
+
+    def __call__(self, start: int, stop: int) -> None:
+        """Fills the lists from ``start`` to before ``stop``."""
+        codes, ids, held = self._gathered(start, stop)
+        step = held * self._width
+        if self._packs:
+            codes, step = _packed(self._lists, codes, held)
+        _add_lists(self._lists, range(start, stop), held, ids, codes.reshape(-1), step)
+
+    def _gathered(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes (n, C) and ids (n,) of lists, list by list; and how many each holds, (L,)."""
+        counts = np.diff(self._ends[:, start : stop + 1])  # (parts, L)
+        # Within a list parts follow each other; where those of each part begin, (parts, L).
+        begins = (np.cumsum(counts.T) - counts.T.reshape(-1)).reshape(counts.T.shape).T
+        codes = np.empty((int(counts.sum()), self._width), np.uint8)
+        ids = np.empty(len(codes), np.int64)
+        for number, (own, named) in enumerate(self._parts):
+            check_mapped(own, MAPPED)
+            count, ends = counts[number], self._ends[number]
+            rows = self._orders[number][ends[start] : ends[stop]]
+            shift = begins[number] - (np.cumsum(count) - count)
+            places = np.arange(len(rows)) + np.repeat(shift, count)
+            codes[places] = own[rows][:, self._first :]
+            ids[places] = _at(named, rows)
+        return codes, ids, counts.sum(axis=0)
+
+
+def _at(ids: np.ndarray | range, rows: np.ndarray) -> np.ndarray:
+    """The ids (n,) int64 at rows (n,) of a part."""
+    if isinstance(ids, range):
+        return ids.start + rows.astype(np.int64)
+    return ids[rows]
 
 
 def _list_numbers(names: np.ndarray) -> np.ndarray:

@@ -190,7 +190,7 @@ def pieces_of(
         training, width, everything: as for ``open_piece``.
 
     Yields:
-        (n, S) uint8, mapped, and (n,) int64.
+        (n, S) uint8, mapped, and a range of n rows.
 
     Raises:
         IndexFileError: as ``open_piece`` does.
@@ -199,7 +199,7 @@ def pieces_of(
         codes = open_piece(block, training, width, everything=everything)
         row = block.first
         for start, stop in block.kept:
-            yield codes[start:stop], np.arange(row, row + stop - start)
+            yield codes[start:stop], range(row, row + stop - start)
             row += stop - start
 
 

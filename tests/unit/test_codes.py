@@ -73,7 +73,8 @@ def test_codes_make_the_index_that_keys_would(recipe: str, metric: str) -> None:
     codes, ids = encode(made, keys()), np.arange(ROWS)
     assert made.ntotal == 0
     assert codes.shape == (ROWS, made.sa_code_size())
-    parts = [(codes[a:b], ids[a:b]) for a, b in ((0, 1), (1, 1), (1, 2047), (2047, ROWS))]
+    parts = [(codes[a:b], ids[a:b]) for a, b in ((0, 1), (1, 1), (1, 2047))]
+    parts.append((codes[2047:], range(2047, ROWS)))
     assert assemble(made, parts) is made
     assert same(made, expected)
     for k in (1, 10, ROWS):
