@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_world
@@ -145,3 +147,26 @@ def datastore(lab: Lab) -> Path:
     )
     must(sys.executable, ROOT / "examples/build_index.py", "--dstore", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Any]:
+    """A Ray of two nodes on the loopback device, in which this process takes part."""
+    from fairseq_knnlm.cluster.connect import ray_library
+
+    ray = ray_library(loopback=True)
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def address(nodes: Any) -> str:
+    """Where that Ray is."""
+    return str(nodes.address)

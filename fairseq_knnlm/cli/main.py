@@ -13,6 +13,7 @@ from typing import Protocol
 
 from fairseq_knnlm.cli import (
     build_index,
+    cluster,
     compress,
     explain,
     generate,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "verify": verify,
     "compress": compress,
+    "cluster": cluster,
     "import": import_,
 }
 
