@@ -76,6 +76,7 @@ VALUES = {
     "out": "DSTORE",
     "path": "CKPT",
     "plot": "FILE.png",
+    "ray": "ADDRESS",
     "recipe": "RECIPE",
     "results_json": "FILE.json",
     "score_table": "FILE.npz",
@@ -113,13 +114,21 @@ def task_flags() -> dict[str, Flag]:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    """By name, in their order."""
+    """By name, in their order; behind one that has subcommands of its own, these."""
     from fairseq_knnlm.cli.main import command_parser
 
-    for action in command_parser()._actions:
+    found = {}
+    for name, parser in _choices(command_parser()).items():
+        found[name] = parser
+        found |= {f"{name} {inner}": one for inner, one in _choices(parser).items()}
+    return found
+
+
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
-    raise AssertionError("fairseq-knnlm has no subcommands")
+    return {}
 
 
 def _of_field(field: dataclasses.Field[typing.Any]) -> Flag:
@@ -190,10 +199,12 @@ def page() -> Iterator[str]:
         yield ""
     yield COMMAND
     for name, parser in subcommands().items():
-        yield f"### {name}\n"
+        yield f"{'####' if ' ' in name else '###'} {name}\n"
         yield f"{parser.description}\n"
-        actions = [one for one in parser._actions if not isinstance(one, argparse._HelpAction)]
-        yield from _table(map(_of_action, actions))
+        unlisted = (argparse._HelpAction, argparse._SubParsersAction)
+        actions = [one for one in parser._actions if not isinstance(one, unlisted)]
+        if actions:
+            yield from _table(map(_of_action, actions))
         if parser.epilog:
             yield f"\n{parser.epilog.replace('example: ', 'Example: `')}`\n"
     yield TAIL

@@ -5,13 +5,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fairseq_knnlm.cli import cluster_evaluate, cluster_save
+from fairseq_knnlm.cli import (
+    cluster_down,
+    cluster_evaluate,
+    cluster_save,
+    cluster_status,
+    cluster_up,
+)
 
-HELP = "save and evaluate on the machines of a Ray"
+HELP = "save and evaluate on the machines of a Ray, and keep an index up there"
 EXAMPLE = "save --ray local --workers 2 data-bin --path checkpoint_best.pt --dstore DSTORE"
 
 #: Kinds of work, each with the four names of a subcommand.
-KINDS = {"save": cluster_save, "evaluate": cluster_evaluate}
+KINDS = {
+    "save": cluster_save,
+    "evaluate": cluster_evaluate,
+    "up": cluster_up,
+    "status": cluster_status,
+    "down": cluster_down,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

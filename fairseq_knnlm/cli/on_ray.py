@@ -32,8 +32,35 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_lasting(parser: argparse.ArgumentParser) -> None:
+    """A Ray that does not end with the command."""
+    parser.add_argument(
+        "--ray",
+        required=True,
+        metavar="ADDRESS",
+        help="where Ray is: auto for the one that runs here, or HOST:PORT of its head",
+    )
+
+
+def check_lasting(args: argparse.Namespace) -> None:
+    """Refuses what is no address, and a Ray that would end with the command."""
+    from fairseq_knnlm.cluster.connect import LOCAL, check_address
+
+    if args.ray == LOCAL:
+        raise ConfigError(
+            "--ray local ends with the command, and shards with it",
+            expected="a Ray that stays: auto, or HOST:PORT",
+            found=LOCAL,
+            do="start one with `ray start --head`; runs take --knn-ray local without this",
+        )
+    check_address("--ray", args.ray)
+
+
 def check_workers(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Refuses numbers of which nothing comes, and to share out by hand what Ray shares out."""
+    from fairseq_knnlm.cluster.connect import check_address
+
+    check_address("--ray", args.ray)
     check_range("--workers", args.workers, 1, MOST, "counts processes")
     if not 0 <= args.gpus_per_worker <= MOST:
         raise ConfigError(

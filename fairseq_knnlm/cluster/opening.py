@@ -8,8 +8,9 @@ from msgspec.structs import replace
 
 from fairseq_knnlm.cluster.actors import machines, start
 from fairseq_knnlm.cluster.connect import LOCAL, connect
+from fairseq_knnlm.cluster.kept import keep_up, standing
 from fairseq_knnlm.cluster.search import ShardedIndex
-from fairseq_knnlm.cluster.shard import parts_of
+from fairseq_knnlm.cluster.shard import Part, parts_of
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.index.card import IndexCard, read_card
@@ -45,26 +46,56 @@ def open_sharded(
         KnnlmError: where there is no such Ray, or a shard cannot be loaded.
         IndexFileError: where the index is missing or damaged.
     """
-    card = card_in_pieces(store)
+    card = replace(card_in_pieces(store), rows=len(store))
     check_shards(store, shards)
     trained = read_trained(store.index_path)
-    training = training_in(store.index_path, card.bytes)
-    card = replace(card, rows=len(store))
     if probe is not None:
         card = replace(card, nprobe=checked_nprobe(trained, probe))
     connect(address)
-    count = shards or min(len(machines()) or 1, len(store.blocks))
-    parts = parts_of(store, training, count)
+    parts = cut(store, card, shards)
+    where = "a Ray of this process" if address == LOCAL else f"the Ray at {address}"
+    if address != LOCAL and (up := standing(parts)) is not None:
+        found, held = up
+        logger.info(
+            "%s is searched in the %d shards that are up in %s", store.path, len(found), where
+        )
+        return ShardedIndex(trained, card, found, held)
     copies = replicas or 1
     found = start(parts, copies, threads=threads)
     logger.info(
-        "%s is searched in %d shards of %s, %d of each",
-        store.path,
-        count,
-        "a Ray of this process" if address == LOCAL else f"the Ray at {address}",
-        copies,
+        "%s is searched in %d shards of %s, %d of each", store.path, len(parts), where, copies
     )
     return ShardedIndex(trained, card, found, [part.rows for part in parts])
+
+
+def cut(store: Datastore, card: IndexCard, shards: int | None) -> list[Part]:
+    """What each shard of a datastore holds; this process takes part in a Ray.
+
+    Args:
+        store: in blocks.
+        card: of its index.
+        shards: in how many; one for each machine, at most one for each block, where left out.
+    """
+    count = shards or min(len(machines()) or 1, len(store.blocks))
+    return parts_of(store, training_in(store.index_path, card.bytes), count)
+
+
+def keep_sharded(store: Datastore, address: str, shards: int | None, replicas: int | None) -> int:
+    """Has shards kept up for runs to come.
+
+    Args:
+        store, address, shards, replicas: as for ``open_sharded``.
+
+    Returns:
+        How many shards.
+
+    Raises:
+        KnnlmError: as ``open_sharded`` does, or where the index is up already, cut otherwise.
+    """
+    card = card_in_pieces(store)
+    check_shards(store, shards)
+    connect(address)
+    return len(keep_up(cut(store, card, shards), replicas or 1))
 
 
 def card_in_pieces(store: Datastore) -> IndexCard:

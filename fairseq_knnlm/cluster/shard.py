@@ -70,6 +70,11 @@ def parts_of(store: Datastore, training: str, shards: int) -> list[Part]:
     ]
 
 
+def name_of(part: Part) -> str:
+    """What all shards of one index have in common, in a name."""
+    return f"{part.fingerprint}/{part.training[:16]}"
+
+
 def grouped(blocks: Sequence[Block], shards: int) -> list[Sequence[Block]]:
     """Blocks in their order, in as many groups, of about as many entries each.
 
@@ -136,6 +141,7 @@ class Shard:
             "number": self._part.number,
             "shards": self._part.shards,
             "threads": self._threads,
+            "bytes": _memory(),
             "node": _here(),
             "pid": os.getpid(),
             "versions": versions(),
@@ -221,3 +227,9 @@ def _check_shared(part: Part) -> None:
 
 def _here() -> str:
     return platform.node() or "an unnamed machine"
+
+
+def _memory() -> int:
+    """Bytes that this process has in memory."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

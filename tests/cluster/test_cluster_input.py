@@ -31,6 +31,8 @@ from fairseq_knnlm.index.pieces import training_in
 from fairseq_knnlm.runs.build_index import build_index
 from fairseq_knnlm.versions import versions
 
+pytestmark = pytest.mark.cluster
+
 ROWS, WIDTH = 600, 8
 #: In which an address at which there is no Ray must be refused.
 SECONDS = 8.0

@@ -28,6 +28,8 @@ from fairseq_knnlm.index.storage import load
 from fairseq_knnlm.retrieval.opening import retriever_over
 from fairseq_knnlm.runs.build_index import build_index
 
+pytestmark = pytest.mark.cluster
+
 ROWS, WIDTH, K, PROBE = 3000, 8, 40, 6
 CUTS = (1000, 1001, 2200)
 FAST = "PCAR8,IVF16,PQ4x4fsr"

@@ -53,12 +53,12 @@ def test_every_subcommand_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.findall(r"^### (.*)$", COMMAND, flags=re.MULTILINE) == there
 
 
-@pytest.mark.parametrize("name", re.findall(r"^### (.*)$", COMMAND, flags=re.MULTILINE))
+@pytest.mark.parametrize("name", re.findall(r"^###+ (.*)$", COMMAND, flags=re.MULTILINE))
 def test_every_flag_of_a_subcommand_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     said = capsys.readouterr().out.split("options:")[1].split("example:")[0]
-    ours = COMMAND.split(f"### {name}\n")[1].split("###")[0]
+    ours = COMMAND.split(f"# {name}\n")[1].split("##")[0]
     there = {flag for flag, *_ in rows(ours) if flag.startswith("--")}
     assert there == set(re.findall(r"^  (--[a-z0-9-]+)", said, flags=re.MULTILINE))
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "ray", "rich", "torch"}
 SUBCOMMANDS = (
     *("save", "build-index", "tune", "report", "explain", "info", "verify", "compress", "forget"),
-    *("compact", "import"),
+    *("compact", "append", "import", "cluster"),
 )
 
 
