@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fairseq_knnlm.bounds import MOST, check_device, check_range, check_seed
 from fairseq_knnlm.cli.common import add_store, check_store, opened
@@ -71,6 +72,11 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Builds it, and says what it is."""
+    build(args)
+
+
+def build(args: argparse.Namespace, spread: Callable[[Any], object] | None = None) -> None:
+    """The same, with others that write pieces, where there are such."""
     from fairseq_knnlm.index.build import BuildOptions
     from fairseq_knnlm.runs.build_index import build_index
 
@@ -92,6 +98,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         recipe=args.recipe,
         max_bytes=args.max_bytes_per_key,
         device=args.knn_device,
+        spread=spread,
     )
     seconds = time.perf_counter() - started
     print(f"{path}: {card.describe()}")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from fairseq_knnlm.cli import (
+    cluster_build_index,
     cluster_down,
     cluster_evaluate,
     cluster_save,
@@ -13,12 +14,13 @@ from fairseq_knnlm.cli import (
     cluster_up,
 )
 
-HELP = "save and evaluate on the machines of a Ray, and keep an index up there"
+HELP = "save, build and evaluate on the machines of a Ray, and keep an index up there"
 EXAMPLE = "save --ray local --workers 2 data-bin --path checkpoint_best.pt --dstore DSTORE"
 
 #: Kinds of work, each with the four names of a subcommand.
 KINDS = {
     "save": cluster_save,
+    "build-index": cluster_build_index,
     "evaluate": cluster_evaluate,
     "up": cluster_up,
     "status": cluster_status,

@@ -104,7 +104,8 @@ def share_out(
     with made(proof):
         work = partial(run_share, str(Path(data).resolve()), typed)
         gpus = args.gpus_per_worker
-        do_all(work, shares, workers=shares, gpus=gpus, proof=proof, tick=tick)
+        # fairseq keeps state in its process.
+        do_all(work, shares, workers=shares, gpus=gpus, fresh=True, proof=proof, tick=tick)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def do_all(
     *,
     workers: int,
     gpus: float = 0.0,
+    fresh: bool = False,
     proof: Path,
     tick: Callable[[int], object] = lambda done: None,
 ) -> None:
@@ -50,8 +51,9 @@ def do_all(
     Args:
         work: does a job, given its number; a function that other processes can import.
         jobs: how many, numbered from 0.
-        workers: jobs at a time, each of which takes a CPU and a process of its own.
+        workers: jobs at a time, each of which takes a CPU.
         gpus: that each takes.
+        fresh: each in a process in which nothing was done before.
         proof: a file that every machine must see, in a folder that they share.
         tick: called twice a second with how many are done.
 
@@ -62,7 +64,7 @@ def do_all(
     task = ray.remote(
         num_cpus=1,
         num_gpus=gpus,
-        max_calls=1,  # fairseq's state is that of a process
+        max_calls=1 if fresh else 0,
         max_retries=-1,
         runtime_env=runtime(),
     )(_job)

@@ -45,6 +45,7 @@ def build_in_blocks(
     options: BuildOptions,
     snapshots: Snapshots,
     *,
+    spread: Callable[[], object] | None = None,
     progress: bool = True,
 ) -> tuple[Any, IndexCard]:
     """Trains an index and writes its pieces.
@@ -54,6 +55,8 @@ def build_in_blocks(
         recipe: which index; ``goes_in_pieces``.
         options: what else is asked of it.
         snapshots: where what was trained is kept, for a build that goes on.
+        spread: has others write pieces with what was trained; those that they leave are written
+            here.
         progress: show a bar.
 
     Returns:
@@ -72,6 +75,8 @@ def build_in_blocks(
     train_on(builder, store.full_keys())
     if snapshot is None:
         snapshots.take(builder.index, 0, now=True)
+    if spread is not None:
+        spread()
     training, width = training_of(builder.index), builder.index.sa_code_size()
     empty = faiss.deserialize_index(faiss.serialize_index(builder.index))
     write_pieces(builder.index, store.blocks, builder.see if builder.truth else None, progress)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fairseq_knnlm.bounds import check_range
-from fairseq_knnlm.datastore import Datastore, Rows
+from fairseq_knnlm.datastore import Datastore, Rows, open_datastore
+from fairseq_knnlm.errors import IndexFileError
 from fairseq_knnlm.files import Claim, check_outputs
 from fairseq_knnlm.index.build import BuildOptions, build, plan
 from fairseq_knnlm.index.card import IndexCard
@@ -23,6 +28,44 @@ from fairseq_knnlm.runs.places import OF_INDEX, check_apart
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of an index that is trained, to be written by whoever likes.
+
+    Attributes:
+        path: the datastore.
+        folder: where what was trained lies.
+        plan: what is being built.
+        count: blocks, each of which gets a piece.
+    """
+
+    path: Path
+    folder: Path
+    plan: dict[str, Any]
+    count: int
+
+    def write(self, number: int) -> None:
+        """Writes the piece of one block, unless it is there.
+
+        Raises:
+            KnnlmError: where the datastore or what was trained is another by now.
+        """
+        trained = Snapshots(self.folder, self.plan).latest()
+        if trained is None:
+            raise IndexFileError(
+                f"what was trained of {self.path} is not there any more",
+                expected=f"a snapshot in {self.folder}",
+                found="none, or one of another build",
+                do="build the index again",
+            )
+        store = open_datastore(self.path)
+        write_pieces(trained[0], [store.blocks[number]], progress=False)
+
+
+#: Has others write pieces.
+Spread = Callable[[Pieces], object]
+
+
 def build_index(
     store: Datastore,
     path: Path,
@@ -31,6 +74,7 @@ def build_index(
     recipe: str = "auto",
     max_bytes: int | None = None,
     device: str = "auto",
+    spread: Spread | None = None,
 ) -> IndexCard:
     """Builds an index, measures its recall, and writes it.
 
@@ -43,6 +87,7 @@ def build_index(
         recipe: ``auto``, ``paper`` or a FAISS factory string.
         max_bytes: of the index for each key that ``auto`` may spend; None for its own choice.
         device: where it will be searched: ``auto``, ``cpu``, ``cuda`` or ``cuda:i,j``.
+        spread: has others write pieces; None where this process writes them all.
 
     Returns:
         What was built.
@@ -70,7 +115,9 @@ def build_index(
             max_bytes=max_bytes,
         )
         _check_recipe(chosen, width, options)
-        return _built(store, keys, path, chosen, options, inside)
+        if not inside:
+            return _built_whole(store, keys, path, chosen, options)
+        return _built_inside(store, path, chosen, options, spread)
 
 
 def _check_recipe(recipe: Recipe, width: int, options: BuildOptions) -> None:
@@ -80,24 +127,59 @@ def _check_recipe(recipe: Recipe, width: int, options: BuildOptions) -> None:
     check_factory(recipe.factory, width, options.metric)
 
 
-def _built(
-    store: Datastore, keys: Rows, path: Path, recipe: Recipe, options: BuildOptions, inside: bool
+def _built_whole(
+    store: Datastore, keys: Rows, path: Path, recipe: Recipe, options: BuildOptions
 ) -> IndexCard:
-    folder = path.with_name(f".{path.name}.building")
-    what = plan(recipe, options, store.fingerprint)
-    if inside and goes_in_pieces(store, recipe, options.metric):
-        snapshots = Snapshots(folder, {**what, "pieces": True})
-        index, card = build_in_blocks(store, recipe, options, snapshots)
-        training: str | None = training_of(index)
-    else:
-        snapshots = Snapshots(folder, what)
-        index, card = build(keys, recipe, options, snapshots=snapshots)
-        training = None
+    """One file with all entries."""
+    snapshots = Snapshots(_building(path), plan(recipe, options, store.fingerprint))
+    index, card = build(keys, recipe, options, snapshots=snapshots)
+    return _published(store, index, card, path, snapshots, options)
+
+
+def _built_inside(
+    store: Datastore, path: Path, recipe: Recipe, options: BuildOptions, spread: Spread | None
+) -> IndexCard:
+    """The datastore's own index, whose entries lie in its blocks where that can be."""
+    if not goes_in_pieces(store, recipe, options.metric):
+        _check_alone(store, spread)
+        card = _built_whole(store, store.full_keys(), path, recipe, options)
+        remove_pieces(store.blocks)  # of the index that was there before
+        return card
+    what = {**plan(recipe, options, store.fingerprint), "pieces": True}
+    snapshots = Snapshots(_building(path), what)
+    pieces = Pieces(store.path.resolve(), snapshots.folder.resolve(), what, len(store.blocks))
+    others = partial(spread, pieces) if spread is not None else None
+    index, card = build_in_blocks(store, recipe, options, snapshots, spread=others)
+    card = _published(store, index, card, path, snapshots, options)
+    remove_pieces(store.blocks, but=training_of(index))
+    return card
+
+
+def _check_alone(store: Datastore, spread: Spread | None) -> None:
+    if spread is not None:
+        raise IndexFileError(
+            f"the index of {store.path} cannot be shared out",
+            expected="a datastore of several blocks, and a recipe of codes or inverted lists",
+            found="an index in one file",
+            do="build it with `fairseq-knnlm build-index`",
+        )
+
+
+def _building(path: Path) -> Path:
+    return path.with_name(f".{path.name}.building")
+
+
+def _published(
+    store: Datastore,
+    index: Any,
+    card: IndexCard,
+    path: Path,
+    snapshots: Snapshots,
+    options: BuildOptions,
+) -> IndexCard:
     if options.nprobe is not None and not card.nprobe:
         logger.warning("--probe does nothing: %s has no inverted lists", card.factory)
     card = save(index, card, path, store.fingerprint)
-    if inside:
-        remove_pieces(store.blocks, but=training)  # of the index that was there before
     snapshots.clear()
     return card
 

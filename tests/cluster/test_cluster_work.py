@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -88,6 +89,29 @@ def test_evaluated_by_two_workers(lab: Lab, saved: Path, tmp_path: Path, address
     found, expected = (told(file) for file in (results, alone))
     assert found == expected
     assert {path.name for path in tmp_path.iterdir()} == {"shared-out.json", "alone.json"}
+
+
+def test_an_index_whose_pieces_workers_write(
+    lab: Lab, saved: Path, tmp_path: Path, address: str
+) -> None:
+    recipe = ["--recipe", "PCAR8,IVF4,PQ4x4fsr", "--seed", "3"]
+    for name, words in (("alone", []), ("on-ray", ["cluster"])):
+        shutil.copytree(saved, tmp_path / name)
+        by = ["--ray", address, "--workers", "2"] if words else []
+        flags = ["--dstore", str(tmp_path / name)]
+        assert main([*words, "build-index", *by, *flags, *recipe]) == 0
+    alone, on_ray = (
+        {
+            str(file.relative_to(tmp_path / name)): file.read_bytes()
+            for file in files(name, tmp_path)
+        }
+        for name in ("alone", "on-ray")
+    )
+    assert alone == on_ray
+
+
+def files(name: str, folder: Path) -> list[Path]:
+    return [file for file in (folder / name).rglob("*") if file.is_file()]
 
 
 def told(file: Path) -> dict[str, Any]:
