@@ -93,7 +93,17 @@ def verified(store: Datastore) -> Iterator[Finding]:
 
 def verified_making(path: Path) -> Iterator[Finding]:
     """The same of a datastore in the making, which has no manifest yet."""
+    index = path / INDEX  # that keys are streamed into
+    if index.exists() or index.is_symlink():
+        yield judged(index, lambda: _trained(index))
     yield from _in_folder(path, {INDEX}, set())
+
+
+def _trained(path: Path) -> str:
+    read_trained(path, everything=True)
+    card = read_card(path)
+    assert card is not None  # only with --indexfile
+    return f"{card.describe()}, trained; its entries come with the blocks"
 
 
 def _in_folder(folder: Path, known: set[str], listed: set[str]) -> Iterator[Finding]:

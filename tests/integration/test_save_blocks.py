@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_calls import Capture, say
 from conftest import Lab, must
 
 from fairseq_knnlm.cli import main
@@ -254,6 +256,25 @@ def test_streamed_and_gone_on_with(lab: Lab, streamed: Path, tmp_path: Path, spo
         shutil.rmtree(path / "blocks" / "000002")
     rest(lab, path, *STREAM)
     assert every_byte(path) == every_byte(streamed)
+
+
+@pytest.mark.parametrize("kind", ["kept", "streamed"])
+def test_the_command_that_info_names_goes_on(
+    lab: Lab, saved: Path, streamed: Path, tmp_path: Path, kind: str, capsys: Capture
+) -> None:
+    path, flags = tmp_path / "store", STREAM if kind == "streamed" else []
+    lab.evaluate("valid", *saving(path, *flags, "--num-shards", 2, "--shard-id", 1))
+    looked_at = say(capsys, "verify", "--dstore", path)
+    assert "3 of 6 blocks are there of what is being made" in looked_at
+    if kind == "streamed":
+        assert "IVF4,PQ4x4fsr" in looked_at and "piece-" in looked_at
+    said = say(capsys, "info", "--dstore", path)
+    assert "in making    3 of 6 blocks are there" in said
+    (command,) = [line.split("go on with")[1] for line in said.splitlines() if "go on with" in line]
+    known = {"DATA": str(lab.data), "CKPT": str(lab.checkpoint())}
+    _, *words = [known.get(word, word) for word in shlex.split(command)]
+    must(sys.executable, "-m", "fairseq_knnlm.cli", *words, "--cpu")
+    assert every_byte(path) == every_byte(streamed if kind == "streamed" else saved)
 
 
 def test_streamed_and_evaluated(lab: Lab, streamed: Path, tmp_path: Path) -> None:
