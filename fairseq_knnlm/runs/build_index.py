@@ -133,7 +133,9 @@ def _built_whole(
     """One file with all entries."""
     snapshots = Snapshots(_building(path), plan(recipe, options, store.fingerprint))
     index, card = build(keys, recipe, options, snapshots=snapshots)
-    return _published(store, index, card, path, snapshots, options)
+    card = _saved(store, index, card, path, options)
+    snapshots.clear()
+    return card
 
 
 def _built_inside(
@@ -150,8 +152,9 @@ def _built_inside(
     pieces = Pieces(store.path.resolve(), snapshots.folder.resolve(), what, len(store.blocks))
     others = partial(spread, pieces) if spread is not None else None
     index, card = build_in_blocks(store, recipe, options, snapshots, spread=others)
-    card = _published(store, index, card, path, snapshots, options)
+    card = _saved(store, index, card, path, options)
     remove_pieces(store.blocks, but=training_of(index))
+    snapshots.clear()
     return card
 
 
@@ -169,19 +172,12 @@ def _building(path: Path) -> Path:
     return path.with_name(f".{path.name}.building")
 
 
-def _published(
-    store: Datastore,
-    index: Any,
-    card: IndexCard,
-    path: Path,
-    snapshots: Snapshots,
-    options: BuildOptions,
+def _saved(
+    store: Datastore, index: Any, card: IndexCard, path: Path, options: BuildOptions
 ) -> IndexCard:
     if options.nprobe is not None and not card.nprobe:
         logger.warning("--probe does nothing: %s has no inverted lists", card.factory)
-    card = save(index, card, path, store.fingerprint)
-    snapshots.clear()
-    return card
+    return save(index, card, path, store.fingerprint)
 
 
 def extend_index(store: Datastore) -> int:
