@@ -84,6 +84,6 @@ def evaluate(data: str, flags: Sequence[str]) -> None:
 
     for name in ("fairseq", "fairseq_cli"):  # whose log begins with every flag there is
         logging.getLogger(name).setLevel(logging.WARNING)
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).absolute().parents[1]  # as it was imported
     sys.argv = ["fairseq-eval-lm", data, "--user-dir", str(package), "--task", "knn_lm", *flags]
     eval_lm.cli_main()

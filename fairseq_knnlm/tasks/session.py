@@ -72,7 +72,7 @@ def open_session(data: str, flags: Sequence[str]) -> Session:
     """
     for name in ("fairseq", "fairseq_cli"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).absolute().parents[1]  # as it was imported
     words = [data, "--user-dir", str(package), "--task", "knn_lm", *flags]
     sys.argv = ["fairseq-interactive", *words]  # where fairseq looks for --user-dir
     parser = options.get_interactive_generation_parser(default_task="knn_lm")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_corpus
 
+from fairseq_knnlm.datastore import open_datastore
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 #: Sizes that a test has no time for. Each has to be there, so that none slips through unscaled.
@@ -24,8 +26,9 @@ SCALED = {
     "--max-update 4000": "--max-update 30",
 }
 SCALED_IN_GUIDE = {"--pca 128": "--pca 16"}
+SCALED_LARGE = {"--block-rows 100000": "--block-rows 1000", "--max-tokens 4096": "--max-tokens 512"}
 #: How the blocks of a shell begin; others show what a command prints.
-COMMANDS = ("fairseq-", "head ", "python ", "READ=")
+COMMANDS = ("fairseq-", "head ", "python ", "READ=", "for ")
 
 
 def section(title: str, page: str = README) -> str:
@@ -126,6 +129,22 @@ def test_the_commands_that_generate_go_on_with_prompts(typed: tuple[Path, str]) 
     said = run_script(explained, place)
     assert "written to explain.html" in said
     assert (place / "explain.html").is_file()
+
+
+@pytest.mark.slow
+def test_larger_memories_are_the_same_whoever_makes_them(typed: tuple[Path, str]) -> None:
+    place, _ = typed
+    alone, shared, on_ray = (
+        scaled(part, SCALED_LARGE) for part in commands(section("Larger memories"))
+    )
+    read, *_ = alone.splitlines()
+    said = [run_script(f"{read}\n{script}", place) for script in (alone, shared, on_ray)]
+    stores = [open_datastore(place / name) for name in ("large", "shared", "clustered")]
+    assert len({store.fingerprint for store in stores}) == 1
+    assert len(stores[0].blocks) > 2
+    joined = re.findall(r"^kNN-LM\b.*?perplexity ([0-9.]+)", "\n".join(said), flags=re.MULTILINE)
+    (*_, searched) = re.findall(r"\bPerplexity: ([0-9.]+)", said[2])
+    assert joined == [searched, searched]
 
 
 def hypotheses(said: str) -> dict[int, list[str]]:
