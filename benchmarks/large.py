@@ -284,14 +284,14 @@ STEPS: dict[str, Callable[[Large], dict[str, Any]]] = {
 
 def run(args: argparse.Namespace) -> int:
     """Does the first step that is not done, and starts over for the next."""
-    if MALLOC not in os.environ:
-        os.environ[MALLOC] = str(2**16)
-        start_over()
     args.folder.joinpath("figures").mkdir(parents=True, exist_ok=True)
     large = Large(args)
     _check_same(large)
     for name, step in STEPS.items():
         if not large.figures(name).exists():
+            if step is not build and MALLOC not in os.environ:
+                os.environ[MALLOC] = str(2**16)
+                start_over()
             write_json(large.figures(name), step(large))
             start_over()
     found = collect(large)
