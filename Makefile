@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT ?= 10000
 SHARED ?= ../shared
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit check format faults bench bench-scale clean
+.PHONY: help setup demo test test-unit check format faults bench bench-scale bench-cluster clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -48,6 +48,9 @@ bench: setup ## measure speed, memory and disk against other searches and the st
 
 bench-scale: setup ## measure how the index grows, to ten million keys (15 minutes)
 	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/scale.py
+
+bench-cluster: setup ## measure search in shards on Ray against the whole index (15 minutes)
+	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/cluster.py --shared "$(SHARED)"
 
 clean: ## remove what the demo and the tools wrote, but not .venv
 	rm -rf demo build .mypy_cache .pytest_cache .ruff_cache

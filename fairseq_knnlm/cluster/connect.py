@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,12 +103,15 @@ def connect(address: str, *, cpus: int = 1) -> Any:
     """
     check_address("Ray's address", address)
     local = address == LOCAL
-    ray = ray_library(loopback=local)
-    if ray.is_initialized():
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
         _check_same(address, ray.get_runtime_context().gcs_address)
         return ray
+    alone = local
     if address not in (LOCAL, AUTO):
         _check_answers(address)
+        alone = _is_on_loopback_alone(address)
+    ray = ray_library(loopback=alone)
     settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if local:
         settings |= {"num_cpus": cpus, "include_dashboard": False}
@@ -150,6 +154,25 @@ def _check_answers(address: str) -> None:
         raise _no_ray(address, error.strerror or str(error) or type(error).__name__) from None
     if len(answer) <= KIND or answer[KIND] != SETTINGS:
         raise _no_ray(address, "something that is no Ray")
+
+
+def _is_on_loopback_alone(address: str) -> bool:
+    """Whether a Ray on this machine can be reached by the loopback device and no other.
+
+    Ray takes 127.0.0.1 for the machine's address in its network unless it is told otherwise, and
+    would wait for minutes where nothing answers there.
+    """
+    host, _, port = address.rpartition(":")
+    if not _is_loopback(host):
+        return False
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect(("192.0.2.1", 9))  # sends nothing, and chooses a device
+            own = way.getsockname()[0]
+        _check_answers(f"{own}:{port}")
+    except (OSError, KnnlmError):
+        return True
+    return False
 
 
 def _no_ray(address: str, found: str) -> KnnlmError:

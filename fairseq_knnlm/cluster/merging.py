@@ -36,10 +36,10 @@ def merged(found: Sequence[Found], k: int, *, largest: bool) -> Found:
     return best
 
 
-def incomplete(
+def doubtful(
     found: Sequence[Found], held: Sequence[int], best: Found, *, largest: bool
 ) -> np.ndarray:
-    """The queries of which a shard may have more neighbours than it told.
+    """Which shards may have more neighbours of which queries than they told.
 
     A shard whose last one is not nearer than the last of all has none that would count.
 
@@ -50,15 +50,35 @@ def incomplete(
         largest: as for ``merged``.
 
     Returns:
-        (n,) numbers of queries, ascending.
+        (S, N) bool, for each shard and query.
     """
     sign = -1 if largest else 1
-    farthest = _last(best, sign)
-    doubtful = np.zeros(len(farthest), bool)
-    for some, entries in zip(found, held, strict=True):
-        if some[0].shape[1] < min(entries, best[0].shape[1]):
-            doubtful |= _last(some, sign) < farthest
-    return doubtful.nonzero()[0]
+    farthest, k = _last(best, sign), best[0].shape[1]
+    return np.stack(
+        [
+            (_last(some, sign) < farthest) & (some[0].shape[1] < min(entries, k))
+            for some, entries in zip(found, held, strict=True)
+        ]
+    )
+
+
+def replaced(found: Found, better: Found, where: np.ndarray) -> Found:
+    """What a shard found of some queries, with more where it was asked again.
+
+    Args:
+        found: (N, n), distances and rows.
+        better: (M, k), of the queries that were asked again.
+        where: (N,) bool, M of them true: which these are.
+
+    Returns:
+        distances (N, k) and rows (N, k), -1 where there are no more.
+    """
+    width = found[0].shape[1]
+    distances = np.zeros((len(where), better[0].shape[1]), np.float32)
+    rows = np.full(distances.shape, -1, np.int64)
+    distances[:, :width], rows[:, :width] = found
+    distances[where], rows[where] = better
+    return distances, rows
 
 
 def _last(found: Found, sign: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.cluster.connect import ray_library
-from fairseq_knnlm.cluster.merging import Found, incomplete, merged
+from fairseq_knnlm.cluster.merging import Found, doubtful, merged, replaced
 from fairseq_knnlm.cluster.replicas import Call, Replicas
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.library import faiss, has_lists, innermost
 
 #: Queries that are asked together, and how many such calls are on their way.
 AT_A_TIME, AHEAD = 512, 2
-#: A shard is asked for its share of the neighbours, and so many times the square root of that (what
-#: chance makes of it) more; for yet more, once this part of the queries had to be asked again.
-MARGIN, TOO_OFTEN, GROWTH = 6.0, 0.02, 1.5
+#: A shard is asked for its share of the neighbours, and so many times the square root of that more,
+#: since near entries lie together in a text: several times what chance would make of it. For yet
+#: more, once this part of the queries had to be asked again.
+MARGIN, TOO_OFTEN, GROWTH = 8.0, 0.03, 1.25
 
 #: Queries (n, D) behind the index's transforms; lists to visit (n, nprobe) and how near these are,
 #: or None where there are none.
@@ -47,8 +47,8 @@ class ShardedIndex:
         self._trained = faiss.downcast_index(trained)
         self._inner = innermost(trained)
         self._held = held
-        self._margin = MARGIN
-        #: Queries that were asked again, since a shard might have had more neighbours.
+        self._margins = np.full(len(shards), MARGIN)
+        #: Queries of which a shard was asked again, since it might have had more neighbours.
         self.asked_again = 0
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -98,29 +98,58 @@ class ShardedIndex:
         while waiting:
             yield self._answer(*waiting.popleft(), k)
 
-    def _ask(self, asked: Asked, k: int) -> list[Call]:
+    def _ask(self, asked: Asked, counts: Sequence[int]) -> list[Call]:
         reference = ray_library().put(asked)
-        calls = zip(self.shards, self._held, strict=True)
-        return [shard.ask(reference, min(k, held)) for shard, held in calls]
+        return [self._ask_one(number, reference, k) for number, k in enumerate(counts)]
+
+    def _ask_one(self, number: int, reference: Any, k: int) -> Call:
+        return self.shards[number].ask(reference, min(k, self._held[number]))
 
     def _answer(self, asked: Asked, calls: Sequence[Call], k: int) -> Found:
         found = [call.answer() for call in calls]
         largest = self.card.metric == "ip"
         best = merged(found, k, largest=largest)
-        again = incomplete(found, self._held, best, largest=largest)
-        if len(again):
-            whole = [call.answer() for call in self._ask(_chosen(asked, again), k)]
-            for part, better in zip(best, merged(whole, k, largest=largest), strict=True):
-                part[again] = better
-            self.asked_again += len(again)
-        if len(again) > TOO_OFTEN * len(best[0]):
-            self._margin *= GROWTH
+        doubts = doubtful(found, self._held, best, largest=largest)
+        if doubts.any():
+            queries = np.asarray(doubts.any(axis=0))
+            more = self._asked_again(asked, found, doubts, queries, k)
+            for part, better in zip(best, merged(more, k, largest=largest), strict=True):
+                part[queries] = better
+            self.asked_again += int(doubts.sum())
+        self._margins[doubts.mean(axis=1) > TOO_OFTEN] *= GROWTH
         return best
 
-    def _fewer(self, k: int) -> int:
-        """Neighbours that a shard is asked for at first."""
+    def _asked_again(
+        self, asked: Asked, found: Sequence[Found], doubts: np.ndarray, queries: np.ndarray, k: int
+    ) -> list[Found]:
+        """What shards find of some queries, those in doubt having been asked for all k.
+
+        Args:
+            asked: of N queries.
+            found: of each shard, at first.
+            doubts: (S, N) bool, whom to ask again of what.
+            queries: (N,) bool, those of which anybody is asked again.
+            k: neighbours a query.
+        """
+        calls = [
+            self._ask_one(number, ray_library().put(_chosen(asked, which)), k)
+            for number, which in enumerate(doubts)
+            if which.any()
+        ]
+        answers = iter(calls)
+        more = []
+        for some, which in zip(found, doubts, strict=True):
+            part = some[0][queries], some[1][queries]
+            if which.any():
+                part = replaced(part, next(answers).answer(), which[queries])
+            more.append(part)
+        return more
+
+    def _fewer(self, k: int) -> list[int]:
+        """Neighbours that each shard is asked for at first."""
         share = k / len(self.shards)
-        return min(k, math.ceil(share + self._margin * share**0.5))
+        wanted = np.ceil(share + self._margins * share**0.5)
+        return [min(k, int(count)) for count in wanted]
 
 
 def _chosen(asked: Asked, which: slice | np.ndarray) -> Asked:

@@ -83,8 +83,10 @@ def test_runs_use_what_is_up(
 
 
 def test_they_outlive_the_command_and_a_kill(
-    store: Datastore, address: str, capsys: Capture
+    store: Datastore, address: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The command finds by itself that this Ray is on the loopback device alone."""
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
     words = ["cluster", "up", "--ray", address, "--dstore", store.path, "--knn-shards", 2]
     ran = run(sys.executable, "-m", "fairseq_knnlm.cli", *words)
     assert ran.code == 0, ran.out

@@ -183,7 +183,7 @@ def test_another_copy_answers_for_one_that_was_killed(store: Datastore, address:
     """While it is asked: both copies get the same calls in turn, so one of any two is lost."""
     index = opened(store, address, shards=2, replicas=2)
     asked = queries(4000)
-    calls = [index._ask(index._prepared(asked.numpy()), K) for _ in range(4)]
+    calls = [index._ask(index._prepared(asked.numpy()), [K, K]) for _ in range(4)]
     kill(index.shards[0].handles[0])
     true = whole(store, K, asked)
     for call in calls:

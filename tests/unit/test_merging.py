@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fairseq_knnlm.cluster.actors import place_of
-from fairseq_knnlm.cluster.merging import Found, incomplete, merged
+from fairseq_knnlm.cluster.merging import Found, doubtful, merged, replaced
 from fairseq_knnlm.cluster.shard import grouped
 from fairseq_knnlm.datastore import Block, Stretch
 
@@ -67,15 +67,22 @@ def test_one_shard_is_the_whole() -> None:
 @pytest.mark.parametrize("largest", [False, True])
 @pytest.mark.parametrize("widths", [(20, 7, 30), (50, 3, 50), (17, 2, 33), (50, 7, 50), (9, 7, 9)])
 def test_nothing_is_missing_where_it_says_so(largest: bool, widths: tuple[int, ...]) -> None:
-    """Whatever shards are asked for; and who is complete is rarely asked again."""
+    """Whatever shards are asked for; and what is in doubt, asked for all, makes it whole."""
     every = scores()
-    found = answers(every, widths, largest)
+    found, full = answers(every, widths, largest), answers(every, (K, 7, K), largest)
     some = merged(found, K, largest=largest)
-    again = incomplete(found, HELD, some, largest=largest)
+    doubts = doubtful(found, HELD, some, largest=largest)
     true, _ = best(every, 0, K, largest, K)
-    wrong = (some[0] != true).any(axis=1).nonzero()[0]
-    assert set(wrong) <= set(again)
-    assert sum(widths) < sum(min(K, held) for held in HELD) or not len(again)
+    wrong = (some[0] != true).any(axis=1)
+    assert not (wrong & ~doubts.any(axis=0)).any()
+    assert not doubts[1].any() or widths[1] < 7  # it told all that it holds
+    for number, (which, whole) in enumerate(zip(doubts, full, strict=True)):
+        if which.any():
+            better = whole[0][which], whole[1][which]
+            found[number] = replaced(found[number], better, which)
+    mended = merged(found, K, largest=largest)
+    assert np.array_equal(mended[0], true)
+    assert np.array_equal(np.take_along_axis(every, mended[1], axis=1), true)
 
 
 def test_an_index_that_visits_few_lists_may_be_complete() -> None:
@@ -83,10 +90,11 @@ def test_an_index_that_visits_few_lists_may_be_complete() -> None:
     every = scores()[:, :20]
     found = [best(every[:, :5], 0, 5, False, 10), best(every[:, 5:], 5, 9, False, 10)]
     some = merged(found, 30, largest=False)
-    assert len(incomplete(found, (100, 200), some, largest=False)) == 0
+    assert not doubtful(found, (100, 200), some, largest=False).any()
     found[1] = best(every[:, 5:], 5, 10, False, 10)  # here it may have had
     some = merged(found, 30, largest=False)
-    assert len(incomplete(found, (100, 200), some, largest=False)) == QUERIES
+    doubts = doubtful(found, (100, 200), some, largest=False)
+    assert doubts.tolist() == [[False] * QUERIES, [True] * QUERIES]
 
 
 @pytest.mark.parametrize(
