@@ -77,6 +77,7 @@ def check_datastore_output(flag: str, path: Path) -> None:
 
     Raises:
         BusyError: where another process goes on writing it.
+        DatastoreError: where another process was faster.
         OutputError: where it cannot be written.
     """
     for waited in range(PATIENCE):
@@ -96,6 +97,9 @@ def check_datastore_output(flag: str, path: Path) -> None:
             if waited == PATIENCE - 1:
                 raise
             time.sleep(0.1)
+        except OutputError:
+            check_new(path)  # another process may just have published it
+            raise
 
 
 def _is_begun(path: Path) -> bool:

@@ -221,3 +221,10 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path: Path) -> None:
     assert len(open_datastore(tmp_path / "store")) == 100
     with pytest.raises(DatastoreError, match="exists already"):
         check_new_datastore("--dstore-mmap", tmp_path / "store", {}, goes_on=True)
+
+
+def test_another_process_was_faster(tmp_path: Path) -> None:
+    """It published the datastore between the two looks at its place."""
+    store = write_store(tmp_path / "store", KEYS, VALUES, dtype="float16")
+    with pytest.raises(DatastoreError, match="exists already"):
+        check_datastore_output("--dstore-mmap", store.path)
