@@ -20,6 +20,7 @@ from fairseq_knnlm.datastore.making import Making, Plan, is_in_the_making
 from fairseq_knnlm.datastore.writer import check_new
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import Claim, write_json
+from fairseq_knnlm.index.storage import _settled
 from fairseq_knnlm.runs import opening
 from fairseq_knnlm.runs.places import check_datastore_output, check_new_datastore
 
@@ -228,3 +229,23 @@ def test_another_process_was_faster(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", KEYS, VALUES, dtype="float16")
     with pytest.raises(DatastoreError, match="exists already"):
         check_datastore_output("--dstore-mmap", store.path)
+
+
+def test_an_index_is_read_again_where_it_is_replaced_meanwhile(tmp_path: Path) -> None:
+    """Its pieces of before go at any moment."""
+    index = tmp_path / "knn.index"
+    index.write_text("before")
+
+    def read() -> str:
+        if (found := index.read_text()) == "before":
+            index.write_text("after that")
+            raise FileNotFoundError("piece-before.npy")
+        return found
+
+    assert _settled(index, read) == "after that"
+
+    def missing() -> str:
+        raise FileNotFoundError("piece-after.npy")
+
+    with pytest.raises(FileNotFoundError):
+        _settled(index, missing)
