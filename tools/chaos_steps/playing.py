@@ -235,6 +235,8 @@ def two_writers(
             check_message(ran, BUSY)
     there = _checked(place, "after both")
     may = {name: state for name, state in serial.items() if set(name.split("+")) == set(worked)}
+    if pair.first == pair.second:
+        may["together"] = serial["first"]  # they share one making
     if there not in may.values():
         says = [f"{name}: {differences(there, state)}" for name, state in may.items()]
         raise BadOutcome(f"{' and '.join(worked) or 'none'} worked, but it is not {says}")
