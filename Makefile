@@ -11,8 +11,12 @@ export GOMP_SPINCOUNT ?= 10000
 # Where `make bench` looks for WikiText-2 and a language model of it (benchmarks/bench.py).
 SHARED ?= ../shared
 
+# How long `make chaos` takes, and what it draws.
+SECONDS ?= 600
+SEED ?= 1
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit check format faults bench bench-scale bench-cluster clean
+.PHONY: help setup demo test test-unit check format faults chaos bench bench-scale bench-cluster clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -42,6 +46,9 @@ format: setup ## put the code in the house format
 
 faults: setup ## plant a thousand faults and check what happens (minutes)
 	@$(BIN)/python tools/faults.py
+
+chaos: setup ## kill commands at their write steps, a thousand times (SECONDS=600 SEED=1)
+	@$(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
 
 bench: setup ## measure speed, memory and disk against other searches and the stock scorer (40 minutes)
 	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/bench.py --shared "$(SHARED)"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fairseq_knnlm.datastore.blocks import Block
 from fairseq_knnlm.datastore.documents import read_documents, write_documents
 from fairseq_knnlm.datastore.into_blocks import claimed, into_blocks
-from fairseq_knnlm.datastore.making import is_in_the_making, read_plan
+from fairseq_knnlm.datastore.making import is_in_the_making, read_plan, settle
 from fairseq_knnlm.datastore.manifest import (
     BLOCKS,
     MANIFEST,
@@ -61,8 +61,11 @@ def compact(
         manifest, _ = read_manifest(path)
         if not manifest.blocks:
             return None
+        settle(path)
         store = into_blocks(path)  # which removes what was left of the flat one
         if any(block.stretch.forgotten for block in store.blocks):
+            # First, so that the new blocks are numbered as if nobody had been killed before.
+            _remove_unlisted(path, manifest)
             whole = _written_anew(store)
             to_be = outlined(path, whole)
             if (documents := read_documents(store)) is not None:

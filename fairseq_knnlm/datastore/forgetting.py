@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from fairseq_knnlm.datastore.blocks import Block, blocks_of
 from fairseq_knnlm.datastore.documents import read_documents, write_documents
 from fairseq_knnlm.datastore.into_blocks import claimed, into_blocks
+from fairseq_knnlm.datastore.making import settle
 from fairseq_knnlm.datastore.manifest import MANIFEST, Manifest, Stretch, write_manifest
 from fairseq_knnlm.datastore.reader import Datastore, outline, outlined
 from fairseq_knnlm.errors import DatastoreError
@@ -34,6 +35,7 @@ def forget(path: Path, ranges: Sequence[Range]) -> Datastore:
         DatastoreError: where it was compressed, there are no such rows, or nothing would be left.
     """
     with claimed(path):
+        settle(path)
         check_rows(outline(path), ranges)
         store = into_blocks(path)
         left = without(store, ranges)

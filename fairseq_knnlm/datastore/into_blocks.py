@@ -25,6 +25,7 @@ from fairseq_knnlm.datastore.manifest import (
     write_manifest,
 )
 from fairseq_knnlm.datastore.reader import Datastore, outline
+from fairseq_knnlm.datastore.writer import tidy_all
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import Claim, flush_to_disk, partial_folder
 
@@ -69,7 +70,9 @@ def claimed(path: Path) -> Claim:
         DatastoreError: where there is none.
     """
     read_manifest(path)  # a claim makes the folder
-    return Claim(path / MANIFEST)
+    claim = Claim(path / MANIFEST)
+    tidy_all(path)
+    return claim
 
 
 def check_uncompressed(path: Path, manifest: Manifest) -> None:

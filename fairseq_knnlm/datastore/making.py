@@ -34,9 +34,15 @@ from fairseq_knnlm.datastore.manifest import (
     write_manifest,
 )
 from fairseq_knnlm.datastore.reader import Datastore, open_blocks, open_datastore
-from fairseq_knnlm.datastore.writer import DatastoreWriter, check_new, check_room, datastore_bytes
+from fairseq_knnlm.datastore.writer import (
+    DatastoreWriter,
+    check_new,
+    check_room,
+    datastore_bytes,
+    tidy_all,
+)
 from fairseq_knnlm.errors import BusyError, DatastoreError
-from fairseq_knnlm.files import Claim, fingerprint, flush_to_disk, read_sealed, tidy, write_sealed
+from fairseq_knnlm.files import Claim, fingerprint, flush_to_disk, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -177,14 +183,14 @@ class Making:
                     found=f"{len(missing)} missing, the first is {self.folder(missing[0]).name}",
                     do="run what saves it again: it makes what is missing",
                 )
-            manifest = self._joined()
-            if finish is not None:
-                finish(open_blocks(self.path, manifest, ""))
-            flush_to_disk(self.path / BLOCKS)
-            write_manifest(self.path / MANIFEST, manifest)
-            (self.path / MAKING).unlink(missing_ok=True)
-            for folder in (self.path, self.path / BLOCKS):
-                tidy(folder)
+            if not is_joined(self.path, self.plan):
+                manifest = self._joined()
+                if finish is not None:
+                    finish(open_blocks(self.path, manifest, ""))
+                flush_to_disk(self.path / BLOCKS)
+                write_manifest(self.path / MANIFEST, manifest)
+            _end(self.path)
+            tidy_all(self.path)
         return self.path
 
     def _joined(self) -> Manifest:
@@ -268,6 +274,32 @@ def is_in_the_making(path: Path) -> bool:
 def is_only_in_the_making(path: Path) -> bool:
     """Whether there is no datastore at ``path`` yet, but one is being made."""
     return is_in_the_making(path) and not (path / MANIFEST).exists()
+
+
+def is_joined(path: Path, plan: Plan) -> bool:
+    """Whether the blocks of a plan are part of the datastore at ``path``.
+
+    So it is where the process that joined them was killed before it could say that they are no
+    longer in the making.
+    """
+    if not (path / MANIFEST).exists():
+        return False
+    there = {stretch.name for stretch in read_manifest(path)[0].blocks}
+    return any(made_at(path, block).name in there for block in plan.blocks)
+
+
+def settle(path: Path) -> None:
+    """Says that blocks are no longer in the making which are part of the datastore.
+
+    For who holds the claim to change it, before it changes what tells that they are.
+    """
+    if is_in_the_making(path) and is_joined(path, read_plan(path)):
+        _end(path)
+
+
+def _end(path: Path) -> None:
+    (path / MAKING).unlink(missing_ok=True)
+    flush_to_disk(path)  # it must not come back, where the blocks may be forgotten later
 
 
 def read_plan(path: Path) -> Plan:

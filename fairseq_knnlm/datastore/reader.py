@@ -190,12 +190,14 @@ def open_datastore(
                 )
             return _open_one(path, manifest, seal, load_keys, in_memory, verify)
         except (DatastoreError, FileNotFoundError):
-            if not _was_replaced(path, seal):
+            if not was_replaced(path, seal):
                 raise
 
 
-def _was_replaced(path: Path, seal: str) -> bool:
-    """Whether another manifest lies there now, so that what it names are other files."""
+def was_replaced(path: Path, seal: str) -> bool:
+    """Whether another manifest lies there than that of fingerprint ``seal``, so that what it names
+    are other files.
+    """
     try:
         return read_manifest(path)[1] != seal
     except DatastoreError:

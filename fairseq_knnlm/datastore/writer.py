@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from fairseq_knnlm.datastore.manifest import (
+    BLOCKS,
     KEYS,
     MANIFEST,
     PROJECTION,
@@ -22,14 +24,16 @@ from fairseq_knnlm.datastore.manifest import (
     value_dtype,
     write_manifest,
 )
-from fairseq_knnlm.errors import DatastoreError
+from fairseq_knnlm.errors import BusyError, DatastoreError
 from fairseq_knnlm.files import (
     Claim,
     checksums,
     flush_to_disk,
     human_bytes,
+    make_folders,
     partial_folder,
     reserve,
+    tidy,
 )
 
 
@@ -40,7 +44,7 @@ class DatastoreWriter:
     the program ends on an error.
 
     Args:
-        path: the folder to make; must not exist.
+        path: the folder to make; must not exist, or be empty.
         rows: entries, N: all of them must be written.
         width: dimensions of a key, D.
         origin: what makes it.
@@ -69,12 +73,12 @@ class DatastoreWriter:
         self.width = width
         self.origin = origin
         self.compressions = compressions
-        check_new(path)
+        check_new(path, or_empty=True)
         _check_some(rows)
         extras = {PROJECTION: projection, WEIGHTS: weights}
         extra_bytes = sum(array.nbytes for array in extras.values() if array is not None)
         needed = datastore_bytes(rows, width, key_dtype, origin.vocabulary) + extra_bytes
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         check_room(path.parent, needed)
         self._claim = Claim(path)
         self._folder = partial_folder(path)
@@ -171,7 +175,7 @@ class DatastoreWriter:
         seal = write_manifest(folder / MANIFEST, self._manifest())
         if add_files is not None:
             add_files(folder, seal)
-        check_new(self.path)  # somebody may have been faster
+        check_new(self.path, or_empty=True)  # somebody may have been faster
         folder.chmod(0o755)
         flush_to_disk(folder)
         folder.rename(self.path)
@@ -218,19 +222,44 @@ def _check_some(rows: int) -> None:
         )
 
 
-def check_new(path: Path) -> None:
+def is_empty(path: Path) -> bool:
+    """Whether a folder is there with nothing in it, as of a process killed when it had made it."""
+    return path.is_dir() and not any(path.iterdir())
+
+
+def check_new(path: Path, *, or_empty: bool = False) -> None:
     """Refuses to write over anything.
+
+    Args:
+        path: where something will be.
+        or_empty: whether a folder with nothing in it is as good as none.
 
     Raises:
         DatastoreError: where ``path`` exists.
     """
-    if path.exists():
+    if path.exists() and not (or_empty and is_empty(path)):
+        with suppress(BusyError, OSError):
+            tidy_made(path)
         raise DatastoreError(
             f"{path} exists already",
             expected="a new path for a datastore",
             found="a datastore" if (path / MANIFEST).exists() else "a file or folder",
             do="choose another path, or remove it first",
         )
+
+
+def tidy_made(path: Path) -> None:
+    """Removes what a process left that was killed when it had published a datastore, if it did."""
+    if path.exists():
+        Claim(path).release()
+    if (path / MANIFEST).is_file():
+        tidy_all(path)
+
+
+def tidy_all(path: Path) -> None:
+    """Removes what killed processes left in a datastore's folder, and in those of its blocks."""
+    for folder in (path, path / BLOCKS, *(path / BLOCKS).glob("[0-9]*")):
+        tidy(folder)
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -4,6 +4,7 @@ What the other folders use of this one; arrays that nobody vouches for are read 
 """
 
 from fairseq_knnlm.files.claims import Claim, partial_folder, partial_prefix, tidy
+from fairseq_knnlm.files.folders import flush_to_disk, make_folders
 from fairseq_knnlm.files.integrity import (
     Checking,
     Checksum,
@@ -16,7 +17,7 @@ from fairseq_knnlm.files.integrity import (
 from fairseq_knnlm.files.mapped import check_mapped, reserve
 from fairseq_knnlm.files.outputs import check_output, check_outputs
 from fairseq_knnlm.files.plain_json import MOST_JSON, parse_json, typed, write_json
-from fairseq_knnlm.files.publishing import flush_to_disk, publish
+from fairseq_knnlm.files.publishing import publish
 from fairseq_knnlm.files.sealed import (
     Fingerprint,
     fingerprint,
@@ -43,6 +44,7 @@ __all__ = [
     "fingerprint",
     "flush_to_disk",
     "human_bytes",
+    "make_folders",
     "parse_json",
     "partial_folder",
     "partial_prefix",

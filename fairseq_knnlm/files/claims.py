@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, ClassVar
 
 from fairseq_knnlm.errors import BusyError
+from fairseq_knnlm.files.folders import make_folders
 
 
 class Claim:
@@ -36,7 +37,7 @@ class Claim:
     _held: ClassVar[dict[Path, tuple[int, IO[bytes]]]] = {}
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         lock = path.parent.resolve() / f".{path.name}.lock"
         with undisturbed():
             times, file = self._held.get(lock) or (0, _locked(lock, path))

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fairseq_knnlm.files.claims import Claim, partial_prefix, undisturbed
+from fairseq_knnlm.files.folders import flush_to_disk
 
 
 @contextmanager
@@ -33,12 +34,3 @@ def publish(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)  # mkstemp makes files private; results are to be shared
         temporary.replace(path)
         flush_to_disk(path.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Asks the system to put a file's bytes, or a folder's names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fairseq_knnlm.background import ahead
 from fairseq_knnlm.datastore import Block, Datastore, Rows, check_finite, open_datastore
 from fairseq_knnlm.errors import DatastoreError, IndexFileError
+from fairseq_knnlm.files import tidy
 from fairseq_knnlm.index.build import BuildOptions, IndexBuilder, chunks, train_on
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.codes import assemble, can_be_cut, encode
@@ -121,6 +122,8 @@ def write_pieces(
             else:
                 for _ in keys:
                     pass
+    for block in blocks:
+        tidy(block.path)
     return len(missing)
 
 

@@ -144,7 +144,7 @@ def _settled(path: Path, read: Callable[[], T]) -> T:
         before = _identity(path)
         try:
             found = read()
-        except IndexFileError:
+        except (IndexFileError, FileNotFoundError):  # a piece of the index of before may be gone
             if _identity(path) == before:
                 raise
             continue

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from fairseq_knnlm.datastore import Datastore, Origin, outline
 from fairseq_knnlm.datastore.compacting import next_number
 from fairseq_knnlm.datastore.into_blocks import check_uncompressed, claimed, into_blocks
-from fairseq_knnlm.datastore.making import Plan, is_in_the_making, read_plan
+from fairseq_knnlm.datastore.making import Plan, is_in_the_making, is_joined, read_plan, settle
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import Claim
 from fairseq_knnlm.index.card import read_card
@@ -43,7 +43,11 @@ def plan_onto(path: Path, plan: Plan, options: SavingOptions) -> Plan:
         claims.enter_context(claimed(path))
         if is_in_the_making(path):
             begun = read_plan(path)
-            return replace(plan, number=begun.number, onto=begun.onto)
+            asked = replace(plan, number=begun.number, onto=begun.onto)
+            # Of another text it is no business any more, once that is part of the datastore.
+            if asked == begun or not is_joined(path, begun):
+                return asked
+            settle(path)
         claims.enter_context(Claim(store.index_path.resolve()))
         store = into_blocks(path)
         cut_index(store)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration
 from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.datastore.legacy import is_legacy
+from fairseq_knnlm.datastore.reader import was_replaced
+from fairseq_knnlm.errors import ConfigError, DatastoreError, IndexFileError
 from fairseq_knnlm.experts.kind import Kind, Opened
 from fairseq_knnlm.experts.registry import kind_of
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
@@ -64,10 +66,23 @@ def open_memory(options: Options, symbols: Sequence[str]) -> Memory:
         options: what the run is asked to do, checked.
         symbols: the dictionary's symbols, in order.
 
+    Where a datastore is changed meanwhile, all of it is opened again.
+
     Raises:
         KnnlmError: of the kind that fits what is wrong.
     """
-    stores = _open_stores(options, symbols)
+    while True:
+        stores = _open_stores(options, symbols)
+        try:
+            return _opened_with(stores, options)
+        except (DatastoreError, IndexFileError, FileNotFoundError):
+            ours = [store for store in stores if not is_legacy(store.path)]
+            if not any(was_replaced(store.path, store.fingerprint) for store in ours):
+                raise
+
+
+def _opened_with(stores: tuple[Datastore, ...], options: Options) -> Memory:
+    """What belongs to the datastores."""
     calibration = None
     if stores and _asks_what_was_fitted(options):
         seals = [store.fingerprint for store in stores]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fairseq_knnlm.datastore import MANIFEST, check_new
 from fairseq_knnlm.datastore.making import MAKING
+from fairseq_knnlm.datastore.writer import is_empty
 from fairseq_knnlm.errors import BusyError, OutputError
 from fairseq_knnlm.files import check_outputs
 
@@ -76,6 +77,7 @@ def check_datastore_output(flag: str, path: Path) -> None:
 
     Raises:
         BusyError: where another process goes on writing it.
+        DatastoreError: where another process was faster.
         OutputError: where it cannot be written.
     """
     for waited in range(PATIENCE):
@@ -95,11 +97,16 @@ def check_datastore_output(flag: str, path: Path) -> None:
             if waited == PATIENCE - 1:
                 raise
             time.sleep(0.1)
+        except OutputError:
+            check_new(path)  # another process may just have published it
+            raise
 
 
 def _is_begun(path: Path) -> bool:
-    """Whether a datastore is in the making there, or another process is just about to begin it."""
-    return exists(path / MAKING) or exists(path / f".{MAKING}.lock")
+    """Whether a datastore is in the making there, or a process has just about begun it."""
+    if exists(path / MAKING) or exists(path / f".{MAKING}.lock"):
+        return True
+    return exists(path) and is_empty(path)
 
 
 def _with_parents(name: Path | str) -> list[Path]:

@@ -19,7 +19,8 @@ import numpy as np
 from fairseq_knnlm.background import Behind
 from fairseq_knnlm.datastore import Datastore, DatastoreWriter, Documents, outline
 from fairseq_knnlm.datastore.boundaries import after_empty_lines
-from fairseq_knnlm.datastore.making import Making, Plan, read_plan
+from fairseq_knnlm.datastore.making import Making, Plan, is_in_the_making, read_plan
+from fairseq_knnlm.datastore.writer import tidy_made
 from fairseq_knnlm.errors import BusyError, ConfigError
 from fairseq_knnlm.index.build import IndexBuilder
 from fairseq_knnlm.index.streaming import PieceStream
@@ -226,6 +227,8 @@ def join_there(path: Path) -> str:
     Raises:
         DatastoreError: where none is, or blocks are missing or of another making.
     """
+    if not is_in_the_making(path):
+        tidy_made(path)
     making = Making(path, read_plan(path))
     if making.missing():
         making.join()  # which says what is missing

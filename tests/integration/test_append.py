@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import faiss
@@ -12,7 +13,7 @@ import torch
 from conftest import Lab
 
 from fairseq_knnlm.cli import main
-from fairseq_knnlm.datastore import Datastore, open_datastore, read_documents
+from fairseq_knnlm.datastore import Datastore, making, open_datastore, read_documents
 from fairseq_knnlm.datastore.making import is_in_the_making
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.retrieval.opening import open_retriever
@@ -121,6 +122,33 @@ def test_twice(lab: Lab, living: Path) -> None:
     added = (len(store) - rows) // 2
     assert np.array_equal(store.values[rows : rows + added], store.values[rows + added :])
     assert store.breaks.tolist() == [0, rows, rows + added]
+    check_answers(store)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("then", ["test", "valid"])
+def test_killed_when_it_was_added(
+    lab: Lab, living: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Run again, it finds the text there; another text is added as ever."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(making, "_end", die)
+        lab.evaluate("test", *ADD, living)
+    assert is_in_the_making(living)
+    there = open_datastore(living)
+    with suppress(SystemExit):  # where there is nothing to read
+        lab.evaluate(then, *ADD, living)
+    store = open_datastore(living, verify=True)
+    assert (store.fingerprint == there.fingerprint) == (then == "test")
+    assert np.array_equal(store.values[: len(there)], there.values)
+    assert not is_in_the_making(living)
     check_answers(store)
 
 

@@ -175,6 +175,7 @@ def test_nothing_is_written_over(tmp_path: Path, what: str) -> None:
         write_store(path, *random_entries(10, 4))
     elif what == "folder":
         path.mkdir()
+        (path / "thesis.tex").touch()
     else:
         path.write_text("mine")
     with pytest.raises(DatastoreError, match="exists already") as caught:

@@ -177,6 +177,7 @@ def test_convert_keeps_every_entry(tmp_path: Path, prefix: Path, fp16: bool, chu
 
 def test_convert_writes_over_nothing(tmp_path: Path, prefix: Path, fp16: bool) -> None:
     (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "thesis.tex").touch()
     with pytest.raises(DatastoreError, match="exists already"):
         convert(opened(prefix, fp16), tmp_path / "new")
 

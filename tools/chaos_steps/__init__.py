@@ -1,0 +1,1 @@
+"""Commands that are struck at a write step: see ``tools/chaos.py``."""
