@@ -120,13 +120,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         saving = self.options.saving.save_knnlm_dstore
         if saving:
             loading.check_saving(num_shards, self.options)
+        left_out = self._left_out(dataset, max_positions, max_tokens)
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
-        read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
-        left_out = int(sizes.sum() - read.sum())
-        loading.check_left_out(left_out, max_positions, saving)
-        omitted = stock.omitted(dataset)
-        loading.name_omitted(omitted, str(self.args.sample_break_mode))
-        stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
         if self.needs_order():
             dataset = InTextOrder(dataset)
         dataset = self.in_windows(dataset, context_window, max_positions)
@@ -152,7 +147,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         sizing = {"max_tokens": max_tokens, "batch_size": batch_size}
         inputs = self.inputs(self.models, self.context(context_window), sizing)
         # What is left out of the text is counted once.
-        left_out = left_out + omitted if shard_id == 0 else 0
+        left_out = left_out if shard_id == 0 else 0
         saved = Share(shard_id, num_shards) if saving else ALONE
         run = EvaluationRun(inputs, sizes, left_out, saved)
         if run.sample_every:
@@ -180,6 +175,17 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         size, pad = self.args.tokens_per_sample, self.target_dictionary.pad()
         longest = max_positions if isinstance(max_positions, int) else None
         return WindowsInText(dataset, size, context_window, pad, longest)
+
+    def _left_out(self, dataset: Any, max_positions: Any, max_tokens: int | None) -> int:
+        """How many tokens of a split nobody will read; it is said, or refused where all must be."""
+        sizes = np.asarray(dataset.sizes, dtype=np.int64)
+        read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
+        too_long = int(sizes.sum() - read.sum())
+        loading.check_left_out(too_long, max_positions, self.options.saving.save_knnlm_dstore)
+        omitted = stock.omitted(dataset)
+        loading.name_omitted(omitted, str(self.args.sample_break_mode))
+        stock.check_batches(int(read.max(initial=0)), int(read.sum()), max_tokens)
+        return too_long + omitted
 
     def needs_order(self) -> bool:
         """Whether somebody must be given the text in its order."""
