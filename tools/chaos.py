@@ -234,7 +234,7 @@ def make_bench(folder: Path, args: argparse.Namespace) -> Bench:
     """Makes the world, and looks at undisturbed runs."""
     load_all()
     say("making the world")
-    world = make_world(folder)
+    world = make_world(folder / "world")
     wanted = args.case.split(":", 3)[3] if args.case else args.only
     bench = Bench(
         world,
