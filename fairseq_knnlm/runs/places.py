@@ -98,7 +98,8 @@ def check_datastore_output(flag: str, path: Path) -> None:
                 raise
             time.sleep(0.1)
         except OutputError:
-            check_new(path)  # another process may just have published it
+            if exists(path):
+                check_new(path)  # another process may just have published it
             raise
 
 

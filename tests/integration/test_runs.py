@@ -35,8 +35,9 @@ def test_the_context_of_a_run_is_told(lab: Lab, datastore: Path, tmp_path: Path)
     lab.evaluate("test", *flags, "--score-table", table, "--results-json", file)
     assert json.loads(file.read_text())["context"] == CONTEXT
     assert read_table(table).card["context"] == CONTEXT
-    manifest = json.loads((datastore / "manifest.json").read_text())
-    assert manifest["origin"]["context"] == CONTEXT
+    told = json.loads((datastore / "manifest.json").read_text())["origin"]["context"]
+    batches = {"max_tokens": 64, "batch_size": None, "add_bos_token": 0, "precision": "float32"}
+    assert told == CONTEXT | batches
 
 
 def test_other_contexts_than_a_calibration_was_fitted_on(caplog: pytest.LogCaptureFixture) -> None:

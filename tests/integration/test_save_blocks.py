@@ -129,7 +129,7 @@ def test_it_goes_on_where_it_was_stopped(
     lab.evaluate("valid", *saving(path), "--max-tokens", 16)
     assert ("going on with" in caplog.text) is bool(there)
     assert kept == [(path / "blocks" / name / "keys.npy").stat().st_ino for name in there]
-    assert {file.name for file in path.iterdir()} == {"blocks", "documents.npz", "manifest.json"}
+    assert {file.name for file in path.iterdir()} == {"blocks", "manifest.json"}
     whole = tmp_path / "whole"
     lab.evaluate("valid", *saving(whole), "--max-tokens", 16)
     assert same(path, whole)

@@ -251,7 +251,7 @@ def test_places_where_nothing_can_be_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
-    for file in ("file", "lm.pt"):
+    for file in ("file", "lm.pt", "folder/file"):
         Path(file).write_text("here before")
     Path("dangling").symlink_to("nowhere/at/all")
     Path("closed").mkdir(mode=0o500)
