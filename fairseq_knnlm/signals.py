@@ -29,9 +29,7 @@ def end_on_request() -> None:
         if os.getpid() != owner:  # a loader's worker, which has nothing to clean up
             os._exit(128 + number)
         if _drops_exceptions(frame):
-            again = threading.Timer(AGAIN, os.kill, (owner, number))
-            again.daemon = True
-            again.start()
+            _send_again(number)
             return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -41,6 +39,25 @@ def end_on_request() -> None:
     signal.signal(signal.SIGTERM, end)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)
+    told = sys.unraisablehook
+
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        """Python tells here what it drops, wherever that is."""
+        if isinstance(what.exc_value, Terminated):
+            signal.signal(signal.SIGTERM, end)
+            _send_again(signal.SIGTERM)
+        elif isinstance(what.exc_value, KeyboardInterrupt):
+            _send_again(signal.SIGINT)
+        else:
+            told(what)
+
+    sys.unraisablehook = dropped
+
+
+def _send_again(number: int) -> None:
+    again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _drops_exceptions(frame: FrameType | None) -> bool:

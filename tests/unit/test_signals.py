@@ -35,6 +35,9 @@ except KeyboardInterrupt as error:
 WAYS = {
     "__del__": "def __del__(self): tell()\nThing.__del__ = __del__",
     "finalize": "weakref.finalize(thing, tell)",
+    # A callback of a library's, of which only Python's hook for what it drops hears.
+    "callback": "import gc\ndef once(*_): gc.callbacks.clear(); tell()\n"
+    "gc.callbacks.append(once)\ngc.collect()",
 }
 
 
