@@ -13,6 +13,7 @@ from fairseq_knnlm.cli import (
     cluster_status,
     cluster_up,
 )
+from fairseq_knnlm.cli.common import add_commands
 
 HELP = "save, build and evaluate on the machines of a Ray, and keep an index up there"
 EXAMPLE = "save --ray local --workers 2 data-bin --path checkpoint_best.pt --dstore DSTORE"
@@ -31,15 +32,7 @@ KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A parser for each kind of work."""
     kinds = parser.add_subparsers(required=True, dest="kind", metavar="WORK")
-    for name, kind in KINDS.items():
-        what = kind.HELP
-        sub = kinds.add_parser(
-            name,
-            help=what,
-            description=f"{what[0].upper()}{what[1:]}.",
-            epilog=f"example: fairseq-knnlm cluster {name} {kind.EXAMPLE}",
-        )
-        kind.add_arguments(sub)
+    add_commands(kinds, KINDS, "cluster ")
 
 
 def check(args: argparse.Namespace, rest: Sequence[str]) -> None:

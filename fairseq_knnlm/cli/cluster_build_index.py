@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fairseq_knnlm.cli import build_index
-from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, made
+from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, made, moves
 from fairseq_knnlm.errors import ConfigError
 
 HELP = "build the index of a datastore in blocks, its pieces shared out over workers"
@@ -51,5 +51,5 @@ def _write(args: argparse.Namespace, pieces: Any) -> None:
             workers=args.workers,
             gpus=args.gpus_per_worker,
             proof=proof,
-            tick=lambda done: shown.update(done - shown.n),
+            tick=moves(shown),
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_knnlm.cli import report
-from fairseq_knnlm.cli.on_ray import absolute, add_workers, bar, check_workers, share_out
+from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, moves, share_out
 from fairseq_knnlm.files import check_outputs, partial_folder
 
 HELP = "evaluate a split with a memory, in shares that workers have"
@@ -34,7 +34,7 @@ def check(args: argparse.Namespace, rest: Sequence[str]) -> None:
 def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Has each worker score its share, and prints what one process would have found."""
     flags = ["--path", args.path, "--gen-subset", args.gen_subset, "--knnlm"]
-    flags += ["--dstore-filename", ":".join(absolute(args.dstore.split(":"))), *rest]
+    flags += ["--dstore-filename", args.dstore, *rest]
     with partial_folder((args.results_json or Path("results.json")).resolve()) as name:
         folder = Path(name)
 
@@ -45,7 +45,6 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
             return found
 
         with bar("evaluating", args.workers, "shares") as shown:
-            tick = lambda done: shown.update(done - shown.n)  # noqa: E731
-            share_out(args, args.data, share, folder / "shared", tick)
+            share_out(args, args.data, share, folder / "shared", moves(shown))
         args.join = sorted(folder.glob("*.json")) + sorted(folder.glob("*.npz"))
         report.run(args, rest)

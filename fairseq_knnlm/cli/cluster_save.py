@@ -9,7 +9,7 @@ from pathlib import Path
 from fairseq_knnlm.cli import save
 from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, share_out
 from fairseq_knnlm.datastore import outline
-from fairseq_knnlm.datastore.making import Making, is_in_the_making, read_plan
+from fairseq_knnlm.datastore.making import is_in_the_making, read_plan, there
 from fairseq_knnlm.errors import ConfigError, KnnlmError
 
 HELP = "save a datastore, its blocks shared out over workers"
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     with bar(f"saving {path.name}", None, "blocks") as shown:
 
         def tick(_: int) -> None:
-            blocks, there = progress(path)
-            if (blocks, there) != (shown.total, shown.n):
+            blocks, made = progress(path)
+            if (blocks, made) != (shown.total, shown.n):
                 shown.total = blocks
-                shown.update(there - shown.n)
+                shown.update(made - shown.n)
                 shown.refresh()
 
         share_out(args, args.data, lambda _: flags, proof, tick)
@@ -58,8 +58,8 @@ def progress(path: Path) -> tuple[int | None, int]:
     """How many blocks there will be, where that is known, and how many there are."""
     try:
         if is_in_the_making(path):
-            making = Making(path, read_plan(path))
-            return len(making.plan.blocks), len(making.there())
+            plan = read_plan(path)
+            return len(plan.blocks), len(there(path, plan))
         blocks = len(outline(path).blocks)
         return blocks, blocks
     except KnnlmError:  # it is about to begin, or has just been made

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fairseq_knnlm.bounds import MOST_ENTRIES, check_range
 from fairseq_knnlm.datastore import Datastore, outline
@@ -14,6 +15,25 @@ from fairseq_knnlm.datastore.legacy import is_legacy
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.places import check_datastore_output, check_new_datastore
 from fairseq_knnlm.runs.stores import name_foreign, open_store
+
+
+def add_commands(parsers: Any, commands: Mapping[str, Any], typed: str = "") -> None:
+    """Adds a parser for each subcommand, each of which has ``HELP``, ``EXAMPLE`` and its arguments.
+
+    Args:
+        parsers: what ``add_subparsers`` returned.
+        commands: by name.
+        typed: what stands before the name, behind ``fairseq-knnlm``.
+    """
+    for name, command in commands.items():
+        what = command.HELP
+        parser = parsers.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"example: fairseq-knnlm {typed}{name} {command.EXAMPLE}",
+        )
+        command.add_arguments(parser)
 
 
 def add_store(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fairseq_knnlm.datastore import MANIFEST, PROCESSOR, Datastore, Origin, outline
-from fairseq_knnlm.datastore.making import is_in_the_making, made_at, read_plan
+from fairseq_knnlm.datastore.making import is_in_the_making, read_plan, there
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.index.card import IndexCard
@@ -87,12 +87,12 @@ def _print_progress(path: Path) -> None:
     except KnnlmError as error:
         print(f"  in making    {'; '.join(line.strip() for line in str(error).splitlines()[:3])}")
         return
-    there = [block for block in plan.blocks if made_at(path, block).exists()]
-    rows = sum(len(plan.rows(block)) for block in there)
+    made = there(path, plan)
+    rows = sum(len(plan.rows(block)) for block in made)
     what = "blocks to be added" if plan.onto else "blocks"
-    count = f"{len(there):,} of {len(plan.blocks):,} {what} are there"
+    count = f"{len(made):,} of {len(plan.blocks):,} {what} are there"
     print(f"  in making    {count}, {rows:,} of {plan.starts[-1]:,} entries")
-    if len(there) == len(plan.blocks):
+    if len(made) == len(plan.blocks):
         print(f"  go on with   fairseq-knnlm save --join {path}")
     else:
         print(f"  go on with   {making_command(path, plan)}")

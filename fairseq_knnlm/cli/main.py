@@ -27,6 +27,7 @@ from fairseq_knnlm.cli import (
     tune,
     verify,
 )
+from fairseq_knnlm.cli.common import add_commands
 from fairseq_knnlm.errors import ConfigError, told, wants_traceback
 from fairseq_knnlm.signals import end_on_request, tell_crashes
 
@@ -118,15 +119,7 @@ def command_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog or "fairseq-knnlm", description="Datastores and indexes of kNN language models."
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        what = command.HELP
-        sub = commands.add_parser(
-            name,
-            help=what,
-            description=f"{what[0].upper()}{what[1:]}.",
-            epilog=f"example: fairseq-knnlm {name} {command.EXAMPLE}",
-        )
-        command.add_arguments(sub)
+    add_commands(commands, COMMANDS)
     return parser
 
 

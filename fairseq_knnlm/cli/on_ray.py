@@ -100,9 +100,9 @@ def share_out(
     shares = args.workers
     connect(args.ray, cpus=shares)
     own = [["--num-shards", str(shares), "--shard-id", str(number)] for number in range(shares)]
-    typed = [[*absolute([*flags(number)]), *own[number]] for number in range(shares)]
+    typed = [[*flags(number), *own[number]] for number in range(shares)]
     with made(proof):
-        work = partial(run_share, str(Path(data).resolve()), typed)
+        work = partial(run_share, data, typed)
         gpus = args.gpus_per_worker
         # fairseq keeps state in its process.
         do_all(work, shares, workers=shares, gpus=gpus, fresh=True, proof=proof, tick=tick)
@@ -130,15 +130,13 @@ def run_share(data: str, typed: Sequence[Sequence[str]], number: int) -> None:
         raise in_our_words(error) from error
 
 
-@contextmanager
-def bar(what: str, total: int | None, unit: str) -> Iterator[Any]:
-    """A bar of work that is done elsewhere, with the time that is left."""
+def bar(what: str, total: int | None, unit: str) -> Any:
+    """A bar of work that is done elsewhere, with the time that is left; to be closed."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit=f" {unit}") as shown:
-        yield shown
+    return tqdm(total=total, desc=what, unit=f" {unit}")
 
 
-def absolute(words: Sequence[str]) -> list[str]:
-    """Words that name files, by paths that hold in any folder."""
-    return [str(Path(word).resolve()) if Path(word).exists() else word for word in words]
+def moves(shown: Any) -> Callable[[int], object]:
+    """Has a bar show how much is done, each time it is told."""
+    return lambda done: shown.update(done - shown.n)

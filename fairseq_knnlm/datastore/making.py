@@ -120,11 +120,12 @@ class Making:
 
     def there(self) -> list[int]:
         """The numbers of the blocks that were made."""
-        return [block for block in self.plan.blocks if self.folder(block).exists()]
+        return there(self.path, self.plan)
 
     def missing(self) -> list[int]:
         """The numbers of those that were not."""
-        return [block for block in self.plan.blocks if not self.folder(block).exists()]
+        made = set(self.there())
+        return [block for block in self.plan.blocks if block not in made]
 
     def writer(self, block: int) -> DatastoreWriter:
         """Writes a block; its rows count from 0."""
@@ -217,6 +218,11 @@ class Making:
 def made_at(path: Path, block: int) -> Path:
     """Where a block of the datastore in ``path`` lies once it is made."""
     return path / BLOCKS / f"{block:06d}"
+
+
+def there(path: Path, plan: Plan) -> list[int]:
+    """The numbers of the blocks of a plan that were made in ``path``."""
+    return [block for block in plan.blocks if made_at(path, block).exists()]
 
 
 def planned(plan: Plan, blocks: Sequence[Stretch] = ()) -> Manifest:

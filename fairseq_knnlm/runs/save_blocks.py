@@ -111,8 +111,9 @@ class BlockSaving:
         self._find = find
         self._streaming = streaming
         mine = list(making.plan.blocks)[share.number :: share.of]
+        there = set(making.there())
         sound = making.check(
-            [block for block in mine if block in set(making.there())],
+            [block for block in mine if block in there],
             streaming.is_sound if streaming is not None else None,
         )
         self.blocks = [block for block in mine if block not in sound]
