@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from fairseq_knnlm.signals import undisturbed
+
 T = TypeVar("T")
 
 
@@ -33,6 +35,9 @@ class Behind:
         self._pending = pending
         self._calls: deque[Future[object]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1)
+        # A thread that was interrupted as it began is unknown to its pool, and never ends.
+        with undisturbed():
+            self._thread.submit(int)
 
     def __call__(self, *args: Any) -> None:
         """Has ``work(*args)`` done soon; raises what an earlier call raised."""

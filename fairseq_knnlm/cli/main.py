@@ -29,7 +29,7 @@ from fairseq_knnlm.cli import (
 )
 from fairseq_knnlm.cli.common import add_commands
 from fairseq_knnlm.errors import ConfigError, told, wants_traceback
-from fairseq_knnlm.signals import end_on_request, tell_crashes
+from fairseq_knnlm.signals import end_on_request, heard, tell_crashes
 
 
 class Command(Protocol):
@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         text, code = told(_in_our_words(error))
         print(text, file=sys.stderr)
         return code
+    finally:
+        heard()
     return 0
 
 

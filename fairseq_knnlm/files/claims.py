@@ -6,16 +6,14 @@ import fcntl
 import os
 import re
 import shutil
-import signal
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, ClassVar
 
 from fairseq_knnlm.errors import BusyError
 from fairseq_knnlm.files.folders import make_folders
+from fairseq_knnlm.signals import undisturbed
 
 
 class Claim:
@@ -76,22 +74,13 @@ def _locked(lock: Path, path: Path) -> IO[bytes]:
 
 
 def _let_go(held: dict[Path, tuple[int, IO[bytes]]], lock: Path) -> None:
-    times, file = held.pop(lock)
-    if times > 1:
-        held[lock] = times - 1, file
-    else:
-        lock.unlink(missing_ok=True)
-        file.close()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Puts off SIGINT and SIGTERM: between making a thing and knowing how to remove it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with undisturbed():
+        times, file = held.pop(lock)
+        if times > 1:
+            held[lock] = times - 1, file
+        else:
+            lock.unlink(missing_ok=True)
+            file.close()
 
 
 def partial_prefix(path: Path) -> str:

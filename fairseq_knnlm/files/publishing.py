@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fairseq_knnlm.files.claims import Claim, partial_prefix, undisturbed
+from fairseq_knnlm.files.claims import Claim, partial_prefix
 from fairseq_knnlm.files.folders import flush_to_disk
+from fairseq_knnlm.signals import undisturbed
 
 
 @contextmanager

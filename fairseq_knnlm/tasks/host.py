@@ -33,7 +33,7 @@ logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 from fairseq.sequence_scorer import SequenceScorer  # noqa: E402
 
 from fairseq_knnlm.errors import KnnlmError, Terminated, told, wants_traceback  # noqa: E402
-from fairseq_knnlm.signals import tell_crashes  # noqa: E402
+from fairseq_knnlm.signals import heard, tell_crashes  # noqa: E402
 from fairseq_knnlm.tasks.stock import in_our_words  # noqa: E402
 
 #: Warnings about fairseq's use of hydra and torch, by the start of their text.
@@ -63,6 +63,7 @@ def settle_in() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        heard()
         if wants_traceback() or not (isinstance(error, KnnlmError) or command()):
             previous(kind, error, trace)
             return
