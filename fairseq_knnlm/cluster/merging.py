@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from fairseq_knnlm.index.library import faiss
 
-#: Distances (N, k) float32, best first, and rows (N, k); -1 where there are no more.
-Found = tuple[np.ndarray, np.ndarray]
+
+class Found(NamedTuple):
+    """What a shard, or all of them, found of N queries.
+
+    Attributes:
+        distances: (N, k) float32, of the index, best first.
+        rows: (N, k) integers, of the whole datastore; -1 where there are no more.
+        values: (N, k) token ids, anything where there are no more; None where not asked for.
+        exact: (N, k) float32, squared L2 or the negative inner product on the stored keys, anything
+            where there are no more; None where not asked for.
+    """
+
+    distances: np.ndarray
+    rows: np.ndarray
+    values: np.ndarray | None = None
+    exact: np.ndarray | None = None
+
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> Found:
+        """The same of every array that is there."""
+        return Found(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
+
+    @property
+    def width(self) -> int:
+        """Neighbours a query, k."""
+        return int(self.rows.shape[1])
+
+
+def joined(found: Sequence[Found]) -> Found:
+    """What was found of some queries, and then of others, in arrays of their own."""
+    columns = list(zip(*found, strict=True))
+    parts = [None if column[0] is None else np.concatenate(column) for column in columns]
+    return Found(*parts)  # type: ignore[arg-type]
 
 
 def merged(found: Sequence[Found], k: int, *, largest: bool) -> Found:
@@ -19,21 +50,37 @@ def merged(found: Sequence[Found], k: int, *, largest: bool) -> Found:
         found: of each shard, of any width up to k.
         k: neighbours a query.
         largest: whether the best are the largest, as inner products are.
-
-    Returns:
-        distances (N, k) float32, best first, and rows (N, k) int64.
     """
-    if len(found) == 1 and found[0][0].shape[1] == k:
-        return found[0][0], found[0][1].astype(np.int64)
-    shape = len(found), len(found[0][0]), k
-    distances, rows = np.empty(shape, np.float32), np.empty(shape, np.int64)
-    for number, (some, theirs) in enumerate(found):
-        width = some.shape[1]
-        distances[number, :, :width] = some
-        rows[number, :, :width] = theirs
-        rows[number, :, width : width + 1] = -1  # where FAISS stops
-    best: Found = faiss.merge_knn_results(distances, rows, keep_max=largest)
-    return best
+    if len(found) == 1 and found[0].width == k:
+        return found[0]
+    shape = len(found), len(found[0].rows), k
+    distances, places = np.empty(shape, np.float32), np.empty(shape, np.int64)
+    first = 0
+    for some, theirs, own in zip(found, distances, places, strict=True):
+        stop = some.width
+        theirs[:, :stop] = some.distances
+        own[:, :stop] = np.arange(first, first + stop)
+        if (some.rows[:, -1] < 0).any():
+            own[:, :stop][some.rows < 0] = -1
+        own[:, stop : stop + 1] = -1  # where FAISS stops
+        first += stop
+    best, chosen = faiss.merge_knn_results(distances, places, keep_max=largest)
+    missing = chosen < 0
+    some_missing = bool(missing.any())
+    if some_missing:
+        chosen[missing] = 0
+    parts = [_chosen(column, chosen) for column in list(zip(*found, strict=True))[1:]]
+    rows = parts[0]
+    assert rows is not None
+    if some_missing:
+        rows[missing] = -1
+    return Found(best, rows, *parts[1:])
+
+
+def _chosen(column: Sequence[np.ndarray | None], places: np.ndarray) -> np.ndarray | None:
+    """Of what all shards say of a query, one after another, what stands at its places (N, k)."""
+    parts = [part for part in column if part is not None]
+    return np.take_along_axis(np.concatenate(parts, axis=1), places, axis=1) if parts else None
 
 
 def doubtful(
@@ -53,10 +100,10 @@ def doubtful(
         (S, N) bool, for each shard and query.
     """
     sign = -1 if largest else 1
-    farthest, k = _last(best, sign), best[0].shape[1]
+    farthest, k = _last(best, sign), best.width
     return np.stack(
         [
-            (_last(some, sign) < farthest) & (some[0].shape[1] < min(entries, k))
+            (_last(some, sign) < farthest) & (some.width < min(entries, k))
             for some, entries in zip(found, held, strict=True)
         ]
     )
@@ -66,22 +113,28 @@ def replaced(found: Found, better: Found, where: np.ndarray) -> Found:
     """What a shard found of some queries, with more where it was asked again.
 
     Args:
-        found: (N, n), distances and rows.
+        found: (N, n).
         better: (M, k), of the queries that were asked again.
         where: (N,) bool, M of them true: which these are.
 
     Returns:
-        distances (N, k) and rows (N, k), -1 where there are no more.
+        (N, k); rows are -1 where there are no more.
     """
-    width = found[0].shape[1]
-    distances = np.zeros((len(where), better[0].shape[1]), np.float32)
-    rows = np.full(distances.shape, -1, np.int64)
-    distances[:, :width], rows[:, :width] = found
-    distances[where], rows[where] = better
-    return distances, rows
+
+    def wider(old: np.ndarray | None, new: np.ndarray | None, fill: int) -> np.ndarray | None:
+        if old is None or new is None:
+            return None
+        both = np.full((len(where), better.width), fill, old.dtype)
+        both[:, : old.shape[1]] = old
+        both[where] = new
+        return both
+
+    fills = (0, -1, 0, 0)
+    parts = [wider(*columns) for columns in zip(found, better, fills, strict=True)]
+    return Found(*parts)  # type: ignore[arg-type]
 
 
 def _last(found: Found, sign: int) -> np.ndarray:
     """(N,) the last distance of each query, where smaller is nearer; infinite where missing."""
-    distances, rows = found[0][:, -1], found[1][:, -1]
+    distances, rows = found.distances[:, -1], found.rows[:, -1]
     return np.where(rows < 0, np.float32(np.inf), sign * distances)

@@ -36,14 +36,14 @@ class Replicas:
         self._turn = 0
         self._told: dict[str, float] = {}
 
-    def ask(self, asked: Any, k: int) -> Call:
-        """Has one of them search, as ``Shard.search`` does; returns at once.
+    def ask(self, method: str, *words: Any) -> Call:
+        """Has one of them do something; returns at once.
 
         Args:
-            asked: Ray's reference to what ``Shard.search`` takes.
-            k: neighbours a query.
+            method: of ``Shard``, by its name.
+            words: what it takes, or Ray's references to that.
         """
-        return Call(self, asked, k)
+        return Call(self, method, words)
 
     def next(self) -> Any:
         """The one whose turn it is."""
@@ -59,18 +59,22 @@ class Replicas:
 
 
 class Call:
-    """A search that was asked for."""
+    """Something that a shard was asked for."""
 
-    def __init__(self, replicas: Replicas, asked: Any, k: int) -> None:
+    def __init__(self, replicas: Replicas, method: str, words: Sequence[Any]) -> None:
         self._replicas = replicas
-        self._asked = asked, k
-        self._answer = replicas.next().search.remote(*self._asked)
+        self._method, self._words = method, words
+        self._answer = self._asked()
+
+    def _asked(self) -> Any:
+        """Asks the copy whose turn it is."""
+        return getattr(self._replicas.next(), self._method).remote(*self._words)
 
     def answer(self) -> Any:
-        """What ``Shard.search`` returned, of whichever copy.
+        """What the shard returned, whichever copy of it.
 
         Raises:
-            KnnlmError: as ``Shard.search`` does, or where no copy came to life again.
+            KnnlmError: as the shard does, or where no copy came to life again.
         """
         exceptions, replicas = ray_library().exceptions, self._replicas
         begun = coming = time.monotonic()
@@ -91,7 +95,7 @@ class Call:
             else:  # all were asked
                 replicas.tell("waiting until Ray has started it again")
                 time.sleep(AGAIN)
-            self._answer = replicas.next().search.remote(*self._asked)
+            self._answer = self._asked()
 
 
 def fetched(reference: Any, timeout: float | None = None) -> Any:

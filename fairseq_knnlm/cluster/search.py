@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.cluster.connect import ray_library
-from fairseq_knnlm.cluster.merging import Found, doubtful, merged, replaced
+from fairseq_knnlm.cluster.merging import Found, doubtful, joined, merged, replaced
 from fairseq_knnlm.cluster.replicas import Call, Replicas
+from fairseq_knnlm.cluster.shard import Asked
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.library import faiss, has_lists, innermost
 
@@ -22,10 +23,6 @@ AT_A_TIME, AHEAD = 512, 2
 #: since near entries lie together in a text: several times what chance would make of it. For yet
 #: more, once this part of the queries had to be asked again.
 MARGIN, TOO_OFTEN, GROWTH = 8.0, 0.03, 1.25
-
-#: Queries (n, D) behind the index's transforms; lists to visit (n, nprobe) and how near these are,
-#: or None where there are none.
-Asked = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 class ShardedIndex:
@@ -65,33 +62,56 @@ class ShardedIndex:
         Raises:
             KnnlmError: where a shard has died and does not come back.
         """
-        asked = self._prepared(np.ascontiguousarray(queries.cpu().numpy()))
-        distances = np.empty((len(queries), k), np.float32)
-        ids = np.empty((len(queries), k), np.int64)
-        start = 0
-        for best in self._answers(asked, k):
-            stop = start + len(best[0])
-            distances[start:stop], ids[start:stop] = best
-            start = stop
-        device = queries.device
-        return torch.from_numpy(distances).to(device), torch.from_numpy(ids).to(device)
+        found = self._found(self._prepared(queries), k)
+        distances, ids = torch.from_numpy(found.distances), torch.from_numpy(found.rows).long()
+        return distances.to(queries.device), ids.to(queries.device)
 
-    def _prepared(self, queries: np.ndarray) -> Asked:
+    def entries(self, queries: Tensor, k: int, similarity: str = "") -> Found:
+        """The k nearest entries, with their values and, where asked for, exact distances.
+
+        Args:
+            queries: (N, D) float32.
+            k: neighbours a query.
+            similarity: ``"l2"`` or ``"dot"`` has shards recompute distances on their keys.
+
+        Raises:
+            KnnlmError: where a shard has died and does not come back.
+            DatastoreError: where keys are missing or damaged.
+        """
+        asked = self._prepared(queries)._replace(similarity=similarity, values=True)
+        if similarity:
+            asked = asked._replace(keys=queries.cpu().numpy())
+        return self._found(asked, k)
+
+    def check_files(self) -> int:
+        """Has shards wait until their keys were compared with their checksums, if they read any.
+
+        Raises:
+            DatastoreError: where keys are damaged.
+        """
+        calls = [shard.ask("check_files") for shard in self.shards]
+        return sum(call.answer() for call in calls)
+
+    def _found(self, asked: Asked, k: int) -> Found:
+        return joined(list(self._answers(asked, k)))
+
+    def _prepared(self, asked: Tensor) -> Asked:
         """What shards are asked. Lists are chosen here, once for all of them."""
+        queries = np.ascontiguousarray(asked.cpu().numpy())
         if isinstance(self._trained, faiss.IndexPreTransform):
             chain: Any = self._trained.chain
             for number in range(chain.size()):
                 queries = faiss.downcast_VectorTransform(chain.at(number)).apply(queries)
         if not has_lists(self._inner):
-            return queries, None, None
+            return Asked(queries)
         nearness, lists = self._inner.quantizer.search(queries, self.card.nprobe)
-        return queries, lists.astype(np.int32), nearness
+        return Asked(queries, lists.astype(np.int32), nearness)
 
     def _answers(self, asked: Asked, k: int) -> Iterator[Found]:
         """What is nearest, some queries at a time; while that is merged, shards do the next."""
         waiting: deque[tuple[Asked, list[Call]]] = deque()
-        for start in range(0, len(asked[0]), AT_A_TIME):
-            some = _chosen(asked, slice(start, start + AT_A_TIME))
+        for start in range(0, max(1, len(asked.queries)), AT_A_TIME):
+            some = asked.some(slice(start, start + AT_A_TIME))
             waiting.append((some, self._ask(some, self._fewer(k))))
             if len(waiting) > AHEAD:
                 yield self._answer(*waiting.popleft(), k)
@@ -103,7 +123,7 @@ class ShardedIndex:
         return [self._ask_one(number, reference, k) for number, k in enumerate(counts)]
 
     def _ask_one(self, number: int, reference: Any, k: int) -> Call:
-        return self.shards[number].ask(reference, min(k, self._held[number]))
+        return self.shards[number].ask("search", reference, min(k, self._held[number]))
 
     def _answer(self, asked: Asked, calls: Sequence[Call], k: int) -> Found:
         found = [call.answer() for call in calls]
@@ -114,9 +134,10 @@ class ShardedIndex:
             queries = np.asarray(doubts.any(axis=0))
             more = self._asked_again(asked, found, doubts, queries, k)
             for part, better in zip(best, merged(more, k, largest=largest), strict=True):
-                part[queries] = better
+                if part is not None:
+                    part[queries] = better
             self.asked_again += int(doubts.sum())
-        self._margins[doubts.mean(axis=1) > TOO_OFTEN] *= GROWTH
+            self._margins[doubts.mean(axis=1) > TOO_OFTEN] *= GROWTH
         return best
 
     def _asked_again(
@@ -132,14 +153,14 @@ class ShardedIndex:
             k: neighbours a query.
         """
         calls = [
-            self._ask_one(number, ray_library().put(_chosen(asked, which)), k)
+            self._ask_one(number, ray_library().put(asked.some(which)), k)
             for number, which in enumerate(doubts)
             if which.any()
         ]
         answers = iter(calls)
         more = []
         for some, which in zip(found, doubts, strict=True):
-            part = some[0][queries], some[1][queries]
+            part = some.each(lambda array: array[queries])
             if which.any():
                 part = replaced(part, next(answers).answer(), which[queries])
             more.append(part)
@@ -150,10 +171,3 @@ class ShardedIndex:
         share = k / len(self.shards)
         wanted = np.ceil(share + self._margins * share**0.5)
         return [min(k, int(count)) for count in wanted]
-
-
-def _chosen(asked: Asked, which: slice | np.ndarray) -> Asked:
-    queries, lists, nearness = asked
-    if lists is None or nearness is None:
-        return queries[which], None, None
-    return queries[which], lists[which], nearness[which]

@@ -10,11 +10,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fairseq_knnlm.cluster.agreement import check_needed
+from fairseq_knnlm.cluster.entries import Entries
+from fairseq_knnlm.cluster.merging import Found
 from fairseq_knnlm.datastore import Block, Datastore, outline
 from fairseq_knnlm.datastore.manifest import INDEX
 from fairseq_knnlm.errors import IndexFileError, KnnlmError, told
@@ -27,6 +29,38 @@ from fairseq_knnlm.versions import versions
 
 #: Rows up to which int32 holds them.
 NARROW = 2**31
+
+
+class Asked(NamedTuple):
+    """What shards are asked.
+
+    Attributes:
+        queries: (N, D) float32, behind the index's transforms.
+        lists: (N, nprobe) int32, the inverted lists to visit; None where the index has none.
+        nearness: (N, nprobe) float32, how near these are.
+        keys: (N, W) float32, the queries as the datastore's keys are; None where no distances are
+            to be recomputed.
+        similarity: how, as ``LocalRetriever`` has it; empty for not at all.
+        values: whether to tell the values of what is found.
+    """
+
+    queries: np.ndarray
+    lists: np.ndarray | None = None
+    nearness: np.ndarray | None = None
+    keys: np.ndarray | None = None
+    similarity: str = ""
+    values: bool = False
+
+    def some(self, which: slice | np.ndarray) -> Asked:
+        """The same of some queries."""
+        return Asked(
+            self.queries[which],
+            None if self.lists is None else self.lists[which],
+            None if self.nearness is None else self.nearness[which],
+            None if self.keys is None else self.keys[which],
+            self.similarity,
+            self.values,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +150,7 @@ class Shard:
             check_needed(libraries, versions(), _here())
             self._whole = _opened(part)  # FAISS does not keep it for what lies within
             self._index = innermost(self._whole)
+            self._entries = Entries(part.blocks)
         except KnnlmError as problem:
             self._problem = problem
         except Exception as error:
@@ -147,33 +182,44 @@ class Shard:
             "versions": versions(),
         }
 
-    def search(
-        self, asked: tuple[np.ndarray, np.ndarray | None, np.ndarray | None], k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, asked: Asked, k: int) -> Found:
         """The k nearest of its entries.
 
         Args:
-            asked: queries (N, D) float32, behind the index's transforms; where there are inverted
-                lists, those to visit (N, nprobe) int, and the queries' distances to them, float32.
+            asked: the queries, and what is to be told of what is found.
             k: neighbours a query.
 
         Returns:
-            distances (N, k) float32, squared L2 or inner product, best first; rows of the whole
-            datastore (N, k), int32 where that holds them, else int64; -1 where there are fewer.
+            (N, k); rows are int32 where that holds them, else int64.
 
         Raises:
-            KnnlmError: what kept it from being loaded.
+            KnnlmError: what kept it from being loaded, or keys that are missing or damaged.
         """
         self._check()
-        queries, lists, nearness = asked
+        queries, lists, nearness = asked.queries, asked.lists, asked.nearness
         if lists is None:
             distances, rows = self._index.search(queries, k)
         else:
             self._index.nprobe = lists.shape[1]
             found = self._index.search_preassigned(queries, k, lists.astype(np.int64), nearness)
             distances, rows = found
-        rows[rows >= 0] += self._part.blocks[0].first
-        return distances, rows.astype(np.int32) if self._part.blocks[-1].stop < NARROW else rows
+        values = exact = None
+        if asked.values or asked.keys is not None:
+            missing = rows < 0
+            own = np.where(missing, 0, rows)
+            values = self._entries.values(own) if asked.values else None
+            if asked.keys is not None:
+                exact = self._entries.distances(asked.keys, own, asked.similarity)
+            rows = np.where(missing, -1, own + self._part.blocks[0].first)
+        else:
+            rows[rows >= 0] += self._part.blocks[0].first
+        narrow = rows.astype(np.int32) if self._part.blocks[-1].stop < NARROW else rows
+        return Found(distances, narrow, values, exact)
+
+    def check_files(self) -> int:
+        """As ``Entries.check_files`` does."""
+        self._check()
+        return self._entries.check_files()
 
     def _check(self) -> None:
         if self._problem is not None:

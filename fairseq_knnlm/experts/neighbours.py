@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fairseq_knnlm.bounds import check_device
 from fairseq_knnlm.cluster.connect import check_address
 from fairseq_knnlm.cluster.opening import open_sharded
+from fairseq_knnlm.cluster.retriever import ShardedRetriever
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, check_unmerged, flag, spelled
@@ -179,8 +180,13 @@ class KnnKind(Kind):
                 replicas=options.knn_replicas,
                 probe=options.probe,
             )
-            metric = options.faiss_metric_type
-            return retriever_over(sharded, store, similarity=similarity, metric=metric)
+            return retriever_over(
+                sharded,
+                store,
+                similarity=similarity,
+                metric=options.faiss_metric_type,
+                kind=ShardedRetriever,
+            )
         return open_retriever(
             store,
             options.k,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fairseq_knnlm.datastore import Rows, Stacked
 
 #: Bytes of float32 keys held at a time: few enough for a cache.
 GATHER_BYTES = 8 * 2**20
@@ -87,3 +91,19 @@ def _select(keys: Tensor | StackedKeys, rows: Tensor, out: Tensor) -> None:
         keys.select(rows, out)
     else:
         torch.index_select(keys, 0, rows, out=out)
+
+
+def as_keys(keys: Rows) -> Tensor | StackedKeys:
+    """Keys as torch reads them, in their place."""
+    if isinstance(keys, Stacked):
+        return StackedKeys([as_tensor(part) for part in keys.parts])
+    return as_tensor(keys)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor over an array's memory, mapped or not; uint16 as int16."""
+    if array.dtype == np.uint16:
+        array = array.view(np.int16)
+    with warnings.catch_warnings():  # torch would rather have memory that can be written to
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_knnlm.datastore import Datastore, Rows, Stacked, key_files
+from fairseq_knnlm.datastore import Datastore, key_files
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
 from fairseq_knnlm.files import Checking, check_mapped
 from fairseq_knnlm.index.card import IndexCard
-from fairseq_knnlm.index.distances import GATHER_BYTES, StackedKeys, distances_to_rows
+from fairseq_knnlm.index.distances import GATHER_BYTES, as_keys, as_tensor, distances_to_rows
 from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 
@@ -41,14 +40,18 @@ class LocalRetriever:
         self.index = index
         self.store = store
         self.similarity = similarity
-        self._values = _as_tensor(store.values)
+        self._values = as_tensor(store.values)
         self._breaks: Tensor | None = None
-        self._weights = None if store.weights is None else _as_tensor(store.weights)
-        self._projection = None if store.projection is None else _as_tensor(store.projection)
+        self._weights = None if store.weights is None else as_tensor(store.weights)
+        self._projection = None if store.projection is None else as_tensor(store.projection)
         recomputes = similarity != "do_not_recomp_l2"
-        self._keys = _as_keys(store.full_keys()) if recomputes else None
-        files = key_files(store) if recomputes else {}
-        self._checking = [Checking(file, sums.chunks) for file, sums in files.items()]
+        self._keys = as_keys(store.full_keys()) if recomputes else None
+        self._checking = self._check_keys() if recomputes else []
+
+    def _check_keys(self) -> list[Checking]:
+        """Has the files of the keys read and compared, beside everything else."""
+        files = key_files(self.store)
+        return [Checking(file, sums.chunks) for file, sums in files.items()]
 
     def check_files(self) -> int:
         """Waits until every key of the files that are read was compared with its checksum.
@@ -109,12 +112,13 @@ class LocalRetriever:
             return self.entries(ids, found if self.index.card.metric == "l2" else found.neg_())
         return self.entries(ids, self._recompute(queries, ids.clamp_min(0)))
 
-    def entries(self, ids: Tensor, distances: Tensor) -> Neighbours:
+    def entries(self, ids: Tensor, distances: Tensor, values: Tensor | None = None) -> Neighbours:
         """Entries as neighbours.
 
         Args:
             ids: (N, K) int64, rows of the datastore; -1 where missing.
             distances: (N, K) float32, anything where missing; written to.
+            values: (N, K) token ids, where they are known already.
         """
         valid = ids >= 0
         rows = ids
@@ -131,7 +135,8 @@ class LocalRetriever:
                 found="NaN or infinity",
                 do="check the datastore with `fairseq-knnlm verify`, and build the index again",
             )
-        return Neighbours(ids, distances, self._values_of(rows), valid, self._log_weights_of(rows))
+        values = self._values_of(rows) if values is None else self._checked(values)
+        return Neighbours(ids, distances, values, valid, self._log_weights_of(rows))
 
     def distances_to(self, queries: Tensor, ids: Tensor) -> Tensor:
         """Recomputed distances to a few entries, (N, K) float32, infinite where missing.
@@ -222,10 +227,9 @@ class LocalRetriever:
         # uint16 travels as int16, with which torch can do more.
         if values.dtype == torch.int16:
             values = values.int().bitwise_and_(0xFFFF)
-        self._check_values(values)
-        return values
+        return self._checked(values)
 
-    def _check_values(self, values: Tensor) -> None:
+    def _checked(self, values: Tensor) -> Tensor:
         low, high = map(int, values.aminmax()) if values.numel() else (0, 0)
         if low < 0 or high >= self.store.manifest.origin.vocabulary:
             raise DatastoreError(
@@ -234,6 +238,7 @@ class LocalRetriever:
                 found=f"from {low:,} to {high:,}",
                 do="check it with `fairseq-knnlm verify`, and save the datastore again",
             )
+        return values
 
     def _log_weights_of(self, rows: Tensor) -> Tensor | None:
         if self._weights is None or self.store.weights is None:
@@ -248,7 +253,10 @@ class LocalRetriever:
         for one in self._checking:
             one.check()
         check_mapped(self.store.full_keys(), f"keys of {self.store.path}")
-        found = distances_to_rows(self._keys, queries, rows, self.similarity)
+        return self._sound(distances_to_rows(self._keys, queries, rows, self.similarity))
+
+    def _sound(self, found: Tensor) -> Tensor:
+        """Recomputed distances, which are finite where the keys are."""
         if not _all_finite(found):
             raise DatastoreError(
                 f"keys of {self.store.path} are NaN or infinite, or too large",
@@ -265,19 +273,3 @@ def _all_finite(numbers: Tensor) -> bool:
         return True
     low, high = numbers.aminmax()
     return math.isfinite(low) and math.isfinite(high)
-
-
-def _as_keys(keys: Rows) -> Tensor | StackedKeys:
-    """Keys as torch reads them, in their place."""
-    if isinstance(keys, Stacked):
-        return StackedKeys([_as_tensor(part) for part in keys.parts])
-    return _as_tensor(keys)
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor over an array's memory, mapped or not; uint16 as int16."""
-    if array.dtype == np.uint16:
-        array = array.view(np.int16)
-    with warnings.catch_warnings():  # torch would rather have memory that can be written to
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)

@@ -12,7 +12,7 @@ from fairseq_knnlm.index.device import gpu_of_torch_alone
 from fairseq_knnlm.index.exact import ExactSearch
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.storage import load
-from fairseq_knnlm.retrieval.local import LocalRetriever, Searches
+from fairseq_knnlm.retrieval.local import LocalRetriever
 
 
 def open_retriever(
@@ -49,13 +49,19 @@ def open_retriever(
 
 
 def retriever_over(
-    index: Searches, store: Datastore, *, similarity: str = "auto", metric: str = "auto"
+    index: Any,
+    store: Datastore,
+    *,
+    similarity: str = "auto",
+    metric: str = "auto",
+    kind: type[LocalRetriever] = LocalRetriever,
 ) -> LocalRetriever:
     """A retriever over an index that is open, wherever its entries lie.
 
     Args:
-        index: of the datastore.
+        index: of the datastore, as ``kind`` takes it.
         store, similarity, metric: as for ``open_retriever``.
+        kind: of retriever.
 
     Raises:
         ConfigError: where the index has another metric.
@@ -64,7 +70,7 @@ def retriever_over(
     if similarity == "auto":
         settled = index.card.faithful or store.keys is None or index.card.metric == "ip"
         similarity = "do_not_recomp_l2" if settled else "l2"
-    return LocalRetriever(index, store, similarity)
+    return kind(index, store, similarity)
 
 
 def _open_index(

@@ -20,11 +20,13 @@ from fairseq_knnlm.cluster import search as searching
 from fairseq_knnlm.cluster.connect import ray_library
 from fairseq_knnlm.cluster.opening import open_sharded
 from fairseq_knnlm.cluster.replicas import Call
+from fairseq_knnlm.cluster.retriever import ShardedRetriever
 from fairseq_knnlm.cluster.search import ShardedIndex
 from fairseq_knnlm.datastore import Datastore, open_datastore
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.index.build import BuildOptions
 from fairseq_knnlm.index.storage import load
+from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.retrieval.opening import retriever_over
 from fairseq_knnlm.runs.build_index import build_index
 
@@ -144,15 +146,36 @@ def test_who_is_asked_for_too_few_is_asked_again(
     assert index.asked_again - first < first / 2
 
 
-def test_a_retriever_reads_values_and_keys_itself(store: Datastore, address: str) -> None:
-    retriever = retriever_over(opened(store, address, shards=2), store, similarity="l2")
-    found = retriever.search(torch.from_numpy(keys()[[7, 2500]]), K)
-    assert found.ids[:, 0].tolist() == [7, 2500]
-    assert found.values[:, 0].tolist() == [7, 0]
-    assert found.distances[:, 0].tolist() == [0, 0]
-    assert found.distances[0, 1] == pytest.approx(
-        ((keys()[7] - keys()[found.ids[0, 1]]) ** 2).sum()
-    )
+@pytest.mark.parametrize("similarity", ["l2", "dot", "do_not_recomp_l2"])
+@pytest.mark.parametrize("forgotten", [None, (((0, 3), (100, 164)), (), ((0, 1),), ((150, 300),))])
+def test_shards_tell_values_and_exact_distances(
+    tmp_path: Path, address: str, similarity: str, forgotten: Any
+) -> None:
+    """Those of a retriever on this machine, to the last digit; and of NumPy."""
+    store, asked = indexed(tmp_path / "store", forgotten=forgotten), queries()
+    index = opened(store, address, shards=3)
+    retriever = retriever_over(index, store, similarity=similarity, kind=ShardedRetriever)
+    found = retriever.search(asked, K)
+    assert torch.equal(found.values, torch.from_numpy(store.values[found.ids].astype(np.int32)))
+    if similarity == "do_not_recomp_l2":
+        assert_same((found.distances, found.ids), whole(store, K, asked))
+        return
+    local = LocalRetriever(index, store, similarity)  # reads the keys itself
+    assert torch.equal(found.distances, local.distances_to(asked, found.ids))
+    near = np.asarray(store.keys)[found.ids].astype(np.float32)
+    squares = ((near - asked.numpy()[:, None]) ** 2).sum(axis=2)
+    products = -(near * asked.numpy()[:, None]).sum(axis=2)
+    assert np.allclose(found.distances, squares if similarity == "l2" else products, atol=1e-4)
+
+
+def test_keys_that_were_damaged_are_not_compared(tmp_path: Path, address: str) -> None:
+    store = indexed(tmp_path / "store")
+    index = opened(store, address, shards=2)
+    retriever = retriever_over(index, store, similarity="l2", kind=ShardedRetriever)
+    alter(store.blocks[3].path / "keys.npy")
+    with pytest.raises(KnnlmError) as caught:
+        retriever.search(queries(), K)
+    assert_helps(caught, "is damaged", "checksums")
 
 
 def test_a_process_loads_no_more_than_it_needs(store: Datastore, address: str) -> None:
@@ -183,7 +206,7 @@ def test_another_copy_answers_for_one_that_was_killed(store: Datastore, address:
     """While it is asked: both copies get the same calls in turn, so one of any two is lost."""
     index = opened(store, address, shards=2, replicas=2)
     asked = queries(4000)
-    calls = [index._ask(index._prepared(asked.numpy()), [K, K]) for _ in range(4)]
+    calls = [index._ask(index._prepared(asked), [K, K]) for _ in range(4)]
     kill(index.shards[0].handles[0])
     true = whole(store, K, asked)
     for call in calls:
@@ -194,8 +217,8 @@ def test_another_copy_answers_for_one_that_was_killed(store: Datastore, address:
 def merged_of(calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
     from fairseq_knnlm.cluster.merging import merged
 
-    distances, ids = merged([call.answer() for call in calls], K, largest=False)
-    return torch.from_numpy(distances), torch.from_numpy(ids)
+    found = merged([call.answer() for call in calls], K, largest=False)
+    return torch.from_numpy(found.distances), torch.from_numpy(found.rows).long()
 
 
 def test_a_lone_shard_is_started_again(

@@ -26,7 +26,7 @@ def best(found: np.ndarray, first: int, k: int, largest: bool, width: int) -> Fo
     rows = np.full((QUERIES, width), -1, np.int32)
     distances[:, : order.shape[1]] = np.take_along_axis(found, order, axis=1)
     rows[:, : order.shape[1]] = order + first
-    return distances, rows
+    return Found(distances, rows)
 
 
 def answers(every: np.ndarray, widths: tuple[int, ...], largest: bool) -> list[Found]:
@@ -42,9 +42,8 @@ def answers(every: np.ndarray, widths: tuple[int, ...], largest: bool) -> list[F
 @pytest.mark.parametrize("widths", [(50, 50, 50), (50, 7, 50), (50, 7, 49)])
 def test_merged_are_the_best_of_all(largest: bool, widths: tuple[int, ...]) -> None:
     every = scores()
-    distances, rows = merged(answers(every, widths, largest), K, largest=largest)
-    expected, _ = best(every, 0, K, largest, K)
-    assert rows.dtype == np.int64
+    distances, rows, *_ = merged(answers(every, widths, largest), K, largest=largest)
+    expected = best(every, 0, K, largest, K).distances
     assert np.array_equal(distances, expected)
     assert np.array_equal(np.take_along_axis(every, rows, axis=1), expected)
     assert all(len(set(row)) == K for row in rows.tolist())
@@ -53,15 +52,14 @@ def test_merged_are_the_best_of_all(largest: bool, widths: tuple[int, ...]) -> N
 def test_missing_ones_come_last() -> None:
     every = scores()[:, :20]
     found = [best(every[:, :5], 0, 5, False, 30), best(every[:, 5:], 5, 15, False, 30)]
-    distances, rows = merged(found, 30, largest=False)
+    distances, rows, *_ = merged(found, 30, largest=False)
     assert np.array_equal(distances[:, :20], np.sort(every, axis=1))
     assert (rows[:, 20:] == -1).all()
 
 
 def test_one_shard_is_the_whole() -> None:
-    (distances, rows), every = merged([best(scores(), 0, K, False, K)], K, largest=False), scores()
-    assert np.array_equal(distances, np.sort(every, axis=1)[:, :K])
-    assert rows.dtype == np.int64
+    found = merged([best(scores(), 0, K, False, K)], K, largest=False)
+    assert np.array_equal(found.distances, np.sort(scores(), axis=1)[:, :K])
 
 
 @pytest.mark.parametrize("largest", [False, True])
@@ -72,17 +70,38 @@ def test_nothing_is_missing_where_it_says_so(largest: bool, widths: tuple[int, .
     found, full = answers(every, widths, largest), answers(every, (K, 7, K), largest)
     some = merged(found, K, largest=largest)
     doubts = doubtful(found, HELD, some, largest=largest)
-    true, _ = best(every, 0, K, largest, K)
+    true = best(every, 0, K, largest, K).distances
     wrong = (some[0] != true).any(axis=1)
     assert not (wrong & ~doubts.any(axis=0)).any()
     assert not doubts[1].any() or widths[1] < 7  # it told all that it holds
     for number, (which, whole) in enumerate(zip(doubts, full, strict=True)):
         if which.any():
-            better = whole[0][which], whole[1][which]
+            better = whole.each(lambda array, which=which: array[which])  # type: ignore[misc]
             found[number] = replaced(found[number], better, which)
     mended = merged(found, K, largest=largest)
     assert np.array_equal(mended[0], true)
     assert np.array_equal(np.take_along_axis(every, mended[1], axis=1), true)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_what_is_known_of_an_entry_stays_with_it(largest: bool) -> None:
+    """Also where a shard is asked again, and where some are missing."""
+    every = scores()[:, :60]
+    tokens, exact = np.arange(300) % 7, np.arange(300, dtype=np.float32) / 3
+
+    def told(found: Found) -> Found:
+        return found._replace(values=tokens[found.rows], exact=exact[found.rows])
+
+    first = told(best(every[:, :20], 0, 5, largest, 5))
+    which = np.arange(QUERIES) % 2 == 0
+    whole = told(best(every[:, :20], 0, 30, largest, 30))
+    first = replaced(first, whole.each(lambda array: array[which]), which)
+    found = merged([first, told(best(every[:, 20:], 20, 25, largest, 25))], 50, largest=largest)
+    there = found.rows >= 0
+    assert found.values is not None and found.exact is not None
+    assert np.array_equal(found.values[there], tokens[found.rows[there]])
+    assert np.array_equal(found.exact[there], exact[found.rows[there]])
+    assert there.sum(axis=1).tolist() == [45, 30] * (QUERIES // 2)
 
 
 def test_an_index_that_visits_few_lists_may_be_complete() -> None:
