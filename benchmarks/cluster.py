@@ -5,15 +5,16 @@
 On WikiText-2 with the language model found under --shared, or else on the demo's text with the
 demo's language model. Everything that takes part, Ray's processes included, is held to the same
 cores. Rivals are timed in turn, once their results are known to agree: searches by neighbours and
-distances, evaluations by their loss. The table at the end is also in OUT/cluster.json; what is
-made on the way is kept in OUT/work.
+distances, evaluations by their loss, saves by the fingerprint of what they made. The table at the
+end is also in OUT/cluster.json; what is made on the way is kept in OUT/work.
 """
 
 import argparse
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import faiss
 import torch
 from common.commands import RunError, clock, usable_cores
-from material import ROOT, Choice, Material, find_source
+from material import READING, ROOT, Choice, Material, find_source
 from measure import Figure, Rates, interleaved, keep, machine, show_entries
 from shell import Shell
 from torch import Tensor
@@ -40,6 +41,7 @@ from fairseq_knnlm.retrieval.local import Searches
 FIGURES = {
     "sharded_over_whole": Figure("search", "shards", "whole", "queries/s"),
     "sharded_evaluation_over_local": Figure("evaluation", "shards", "local", "tokens/s"),
+    "save_by_two_workers_over_one_process": Figure("save", "workers", "one", "entries/s"),
 }
 #: Lines of test that show, before anything is timed, that losses agree.
 WARM_UP = 50
@@ -72,6 +74,7 @@ def arguments() -> argparse.Namespace:
     option("--first", type=int, default=0, help="use so many lines of every split; 0 for all")
     option("--searches", type=int, default=7, help="timed runs of each search")
     option("--rounds", type=int, default=3, help="timed runs of each evaluation")
+    option("--saves", type=int, default=1, help="timed runs of each save, of the whole train split")
     option("--seed", type=int, default=0, help="of the sample")
     return parser.parse_args()
 
@@ -88,6 +91,7 @@ class Bench:
         self.args = args
         self.material = material
         self._losses: dict[int, float] = {}
+        self._saved: str | None = None
 
     @property
     def store(self) -> Datastore:
@@ -150,6 +154,27 @@ class Bench:
             raise RunError(f"the evaluations differ: losses {loss} and {report.loss}")
         return report.rate
 
+    def save(self) -> Rates:
+        """Entries a second that one process saves, and two workers of Ray, on a core each."""
+        on_ray = ["cluster", "save", "--ray", "local", "--workers", 2]
+        names: dict[str, list[object]] = {"one": ["save"], "workers": on_ray}
+        rivals = {name: partial(self._save, name, words) for name, words in names.items()}
+        return interleaved(rivals, self.args.saves, "saves")
+
+    def _save(self, name: str, words: Sequence[object], _: int) -> float:
+        material, path = self.material, self.material.folder / f"saved-by-{name}"
+        shutil.rmtree(path, ignore_errors=True)
+        command = ["fairseq-knnlm", *words, material.data("train"), *READING]
+        command += ["--path", material.source.checkpoint, "--dstore", path]
+        command += ["--block-rows", self.args.block_rows]
+        seconds = Shell(material.shell.logs, 1).seconds(f"save-by-{name}", command)
+        store = open_datastore(path, load_keys=False)
+        self._saved = self._saved or store.fingerprint
+        if store.fingerprint != self._saved:
+            raise RunError("what workers saved is not what one process saved")
+        shutil.rmtree(path)
+        return len(store) / seconds
+
 
 def check_same(whole: Searches, shards: ShardedIndex, asked: Tensor, k: int) -> None:
     """Refuses shards that find others than the whole index.
@@ -193,8 +218,12 @@ def run(args: argparse.Namespace) -> None:
     entries = {}
     for name in args.only:
         figure = FIGURES[name]
-        rates = bench.search() if figure.kind == "search" else bench.evaluation()
-        entries[name] = figure.entry(rates)
+        measure: dict[str, Callable[[], Rates]] = {
+            "search": bench.search,
+            "evaluation": bench.evaluation,
+            "save": bench.save,
+        }
+        entries[name] = figure.entry(measure[figure.kind]())
         keep(args.out / "cluster.json", entries, **about)
     print()
     show_entries(entries)

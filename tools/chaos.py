@@ -7,7 +7,8 @@ each of its steps. After that, until the time is over, commands and steps are dr
 what happens there: a kill before or after the step or in the middle of it, a power cut, a full
 disk, an error of the disk; also two writers at once, and readers meanwhile. After each: what is
 there is the old or the new, bit for bit; the same command, run again, ends well and leaves the very
-files that an undisturbed run leaves.
+files that an undisturbed run leaves. With ``--ray`` workers and nodes of a Ray are killed too, and
+the commands that ask them, at moments that are drawn.
 
 Without a seed that is given, what is drawn is the same whenever it is drawn.
 """
@@ -35,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # This checkout, whatever is installed, and the tests' tiny world.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from chaos_steps.commands import ELSEWHERE, Command, Pair, commands, pairs  # noqa: E402
+from chaos_steps import on_ray  # noqa: E402
+from chaos_steps.commands import Command, Pair, commands, pairs  # noqa: E402
 from chaos_steps.forks import in_forks  # noqa: E402
 from chaos_steps.playing import (  # noqa: E402
     KILLS,
@@ -195,18 +197,24 @@ def main() -> int:
         for case, became, bad in in_forks(cases, bench.play, folder, args.jobs):
             bench.take(case, became, bad)
             say(f"{sum(bench.counts.values())} {case}")
+        lines = table(bench, args.seed, time.monotonic() - started)
+        bad_on_ray = []
+        if args.ray:
+            say("Ray")
+            tally = on_ray.play(bench.world, folder, args.ray, args.seed)
+            lines += ["", *on_ray.table(tally, args.seed, args.ray)]
+            bad_on_ray = tally.findings
     finally:
         if args.keep:
             print(f"the world is left in {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    lines = table(bench, args.seed, time.monotonic() - started)
     print("\n" + "\n".join(lines))
     if args.markdown:
         head, rest = args.markdown.read_text().split(BEGIN)
         text = "\n".join([BEGIN, *lines, END])
         args.markdown.write_text(head + text + rest.split(END)[1])
-    return 1 if bench.findings else 0
+    return 1 if bench.findings or bad_on_ray else 0
 
 
 def arguments() -> argparse.Namespace:
@@ -222,11 +230,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--drawn", action="store_true", help="leave out the kills at every step")
     parser.add_argument("--kind", choices=DRAWN, help="draw this alone (with --drawn)")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time (default: 2)")
+    parser.add_argument("--ray", type=float, default=0, help="seconds of kills on Ray, after that")
     parser.add_argument("--markdown", type=Path, help="put the table into this document")
     parser.add_argument("--keep", action="store_true", help="leave the world where it was made")
     args = parser.parse_args()
-    if args.jobs < 1 or args.seconds <= 0:
-        parser.error("--jobs and --seconds are 1 or more")
+    if args.jobs < 1 or args.seconds < 0:
+        parser.error("--jobs is 1 or more, and --seconds no less than 0")
     return args
 
 
@@ -276,7 +285,6 @@ def table(bench: Bench, seed: int, seconds: float) -> list[str]:
         cells = [name, len(right.steps), len(bench.killed.get(name, ())), counts[name, "kills"]]
         cells += [counts[name, kind] for kind in kinds]
         lines.append(f"| {' | '.join(map(str, [*cells, bad]))} |")
-    lines += [f"| {one} |" + " |" * (len(heads) - 1) for one in ELSEWHERE]
     lines += ["", "| two at once | times | findings |", "| --- | --- | --- |"]
     for name in bench.serial:
         bad = sum(case.name == name for case, _ in bench.findings)

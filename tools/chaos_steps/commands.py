@@ -49,10 +49,6 @@ class Pair:
     second: Words
 
 
-#: Faults that are not injected here: their rows stand in the table, filled by other tools.
-ELSEWHERE = ("workers and nodes of Ray, killed: tests/cluster",)
-
-
 def commands(world: World) -> list[Command]:
     """Every command that writes a datastore, or something beside it."""
     store = ("--dstore", "store")

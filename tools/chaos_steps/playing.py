@@ -70,12 +70,15 @@ class Place:
 
     def start(self, words: Words, strike: Strike | None = None) -> Running:
         """Starts a command."""
-        self._runs += 1
         before = None
         if strike is not None:
             before = Striking(self.folder, strike, self.log).install
-        stage = Stage(self.folder, self.world, self._runs)  # type: ignore[arg-type]
-        return stage.start(words, before=before)
+        return self.stage().start(words, before=before)
+
+    def stage(self) -> Stage:
+        """For one more run."""
+        self._runs += 1
+        return Stage(self.folder, self.world, self._runs)  # type: ignore[arg-type]
 
     def run(self, words: Words, strike: Strike | None = None) -> Ran:
         """Runs it to its end."""
