@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fairseq_knnlm.index.library import faiss
+from fairseq_knnlm.index.library import faiss, one_thread
 
 
 class Found(NamedTuple):
@@ -64,7 +64,8 @@ def merged(found: Sequence[Found], k: int, *, largest: bool) -> Found:
             own[:, :stop][some.rows < 0] = -1
         own[:, stop : stop + 1] = -1  # where FAISS stops
         first += stop
-    best, chosen = faiss.merge_knn_results(distances, places, keep_max=largest)
+    with one_thread():
+        best, chosen = faiss.merge_knn_results(distances, places, keep_max=largest)
     missing = chosen < 0
     some_missing = bool(missing.any())
     if some_missing:

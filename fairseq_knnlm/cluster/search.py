@@ -18,11 +18,12 @@ from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.library import faiss, has_lists, innermost
 
 #: Queries that are asked together, and how many such calls are on their way.
-AT_A_TIME, AHEAD = 512, 2
+AT_A_TIME, AHEAD = 1024, 2
 #: A shard is asked for its share of the neighbours, and so many times the square root of that more,
-#: since near entries lie together in a text: several times what chance would make of it. For yet
-#: more, once this part of the queries had to be asked again.
-MARGIN, TOO_OFTEN, GROWTH = 8.0, 0.03, 1.25
+#: since near entries lie together in a text: several times what chance would make of it. For more
+#: where a larger part of the queries has to be asked again, which takes a round more; for fewer
+#: where a smaller part has to.
+MARGIN, SELDOM, TOO_OFTEN, CHANGE = 8.0, 0.002, 0.01, 1.1
 
 
 class ShardedIndex:
@@ -137,7 +138,10 @@ class ShardedIndex:
                 if part is not None:
                     part[queries] = better
             self.asked_again += int(doubts.sum())
-            self._margins[doubts.mean(axis=1) > TOO_OFTEN] *= GROWTH
+        if len(best.rows):
+            often = doubts.mean(axis=1)
+            self._margins[often > TOO_OFTEN] *= CHANGE
+            self._margins[often < SELDOM] /= CHANGE
         return best
 
     def _asked_again(

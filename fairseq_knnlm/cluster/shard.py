@@ -22,7 +22,7 @@ from fairseq_knnlm.datastore.manifest import INDEX
 from fairseq_knnlm.errors import IndexFileError, KnnlmError, told
 from fairseq_knnlm.index.card import read_card
 from fairseq_knnlm.index.codes import assemble
-from fairseq_knnlm.index.library import faiss, innermost
+from fairseq_knnlm.index.library import faiss, innermost, keep_freed_memory
 from fairseq_knnlm.index.pieces import pieces_of, training_in
 from fairseq_knnlm.index.trained import read_trained
 from fairseq_knnlm.versions import versions
@@ -150,6 +150,7 @@ class Shard:
             check_needed(libraries, versions(), _here())
             self._whole = _opened(part)  # FAISS does not keep it for what lies within
             self._index = innermost(self._whole)
+            keep_freed_memory()
             self._entries = Entries(part.blocks)
         except KnnlmError as problem:
             self._problem = problem

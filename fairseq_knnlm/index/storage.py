@@ -23,7 +23,14 @@ from fairseq_knnlm.index.card import (
 from fairseq_knnlm.index.codes import assemble
 from fairseq_knnlm.index.device import place
 from fairseq_knnlm.index.foreign import foreign_card
-from fairseq_knnlm.index.library import METRICS, faiss, has_lists, innermost, is_exact
+from fairseq_knnlm.index.library import (
+    METRICS,
+    faiss,
+    has_lists,
+    innermost,
+    is_exact,
+    keep_freed_memory,
+)
 from fairseq_knnlm.index.pieces import pieces_of, training_in
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.index.trained import check_bytes, read_file, read_trained
@@ -135,6 +142,7 @@ def load(
     index, card = _settled(path, read)
     if nprobe is not None:
         card = replace(card, nprobe=checked_nprobe(index, nprobe))
+    keep_freed_memory()
     return place(index, card, device, k)
 
 
