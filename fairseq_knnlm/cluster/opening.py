@@ -14,6 +14,7 @@ from fairseq_knnlm.cluster.shard import Part, parts_of
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.index.card import IndexCard, read_card
+from fairseq_knnlm.index.library import keep_freed_memory
 from fairseq_knnlm.index.pieces import training_in
 from fairseq_knnlm.index.storage import checked_nprobe
 from fairseq_knnlm.index.trained import read_trained
@@ -52,6 +53,7 @@ def open_sharded(
     if probe is not None:
         card = replace(card, nprobe=checked_nprobe(trained, probe))
     connect(address)
+    keep_freed_memory()  # what is merged is as large as what is found
     parts = cut(store, card, shards)
     where = "a Ray of this process" if address == LOCAL else f"the Ray at {address}"
     if address != LOCAL and (up := standing(parts)) is not None:

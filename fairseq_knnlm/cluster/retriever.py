@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.cluster.merging import Found
 from fairseq_knnlm.cluster.search import ShardedIndex
+from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.files import Checking
 from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.retrieval.neighbours import Neighbours
@@ -23,6 +28,12 @@ class ShardedRetriever(LocalRetriever):
     """
 
     index: ShardedIndex
+    elsewhere = True
+
+    def __init__(self, index: ShardedIndex, store: Datastore, similarity: str) -> None:
+        super().__init__(index, store, similarity)
+        #: Queries that were asked ahead, and what waits for their answers; the oldest first.
+        self._ahead: deque[tuple[Tensor, Callable[[], Found]]] = deque()
 
     def _check_keys(self) -> list[Checking]:
         return []  # by those who read them
@@ -40,8 +51,8 @@ class ShardedRetriever(LocalRetriever):
         Raises:
             KnnlmError: where a shard has died and does not come back; else as that does.
         """
-        queries, recomputes = self._projected(queries), self.similarity != "do_not_recomp_l2"
-        found = self.index.entries(queries, k, self.similarity if recomputes else "")
+        queries = self._projected(queries)
+        found = self._begun(queries, k)()
         assert found.values is not None
         tokens = found.values.astype(np.int32) if found.values.itemsize < 4 else found.values
         ids = torch.from_numpy(found.rows).to(queries.device).long()
@@ -54,3 +65,21 @@ class ShardedRetriever(LocalRetriever):
             if self.index.card.metric == "ip":
                 distances.neg_()
         return self.entries(ids, distances, values)
+
+    def ahead(self, queries: Tensor, k: int) -> None:
+        """Has shards look for queries that ``search`` will be asked of soon, in the same order."""
+        queries = self._projected(queries)
+        self._ahead.append((queries, self._begin(queries, k)))
+
+    def _begun(self, queries: Tensor, k: int) -> Callable[[], Found]:
+        """What was begun for these queries, or begins now."""
+        if self._ahead:
+            asked, found = self._ahead.popleft()
+            if asked.shape == queries.shape and torch.equal(asked, queries):
+                return found
+            self._ahead.clear()  # somebody asks in another order
+        return self._begin(queries, k)
+
+    def _begin(self, queries: Tensor, k: int) -> Callable[[], Found]:
+        recomputes = self.similarity != "do_not_recomp_l2"
+        return self.index.begin(queries, k, self.similarity if recomputes else "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -63,26 +64,30 @@ class ShardedIndex:
         Raises:
             KnnlmError: where a shard has died and does not come back.
         """
-        found = self._found(self._prepared(queries), k)
+        found = joined(list(self._answers(self._prepared(queries), k)))
         distances, ids = torch.from_numpy(found.distances), torch.from_numpy(found.rows).long()
         return distances.to(queries.device), ids.to(queries.device)
 
-    def entries(self, queries: Tensor, k: int, similarity: str = "") -> Found:
-        """The k nearest entries, with their values and, where asked for, exact distances.
+    def begin(self, queries: Tensor, k: int, similarity: str = "") -> Callable[[], Found]:
+        """Asks for the k nearest entries, with their values and, where asked for, exact distances.
 
         Args:
             queries: (N, D) float32.
             k: neighbours a query.
             similarity: ``"l2"`` or ``"dot"`` has shards recompute distances on their keys.
 
-        Raises:
+        Returns:
+            What waits for what was found, and returns it.
+
+        Raises, when that is called:
             KnnlmError: where a shard has died and does not come back.
             DatastoreError: where keys are missing or damaged.
         """
         asked = self._prepared(queries)._replace(similarity=similarity, values=True)
         if similarity:
             asked = asked._replace(keys=queries.cpu().numpy())
-        return self._found(asked, k)
+        answers = self._answers(asked, k)
+        return lambda: joined(list(answers))
 
     def check_files(self) -> int:
         """Has shards wait until their keys were compared with their checksums, if they read any.
@@ -92,9 +97,6 @@ class ShardedIndex:
         """
         calls = [shard.ask("check_files") for shard in self.shards]
         return sum(call.answer() for call in calls)
-
-    def _found(self, asked: Asked, k: int) -> Found:
-        return joined(list(self._answers(asked, k)))
 
     def _prepared(self, asked: Tensor) -> Asked:
         """What shards are asked. Lists are chosen here, once for all of them."""
@@ -109,15 +111,21 @@ class ShardedIndex:
         return Asked(queries, lists.astype(np.int32), nearness)
 
     def _answers(self, asked: Asked, k: int) -> Iterator[Found]:
-        """What is nearest, some queries at a time; while that is merged, shards do the next."""
-        waiting: deque[tuple[Asked, list[Call]]] = deque()
-        for start in range(0, max(1, len(asked.queries)), AT_A_TIME):
-            some = asked.some(slice(start, start + AT_A_TIME))
-            waiting.append((some, self._ask(some, self._fewer(k))))
-            if len(waiting) > AHEAD:
+        """What is nearest, some queries at a time; while that is merged, shards do the next.
+
+        The first ones are asked at once, before anybody waits for an answer.
+        """
+        starts = range(0, max(1, len(asked.queries)), AT_A_TIME)
+        parts = (asked.some(slice(start, start + AT_A_TIME)) for start in starts)
+        calls = ((some, self._ask(some, self._fewer(k))) for some in parts)
+        waiting = deque(islice(calls, AHEAD))
+
+        def answers() -> Iterator[Found]:
+            while waiting:
+                waiting.extend(islice(calls, 1))
                 yield self._answer(*waiting.popleft(), k)
-        while waiting:
-            yield self._answer(*waiting.popleft(), k)
+
+        return answers()
 
     def _ask(self, asked: Asked, counts: Sequence[int]) -> list[Call]:
         reference = ray_library().put(asked)

@@ -196,6 +196,11 @@ class KnnExpert(Timeless):
             self._features(near, shared, contexts.before) if self.features else None,
         )
 
+    def ahead(self, contexts: Contexts) -> None:
+        """Has the candidates looked for, if others do that, of contexts that come soon."""
+        assert contexts.keys is not None
+        self.retriever.ahead(contexts.keys, self.k)
+
     def observe(self, tokens: Tensor) -> None:
         """Counts the tokens whose own entry was found."""
         if self._last is not None:

@@ -74,6 +74,11 @@ class PointerExpert(KnnExpert):
         """Text i goes on where text ``order[i]`` stood."""
         self._texts = reordered(self._texts, order)
 
+    def ahead(self, contexts: Contexts) -> None:
+        """The same, where every token is searched."""
+        if self.least is None:
+            super().ahead(contexts)
+
     def near(self, contexts: Contexts) -> Neighbours:
         """The neighbours found, and beside them the pointers; (N, k + P) with P at most k / 4."""
         keys, rows, read = contexts.keys, contexts.rows, contexts.before[:, 0]

@@ -65,7 +65,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Has FAISS use this thread alone: its others go on waiting for a while, on a core of theirs."""
+    """Has FAISS use this thread alone: its others would wait for more work, on cores of theirs."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:

@@ -232,6 +232,22 @@ class MixtureLM:
                     one.observe(tokens[part])
         self.start_counting()
 
+    @property
+    def searches_elsewhere(self) -> bool:
+        """Whether neighbours can be looked for while this process does something else."""
+        return any(isinstance(one, KnnExpert) and one.retriever.elsewhere for one in self.experts)
+
+    def ahead(self, contexts: Contexts, watch: Watch | None = None) -> None:
+        """Has neighbours looked for, where others do that, of contexts that are scored soon.
+
+        Args:
+            contexts, watch: as ``score`` will be given them, in the same order.
+        """
+        for part in self._parts(len(contexts), watch):
+            for one in self.experts:
+                if isinstance(one, KnnExpert):
+                    one.ahead(contexts[part])
+
     def start_counting(self) -> None:
         """Whoever counts, counts from here on."""
         for one in self.everyone:

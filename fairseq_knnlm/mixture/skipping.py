@@ -136,6 +136,11 @@ class SkippingMixtureLM(MixtureLM):
         self.start_counting()
         self._rows = torch.empty(0, dtype=torch.int64)
 
+    @property
+    def searches_elsewhere(self) -> bool:
+        """Never before it is known which contexts are searched for."""
+        return False
+
     def predict(self, contexts: Contexts) -> MixturePrediction:
         """What follows N contexts."""
         others = {one.name: one.predict(contexts) for one in self.rest.everyone}

@@ -36,6 +36,8 @@ class LocalRetriever:
             takes what the index says.
     """
 
+    elsewhere = False
+
     def __init__(self, index: Searches, store: Datastore, similarity: str) -> None:
         self.index = index
         self.store = store
@@ -111,6 +113,9 @@ class LocalRetriever:
         if self.similarity == "do_not_recomp_l2":
             return self.entries(ids, found if self.index.card.metric == "l2" else found.neg_())
         return self.entries(ids, self._recompute(queries, ids.clamp_min(0)))
+
+    def ahead(self, queries: Tensor, k: int) -> None:
+        """Nothing: while this process searches it does nothing else."""
 
     def entries(self, ids: Tensor, distances: Tensor, values: Tensor | None = None) -> Neighbours:
         """Entries as neighbours.

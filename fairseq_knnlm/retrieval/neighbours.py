@@ -53,6 +53,13 @@ class Retriever(Protocol):
     def measures_l2(self) -> bool:
         """Whether the distances are squared L2, or the index's approximation of it."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether others search, so that this process can do something else meanwhile."""
+
+    def ahead(self, queries: Tensor, k: int) -> None:
+        """Has queries looked for, if others do that, which ``search`` will be asked of soon."""
+
     def search(self, queries: Tensor, k: int) -> Neighbours:
         """The k nearest entries of queries (N, D), as (N, K)."""
 

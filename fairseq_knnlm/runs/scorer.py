@@ -206,6 +206,10 @@ class KnnScorer:
         self.lm = LMExpert()
         self.mixture = mixture(self.lm)
         self._others = dict(others or {})
+        #: Gives the batch after the one to be scored, or None; set where others search, so that
+        #: they do so while this process computes that batch's contexts.
+        self.following: Callable[[], dict[str, Any] | None] | None = None
+        self._next: tuple[Contexts, Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def generate(
@@ -225,7 +229,7 @@ class KnnScorer:
             ModelError: where keys are needed of an ensemble, or a probability is none.
         """
         started = time.perf_counter()
-        contexts, targets, mask = self._understood(models, sample)
+        contexts, targets, mask = self._in_turn(models, sample)
         scores = self.mixture.score(contexts, targets, self.watch)
         batch = Batch(contexts.rows.cpu().numpy(), targets, contexts, scores)
         _check_numbers(batch.base)
@@ -248,6 +252,25 @@ class KnnScorer:
         """
         contexts, targets, _ = self._understood(models, sample)
         self.mixture.catch_up(contexts, targets)
+
+    def _in_turn(
+        self, models: Sequence[nn.Module], sample: dict[str, Any]
+    ) -> tuple[Contexts, Tensor, Tensor]:
+        """What is understood of a batch; where others search, the next one is begun before."""
+        if self.following is None:
+            return self._understood(models, sample)
+        ours = self._begin(models, sample) if self._next is None else self._next
+        following = self.following()
+        # One of several processes may end with a batch of nothing.
+        self._next = self._begin(models, following) if following else None
+        return ours
+
+    def _begin(
+        self, models: Sequence[nn.Module], sample: dict[str, Any]
+    ) -> tuple[Contexts, Tensor, Tensor]:
+        found = self._understood(models, sample)
+        self.mixture.ahead(found[0], self.watch)
+        return found
 
     def _understood(
         self, models: Sequence[nn.Module], sample: dict[str, Any]

@@ -23,7 +23,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,8 @@ class WithEnd:
         self._finish = finish
         self._before = before
         self._read = read
+        #: The batch after the one that was handed on last; None behind the last one.
+        self.following: Any = None
 
     def __len__(self) -> int:
         return len(self._batches) - self._before
@@ -170,5 +172,6 @@ class WithEnd:
         batches = iter(self._batches)
         for batch in islice(batches, self._before):
             self._read(batch)
-        yield from batches
+        for batch, self.following in pairwise(chain(batches, [None])):
+            yield batch
         self._finish()

@@ -165,6 +165,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             ours, run.stretch = load(part), part.stretch
             catch_up = partial(run.scorer.catch_up, self.models)
             batches = WithEnd(ours, run.finish, part.before, lambda one: catch_up(to_device(one)))
+        if run.scorer.mixture.searches_elsewhere:
+            run.scorer.following = lambda: to_device(batches.following)
         hand_over(run.scorer)
         return batches
 
