@@ -49,7 +49,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Evaluating with it": (
         *("knnlm", "dstore_filename", "indexfile", "k", "results_json", "score_table"),
-        "lm_features",
+        *("lm_features", "progress_file"),
     ),
     "Experts and their mixture": REST,
     "Searching": ("probe", "knn_sim_func", "faiss_metric_type", "knn_device"),
@@ -78,6 +78,7 @@ VALUES = {
     "plot": "FILE.png",
     "ray": "ADDRESS",
     "recipe": "RECIPE",
+    "progress_file": "FILE.json",
     "results_json": "FILE.json",
     "score_table": "FILE.npz",
 }

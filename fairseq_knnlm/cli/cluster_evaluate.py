@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fairseq_knnlm.cli import report
-from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, moves, share_out
+from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, follows, share_out
 from fairseq_knnlm.files import check_outputs, partial_folder
+from fairseq_knnlm.runs.progress import progress_of
 
 HELP = "evaluate a split with a memory, in shares that workers have"
 EXAMPLE = "--ray local --workers 2 data-bin --path checkpoint_best.pt --dstore DSTORE"
@@ -37,14 +39,17 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     flags += ["--dstore-filename", args.dstore, *rest]
     with partial_folder((args.results_json or Path("results.json")).resolve()) as name:
         folder = Path(name)
+        told = [folder / f"{number}.progress" for number in range(args.workers)]
 
         def share(number: int) -> list[str]:
             found = [*flags, "--results-json", str(folder / f"{number}.json")]
+            found += ["--progress-file", str(told[number])]
             if args.score_table is not None:
                 found += ["--score-table", str(folder / f"{number}.npz")]
             return found
 
-        with bar("evaluating", args.workers, "shares") as shown:
-            share_out(args, args.data, share, folder / "shared", moves(shown))
+        with bar("evaluating", None, "tokens", scale=True) as shown:
+            tick = follows(shown, partial(progress_of, told))
+            share_out(args, args.data, share, folder / "shared", tick)
         args.join = sorted(folder.glob("*.json")) + sorted(folder.glob("*.npz"))
         report.run(args, rest)

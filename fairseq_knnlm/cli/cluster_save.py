@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fairseq_knnlm.cli import save
-from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, share_out
+from fairseq_knnlm.cli.on_ray import add_workers, bar, check_workers, follows, share_out
 from fairseq_knnlm.datastore import outline
 from fairseq_knnlm.datastore.making import is_in_the_making, read_plan, there
 from fairseq_knnlm.errors import ConfigError, KnnlmError
@@ -42,14 +43,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     proof = path.with_name(f".{path.name}.shared")
     with bar(f"saving {path.name}", None, "blocks") as shown:
-
-        def tick(_: int) -> None:
-            blocks, made = progress(path)
-            if (blocks, made) != (shown.total, shown.n):
-                shown.total = blocks
-                shown.update(made - shown.n)
-                shown.refresh()
-
+        tick = follows(shown, partial(progress, path))
         share_out(args, args.data, lambda _: flags, proof, tick)
     print(f"{path}: {len(outline(path)):,} entries in {len(outline(path).blocks)} blocks")
 

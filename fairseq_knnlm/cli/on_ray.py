@@ -130,13 +130,36 @@ def run_share(data: str, typed: Sequence[Sequence[str]], number: int) -> None:
         raise in_our_words(error) from error
 
 
-def bar(what: str, total: int | None, unit: str) -> Any:
-    """A bar of work that is done elsewhere, with the time that is left; to be closed."""
+def bar(what: str, total: int | None, unit: str, *, scale: bool = False) -> Any:
+    """A bar of work that is done elsewhere, with the time that is left; to be closed.
+
+    Args:
+        what: is done.
+        total: units of it; None where that is not known yet.
+        unit: what is counted.
+        scale: of so many that 1,200,000 are better told as 1.20M.
+    """
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=f" {unit}")
+    return tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=scale)
 
 
 def moves(shown: Any) -> Callable[[int], object]:
     """Has a bar show how much is done, each time it is told."""
     return lambda done: shown.update(done - shown.n)
+
+
+def follows(shown: Any, look: Callable[[], tuple[int | None, int]]) -> Callable[[int], object]:
+    """Has a bar show how much is done of how much, as ``look`` finds it, each time it is called."""
+
+    def tick(_: int) -> None:
+        total, done = look()
+        if total is None or (total, done) == (shown.total, shown.n):
+            return
+        if shown.total is None:  # the time until there was anything to count is no measure
+            shown.reset()
+        shown.total = total
+        shown.update(done - shown.n)
+        shown.refresh()
+
+    return tick

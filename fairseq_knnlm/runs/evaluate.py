@@ -15,6 +15,7 @@ from fairseq_knnlm.files import write_json
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.inputs import Inputs
+from fairseq_knnlm.runs.progress import TellsProgress
 from fairseq_knnlm.runs.report import tell
 from fairseq_knnlm.runs.results import run_results, table_card
 from fairseq_knnlm.runs.save import Saving, open_saving, sample_keys
@@ -55,6 +56,11 @@ class EvaluationRun:
         if options.writing.score_table:
             self.table = FillsTable(Path(options.writing.score_table))
             listeners.append(self.table)
+        self.progress: TellsProgress | None = None
+        if options.writing.progress_file:
+            place = Path(options.writing.progress_file)
+            self.progress = TellsProgress(place, int(sizes.sum()))
+            listeners.append(self.progress)
         self.blocks = Blocks(starts, inputs.vocabulary.bos)
         self.scorer = make_scorer(inputs, self.blocks, listeners)
         self._warn_of_the_same_split()
@@ -103,6 +109,8 @@ class EvaluationRun:
             KnnlmError: where what was read turns out to be damaged; nothing is published then.
             Exception: the first that publishing raised.
         """
+        if self.progress is not None:
+            self.progress.tell()
         memory = self.inputs.memory
         for expert in memory.experts.values() if memory is not None else ():
             expert.kind.finish(expert)

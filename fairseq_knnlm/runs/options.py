@@ -123,6 +123,9 @@ class WritingOptions:
 
     results_json: str | None = flag(None, "write what was measured to this file")
     score_table: str | None = flag(None, "write one row a scored token to this .npz")
+    progress_file: str | None = flag(
+        None, "write to this file, once a second, how many tokens are scored, and of how many"
+    )
     lm_features: bool = flag(
         False,
         "with --score-table: also the entropy and top probability of the language model, which "

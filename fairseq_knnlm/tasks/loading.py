@@ -52,7 +52,8 @@ def check_processes(num_shards: int, processes: int, options: Options) -> None:
             found=f"--num-shards {num_shards}, and a process for each of {processes} GPUs",
             do="pass --distributed-world-size 1; CUDA_VISIBLE_DEVICES=i before it says which GPU",
         )
-    if processes > 1 and (flag := _written(options)):
+    progress = "--progress-file" if options.writing.progress_file else None
+    if processes > 1 and (flag := _written(options) or progress):
         raise ConfigError(
             "each process writes files of its own",
             expected=f"{flag} of one process",
@@ -94,6 +95,7 @@ def check_writes_nothing(options: Options, where: str = "where text is generated
     given = {
         "--score-table": options.writing.score_table,
         "--results-json": options.writing.results_json,
+        "--progress-file": options.writing.progress_file,
     }
     for flag, value in given.items():
         if value:
@@ -121,6 +123,7 @@ def check_stock_is_enough(options: Options, what: str) -> None:
         "--experts": mixing.experts,
         "--score-table": writing.score_table,
         "--results-json": writing.results_json,
+        "--progress-file": writing.progress_file,
     }
     for flag, value in given.items():
         if value:

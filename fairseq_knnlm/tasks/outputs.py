@@ -28,7 +28,11 @@ def check_writes(options: Options, inputs: Mapping[str, Iterable[str]]) -> None:
     """
     saving, writing = options.saving, options.writing
     new = saving.dstore_mmap if saving.save_knnlm_dstore else None
-    outputs = {"--results-json": writing.results_json, "--score-table": writing.score_table}
+    outputs = {
+        "--results-json": writing.results_json,
+        "--score-table": writing.score_table,
+        "--progress-file": writing.progress_file,
+    }
     read = {name: [Path(file) for file in files] for name, files in inputs.items()}
     if new is not None and saving.append_dstore:
         check_uncompressed(Path(new), read_manifest(Path(new))[0])

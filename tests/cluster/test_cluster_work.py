@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -80,9 +81,16 @@ def workers() -> list[int]:
     return found
 
 
-def test_evaluated_by_two_workers(lab: Lab, saved: Path, tmp_path: Path, address: str) -> None:
+def test_evaluated_by_two_workers(
+    lab: Lab, saved: Path, tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bar counts the tokens of both."""
     results = tmp_path / "shared-out.json"
     assert on_ray("evaluate", address, lab, saved, *EVALUATE, "--results-json", results) == 0
+    (last,) = re.findall(r"evaluating: .*", capsys.readouterr().err.split("\r")[-1])
+    tokens = json.loads(results.read_text())["tokens"]
+    assert 100 < tokens < 1000  # which the bar does not round
+    assert re.search(rf"100%.* {tokens}/{tokens} .* tokens/s\]", last), last
     alone = tmp_path / "alone.json"
     flags = ["--knnlm", "--dstore-filename", saved, *EVALUATE, "--results-json", alone]
     lab.evaluate("test", *flags)

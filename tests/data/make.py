@@ -229,6 +229,42 @@ def landed() -> None:
     _list(HERE / "v3-landed")
 
 
+def blocked() -> None:
+    """c391db1: datastore 4: two blocks and one added later, rows of all three forgotten."""
+    from fairseq_knnlm.datastore import open_datastore
+    from fairseq_knnlm.index.build import BuildOptions
+    from fairseq_knnlm.runs.append import plan_onto
+    from fairseq_knnlm.runs.build_index import build_index
+    from fairseq_knnlm.runs.changing import forget_parts
+    from fairseq_knnlm.runs.options import SavingOptions
+
+    folder = HERE / "v4-blocks"
+    _save_blocks(folder, range(64), [0, 40, 64])
+    store = open_datastore(folder)
+    build_index(store, folder / "knn.index", BuildOptions(k=10, nprobe=4), recipe="IVF4,Flat")
+    _save_blocks(folder, range(64, ROWS), [0, 32], lambda plan: plan_onto(*plan, SavingOptions()))
+    forget_parts(folder, [], [(10, 20), (38, 42), (60, 70)])
+
+
+def _save_blocks(folder: Path, text: range, starts: Any, onto: Any = lambda plan: plan[1]) -> None:
+    """These rows as a text, in blocks that begin at ``starts``, with its documents."""
+    from functools import partial
+
+    from fairseq_knnlm.datastore.boundaries import after_empty_lines
+    from fairseq_knnlm.datastore.making import Making, Plan
+    from fairseq_knnlm.runs.save_blocks import join
+
+    plan = Plan(width=WIDTH, key_dtype="float16", origin=origin(), starts=starts)
+    making = Making(folder, onto((folder, plan)))
+    for block in making.plan.blocks:
+        rows = making.plan.rows(block)
+        chosen = np.array(text)[rows.start : rows.stop]
+        writer = making.writer(block)
+        writer.write(np.arange(len(rows)), keys()[chosen], values()[chosen])
+        writer.publish()
+    join(making, partial(after_empty_lines, eos=EOS))
+
+
 def listings() -> None:
     """Files of urvashik/knnlm, as its code writes them, and what all datastores were made of."""
     keys().tofile(HERE / "published_keys.npy")

@@ -279,7 +279,9 @@ def test_one_file_of_several_processes(lab: Lab, tmp_path: Path, flag: str) -> N
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flag", ["knnlm", "experts", "score_table", "results_json"])
+@pytest.mark.parametrize(
+    "flag", ["knnlm", "experts", "score_table", "results_json", "progress_file"]
+)
 def test_flags_that_the_stock_scorer_would_ignore(flag: str) -> None:
     check_stock_is_enough(Options(), "this decoder")
     mixing = flag in ("knnlm", "experts")

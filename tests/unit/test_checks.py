@@ -118,7 +118,10 @@ def test_experts(experts: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["dstore_mmap", "dstore_filename", "indexfile", "expert_lm", "results_json", "score_table"],
+    [
+        *("dstore_mmap", "dstore_filename", "indexfile", "expert_lm", "results_json"),
+        *("score_table", "progress_file"),
+    ],
 )
 def test_empty_paths(name: str) -> None:
     assert f"--{name.replace('_', '-')} is empty" in refused(**{**KNN, name: ""})
@@ -231,7 +234,7 @@ def test_legacy_flags_are_heeded_for_legacy_files(
     assert not caplog.messages
 
 
-OUTPUTS = ["dstore_mmap", "results_json", "score_table"]
+OUTPUTS = ["dstore_mmap", "results_json", "score_table", "progress_file"]
 
 
 def trying(name: str, path: object, **given: Any) -> None:

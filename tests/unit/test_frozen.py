@@ -46,7 +46,10 @@ CARDS = {
     "v1-landed": (1, 2),
     "v2-landed": (2, 2),
     "v3-landed": (3, 2),
+    "v4-blocks": (4, 3),
 }
+#: What counts of the one in blocks: rows of the text without 10:20, 38:42 and 60:70.
+LEFT = np.r_[0:10, 20:38, 42:60, 70:96]
 
 
 def queries(count: int = 20) -> np.ndarray:
@@ -161,16 +164,59 @@ def test_a_compressed_one_finds_what_brute_force_does() -> None:
     np.testing.assert_allclose(found.log_weights.exp().numpy(), arrays["weights"][rows], rtol=1e-6)
 
 
+def test_in_blocks_is_what_was_not_forgotten() -> None:
+    """Which is all of a text up to row 64, cut before row 40, and of one that was added there."""
+    store = open_datastore(DATA / "v4-blocks", verify=True)
+    assert [block.rows for block in store.blocks] == [40, 24, 32]
+    assert np.array_equal(store.full_keys()[:], KEYS[LEFT])
+    assert np.array_equal(store.values, VALUES[LEFT])
+    assert store.breaks.tolist() == [0, 10, 28, 46]  # those of 0, 20, 42 and 70
+    assert len(store.manifest.before) == 2  # once more text came, once some was forgotten
+
+
+def test_in_blocks_nothing_is_found_that_was_forgotten() -> None:
+    """Not even by those who ask for its very keys."""
+    store, gone = open_datastore(DATA / "v4-blocks"), np.setdiff1d(np.arange(96), LEFT)
+    assert_finds(store, KEYS[LEFT], VALUES[LEFT])
+    asked = KEYS[gone].astype("f4")
+    found = open_retriever(store, K).search(torch.from_numpy(asked), K)
+    distances, _ = nearest(KEYS[LEFT], asked)
+    np.testing.assert_allclose(found.distances.numpy(), distances, rtol=1e-4)
+    assert distances.min() > 0
+
+
+def test_a_block_and_its_piece_go_on_holding_all() -> None:
+    """By docs/format.md, in NumPy alone: a code is the number of a list, and here the key."""
+    for number, (start, stop) in enumerate([(0, 40), (40, 64), (64, 96)]):
+        folder = DATA / f"v4-blocks/blocks/{number:06d}"
+        assert version(folder / "manifest.json") == 1
+        assert np.array_equal(open_datastore(folder).full_keys(), KEYS[start:stop])
+        (piece,) = folder.glob("piece-*.npy")
+        with piece.open("rb") as file:
+            codes = np.load(file)
+        assert codes.shape == (stop - start, 1 + 8 * 4)
+        assert np.array_equal(codes[:, 1:].copy().view("<f4"), KEYS[start:stop])
+
+
+def begins_by_hand(values: np.ndarray) -> list[int]:
+    """A line ends with 2, and an empty one is a 2 at its beginning."""
+    ends = [(values[row - 2 : row + 1] == 2).tolist() for row in range(2, len(values))]
+    return [0, *(row for row, ended in enumerate(ends, 2) if ended == [True, True, False])]
+
+
 def test_documents_begin_after_empty_lines() -> None:
-    """By hand: a line ends with 2, and an empty one is a 2 at its beginning."""
     found = read_documents(open_datastore(DATA / "v1-landed"))
     assert found is not None
-    begins = [0]
-    for row in range(2, len(VALUES)):
-        if VALUES[row - 1] == VALUES[row - 2] == 2 and VALUES[row] != 2:
-            begins.append(row)
-    assert found.starts.tolist() == begins
-    assert len(begins) > 3
+    assert found.starts.tolist() == begins_by_hand(VALUES)
+    assert len(found) > 3
+
+
+def test_documents_in_blocks() -> None:
+    """Of two texts; what is left of a document begins with its first row that is left."""
+    found = read_documents(open_datastore(DATA / "v4-blocks"))
+    assert found is not None
+    begins = [*begins_by_hand(VALUES[:64]), *(64 + row for row in begins_by_hand(VALUES[64:]))]
+    assert found.starts.tolist() == sorted({int((row > LEFT).sum()) for row in begins})
 
 
 def test_n_grams_are_counted_as_before() -> None:
@@ -228,6 +274,23 @@ def living(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def test_more_of_one_in_blocks_is_forgotten(tmp_path: Path) -> None:
+    """What is left is found, also when blocks are new; the folders hold nothing else then."""
+    living = tmp_path / "store"
+    shutil.copytree(DATA / "v4-blocks", living)
+    before = open_datastore(living).fingerprint
+    forget_parts(living, [], [(5, 12), (46, 72)])  # the whole last block
+    left = LEFT[np.r_[0:5, 12:46]]
+    for change in (lambda: None, lambda: compact_store(living)):
+        change()
+        store = open_datastore(living, verify=True)
+        assert np.array_equal(store.values, VALUES[left])
+        assert_finds(store, KEYS[left], VALUES[left])
+    assert store.manifest.before[2] == before
+    held = [len(np.load(file)) for file in living.rglob("values.npy")]
+    assert sum(held) == len(left)
+
+
 def test_rows_of_the_first_version_are_forgotten(living: Path) -> None:
     """What is left is found as in a datastore built without them, also when files are new."""
     forgotten = forget_parts(living, [], [(10, 20), (90, 96)])
@@ -241,8 +304,10 @@ def test_rows_of_the_first_version_are_forgotten(living: Path) -> None:
     assert store.manifest.before[0] == open_datastore(DATA / "v1-landed").fingerprint
 
 
-@pytest.mark.parametrize("name", ["v1-first", "v1-landed"])
-def test_entries_are_added_to_the_first_version(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "rows"), [("v1-first", ...), ("v1-landed", ...), ("v4-blocks", LEFT)]
+)
+def test_entries_are_added(name: str, rows: Any, tmp_path: Path) -> None:
     living = tmp_path / "store"
     shutil.copytree(DATA / name, living)
     before = open_datastore(living)
@@ -250,16 +315,16 @@ def test_entries_are_added_to_the_first_version(name: str, tmp_path: Path) -> No
     plan = Plan(width=8, key_dtype="float16", origin=before.manifest.origin, starts=[0, 20, 30])
     making = Making(living, plan_onto(living, plan, SavingOptions(block_rows=20)))
     for block in making.plan.blocks:
-        rows = making.plan.rows(block)
+        new = making.plan.rows(block)
         writer = making.writer(block)
-        writer.write(np.arange(len(rows)), more[rows.start : rows.stop], np.full(len(rows), 5))
+        writer.write(np.arange(len(new)), more[new.start : new.stop], np.full(len(new), 5))
         writer.publish()
     making.join(extend_index)
     store = open_datastore(living, verify=True)
-    keys = np.concatenate([KEYS, more.astype(np.float16)])
+    keys = np.concatenate([KEYS[rows], more.astype(np.float16)])
     assert np.array_equal(store.full_keys()[:], keys)
-    assert store.manifest.before[0] == before.fingerprint
-    assert_finds(store, keys, np.concatenate([VALUES, np.full(30, 5)]))
+    assert before.fingerprint in store.manifest.before
+    assert_finds(store, keys, np.concatenate([VALUES[rows], np.full(30, 5)]))
 
 
 def renumber(file: Path, number: int) -> None:
