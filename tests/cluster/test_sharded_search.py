@@ -168,6 +168,19 @@ def test_shards_tell_values_and_exact_distances(
     assert np.allclose(found.distances, squares if similarity == "l2" else products, atol=1e-4)
 
 
+def test_queries_that_are_asked_ahead(store: Datastore, address: str) -> None:
+    """Are answered in turn; whoever asks for others all the same gets those."""
+    index = opened(store, address, shards=2)
+    retriever = retriever_over(index, store, similarity="do_not_recomp_l2", kind=ShardedRetriever)
+    assert retriever.elsewhere
+    first, second, third = queries().split([300, 100, 300])
+    for some in (first, second, first):
+        retriever.ahead(some, K)
+    for some in (first, second, third, first):
+        found = retriever.search(some, K)
+        assert_same((found.distances, found.ids), whole(store, K, some))
+
+
 def test_keys_that_were_damaged_are_not_compared(tmp_path: Path, address: str) -> None:
     store = indexed(tmp_path / "store")
     index = opened(store, address, shards=2)
