@@ -15,6 +15,9 @@ SHARED ?= ../shared
 SECONDS ?= 600
 SEED ?= 1
 
+# Tests in two processes, each file in one of them.
+TESTS := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit check format faults chaos bench bench-scale bench-cluster clean
 
@@ -28,17 +31,17 @@ setup: ## make .venv with everything in it (the other targets do so themselves)
 demo: setup ## train an LM on Python's own documentation and give it a memory (minutes)
 	@$(BIN)/python examples/demo.py
 
-test: setup ## run all tests (some 20 minutes)
-	@$(BIN)/python -m pytest
+test: setup ## run all tests (some 15 minutes)
+	@$(TESTS)
 
 test-unit: setup ## run the tests of single modules (under a minute)
-	@$(BIN)/python -m pytest tests/unit -m "not slow" --numprocesses 2
+	@$(TESTS) tests/unit -m "not slow"
 
 check: setup ## what CI runs: lint, format, types and tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(TESTS)
 
 format: setup ## put the code in the house format
 	@$(BIN)/ruff check --fix .

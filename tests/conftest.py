@@ -151,8 +151,13 @@ def datastore(lab: Lab) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        # Of two processes each runs whole files, whose fixtures are made once. What starts a Ray
+        # stays in one: it kills workers wherever it finds them.
+        group = item.path.stem
         if item.path.is_relative_to(Path(__file__).parent / "cluster"):
             item.add_marker("cluster")
+            group = "cluster"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
