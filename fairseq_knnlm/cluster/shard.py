@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,9 +97,11 @@ def parts_of(store: Datastore, training: str, shards: int) -> list[Part]:
         training: fingerprint of the trained part of its index.
         shards: at most as many as blocks.
     """
-    groups = grouped(store.blocks, shards)
+    # A shard has another working folder than the process that asks.
+    path = store.path.resolve()
+    groups = grouped([replace(one, path=one.path.resolve()) for one in store.blocks], shards)
     return [
-        Part(store.path, store.fingerprint, training, tuple(blocks), number, shards)
+        Part(path, store.fingerprint, training, tuple(blocks), number, shards)
         for number, blocks in enumerate(groups)
     ]
 

@@ -125,6 +125,15 @@ def test_every_index_that_can_be_cut(
         assert_same(found, [torch.from_numpy(part) for part in true], metric, 1e-4)
 
 
+def test_a_path_from_the_working_folder(
+    store: Datastore, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is another one in the shards' processes."""
+    monkeypatch.chdir(store.path.parent)
+    found = opened(open_datastore(Path(store.path.name)), address, shards=2).search(queries(), K)
+    assert_same(found, whole(store, K, queries()))
+
+
 def test_what_was_forgotten_is_not_found(tmp_path: Path, address: str) -> None:
     gone = (((0, 3), (100, 164)), (), ((0, 1), (1198, 1199)), ((150, 300),))
     store = indexed(tmp_path, forgotten=gone)

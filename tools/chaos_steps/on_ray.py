@@ -25,6 +25,8 @@ VICTIMS = {"worker": 3, "node": 1, "driver": 2}
 #: The most kills of one run, and the seconds between two of them. Ray needs some seconds to start
 #: a worker, which then gets about as long to work.
 MOST, PAUSE = 3, (0.5, 8.0)
+#: Several batches, so that there are shares of them.
+SMALL = ("--max-tokens", 64)
 #: Seconds in which a command ends, whoever dies; and those a killed one's workers get to end.
 PATIENCE, AFTER = 180.0, 30.0
 
@@ -78,11 +80,11 @@ def works(world: World, address: str) -> list[Work]:
     ray = ("--ray", address, "--workers", 2)
     text = (world.data, "--path", world.model, "--dstore", "store")
     report = ("--results-json", "joined.json")
-    store = ("--knnlm", "--dstore-filename", "store", *MIX, *report)
+    store = ("--knnlm", "--dstore-filename", "store", *MIX, *SMALL, *report)
     shards = ("--knn-ray", address, "--knn-shards", 2, "--knn-replicas", 2)
     indexed = "blocks, indexed"
     evaluate = Command("evaluate alone", indexed, world.evaluate("test", *store))
-    read = ("--gen-subset", "test", *MIX, *READ, *report)
+    read = ("--gen-subset", "test", *MIX, *READ, *SMALL, *report)
     save = ("--gen-subset", "valid", *IN_BLOCKS, *READ)
     build = ("build-index", "--dstore", "store", *INDEX)
     return [
