@@ -1,9 +1,10 @@
 """A mixture of models that others trained, from the probabilities that they published.
 
 FOLDER has, for valid and for test, an array a model of the log-probabilities of all words
-(valid.npz), and the words, one a line, ends of lines included (valid.words); the training text may
-lie there too (train.words). The steps are those that one would type: columns, columns, tune, report. Then a table says what
-each part adds: everything is fitted on valid, and test is looked at once, at the end.
+(valid.npz), and the words, one a line, ends of lines included (valid.words); the training text
+may lie there too (train.words). The steps are those that one would type: columns, columns, tune,
+report. Then a table says what each part adds: everything is fitted on valid, and test is looked at
+once, at the end.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 # Also from a checkout that is not installed.
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.commands import RunError, Steps, environment
 
@@ -32,6 +33,7 @@ from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.mixture.mixers import Mixer
 
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = "example: python examples/penn_treebank/mixture.py ptb-columns --out ptb"
 TRAINING_TEXT = "train.words"
 #: Features of a gate, by the ends of their names, in the order in which they are added.
@@ -130,7 +132,9 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the columns")
-    parser.add_argument("--out", type=Path, default=Path("ptb"), help="folder to make (default: ptb)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("ptb"), help="folder to make (default: ptb)"
+    )
     args = parser.parse_args()
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,9 @@ def past_features(
 ) -> dict[str, np.ndarray]:
     """Features of each token that depend on the tokens before it alone.
 
-    Of each expert, ``NAME_last``, ``NAME_lately`` and ``NAME_after``: what it gained on the language
-    model on the last token, on the last few, and on those that followed the same word, in nats; of
-    the language model itself, ``lm_last``, ...: its log-probabilities there.
+    Of each expert, ``NAME_last``, ``NAME_lately`` and ``NAME_after``: what it gained on the
+    language model on the last token, on the last few, and on those that followed the same word, in
+    nats; of the language model itself, ``lm_last``, ...: its log-probabilities there.
 
     Args:
         tokens: (N,) ids.

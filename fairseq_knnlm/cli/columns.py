@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-base", choices=BASES, default="e", help="of columns of logarithms (default: e)"
     )
-    parser.add_argument("--out", required=True, type=Path, help="score table to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE.npz", help="score table to write"
+    )
 
 
 def check(args: argparse.Namespace, _: Sequence[str]) -> None:

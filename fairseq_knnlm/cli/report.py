@@ -53,7 +53,8 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
     elif not has_place(args) or args.score_table is None or args.results_json is not None:
         raise ConfigError(
             "a report is of a calibration on a score table, or of the shares of a run",
-            expected="--dstore DSTORE (or --calibration FILE) --score-table FILE.npz, or --join FILES",
+            expected="--dstore DSTORE --score-table FILE.npz, or --join FILES; "
+            "of columns --calibration FILE in the place of --dstore",
             found="--results-json without --join"
             if args.results_json is not None
             else "not both of --dstore and --score-table",

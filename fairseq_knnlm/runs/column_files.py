@@ -129,9 +129,7 @@ def _of_npz(file: ColumnFile, words: Sequence[str]) -> np.ndarray:
         raise ValueError(f"a damaged archive: {error}") from None
 
 
-def _vector(
-    file: ColumnFile, opened: IO[bytes], size: int, words: Sequence[str]
-) -> np.ndarray:
+def _vector(file: ColumnFile, opened: IO[bytes], size: int, words: Sequence[str]) -> np.ndarray:
     """An array of one dimension, of floating-point numbers, as many as there are words."""
     dtype, shape = read_header(opened, size)
     if len(shape) != 1 or dtype.kind != "f":

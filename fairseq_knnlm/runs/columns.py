@@ -100,7 +100,9 @@ def check_options(options: ColumnsOptions) -> None:
             )
         if names.count(name) > 1:
             raise ConfigError(
-                f"two columns are named {name!r}", expected="a name for each", found=", ".join(names)
+                f"two columns are named {name!r}",
+                expected="a name for each",
+                found=", ".join(names),
             )
     read = {"WORDS": [options.words], "--column": [one.path for one in options.columns]}
     if options.training_text is not None:

@@ -61,7 +61,7 @@ def test_columns_tune_report(tmp_path: Path, capsys: Capture) -> None:
     figures = {name: float(figure) for name, figure in rows}
     assert figures["language model alone"] == round(alone, 2)
     assert figures["two, fixed"] == 2.0
-    assert {"two, gate", "history, gate", "two+history, blend"} < set(figures)
+    assert {"two, gate", "history, gate", "two+history, fixed"} < set(figures)
     assert figures["two+history, gate"] < 1.5  # whoever was right last is wrong now
 
 
@@ -93,7 +93,7 @@ def test_ngrams_of_a_training_text_are_those_of_the_formula(
     table = read_table(text.table)
     assert list(table.experts) == ["two", "history", "ngram"]
     formula, listed = Formula([counted], TYPES - 1, 5), text.tokens.tolist()
-    for place in range(0, 60):
+    for place in range(60):
         context = listed[max(0, place - 4) : place]
         while TYPES - 1 in context:  # what follows the last word that was never seen
             context = context[context.index(TYPES - 1) + 1 :]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fairseq_knnlm.calibration.past import ADDED, LATELY, MOST, past_features
+from fairseq_knnlm.calibration.settings import check_setting
 from fairseq_knnlm.experts.history import (
     FEATURE_HALF_LIVES,
     HALF_LIVES,
@@ -168,3 +169,19 @@ def test_an_expert_of_several_columns_has_a_feature_for_each() -> None:
         alone = past_features(tokens, scores[:, 0], {"it": scores[:, 1 + place]})
         for kind in ("last", "lately", "after"):
             np.testing.assert_array_equal(one[f"three_{kind}"][:, place], alone[f"it_{kind}"][:, 0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"suffix": 5, "half_life": 30.0}, "suffix"),
+        ({"suffix": 0, "half_life": 0.0}, "half_life"),
+        ({"suffix": 0, "half_life": 1e999}, "half_life"),
+        ({"suffix": 0}, "half_life"),
+        ({"suffix": 0, "half_life": 30.0, "theta": 1.0}, "theta"),
+    ],
+)
+def test_settings_that_a_calibration_cannot_have(setting: dict[str, float], says: str) -> None:
+    check_setting("history", {"suffix": 4, "half_life": 30.0}, complete=True)
+    with pytest.raises(ValueError, match=says):
+        check_setting("history", setting, complete=True)
