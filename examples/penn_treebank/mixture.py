@@ -57,7 +57,10 @@ def best_first(folder: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise RunError(f"{folder} has no valid.npz that can be read: {error}") from None
     arrays = sorted(losses, key=lambda name: losses[name])
-    return {re.sub(r"^[^a-z]+|[^a-z0-9]", "", array.lower()): array for array in arrays}
+    named = {re.sub(r"^[^a-z]+|[^a-z0-9]", "", array.lower()): array for array in arrays}
+    if "" in named or len(named) < len(arrays):
+        raise RunError(f"names that letters and digits do not tell apart: {', '.join(arrays)}")
+    return named
 
 
 def run_commands(folder: Path, out: Path, models: dict[str, str]) -> None:

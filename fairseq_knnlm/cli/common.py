@@ -68,13 +68,15 @@ def has_place(args: argparse.Namespace) -> bool:
     """Whether the arguments name a datastore or a calibration.
 
     Raises:
-        ConfigError: where they name both.
+        ConfigError: where they name both, or give a size to no datastore.
     """
-    if args.dstore is not None and args.calibration is not None:
+    sizes = {"--dstore-size": args.dstore_size, "--dstore-fp16": args.dstore_fp16}
+    of_store = [flag for flag, given in ({"--dstore": args.dstore} | sizes).items() if given]
+    if args.calibration is not None and of_store:
         raise ConfigError(
             "a calibration lies beside its datastore",
-            expected="--dstore DSTORE; or, of columns, --calibration FILE",
-            found="both",
+            expected="--dstore DSTORE; or, of columns, --calibration FILE alone",
+            found=f"--calibration and {', '.join(of_store)}",
             do="leave one out",
         )
     return args.dstore is not None or args.calibration is not None

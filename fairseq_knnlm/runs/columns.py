@@ -59,8 +59,8 @@ class ColumnsOptions:
 
 
 @dataclass(frozen=True)
-class Expert:
-    """A column or several of the table.
+class Scored:
+    """An expert, and all that it said of the text.
 
     Attributes:
         log_probs: (N, S) float32, natural log.
@@ -138,18 +138,18 @@ def make_table(options: ColumnsOptions) -> dict[str, float]:
     return {name: math.exp(-column.mean(dtype=np.float64)) for name, column in columns.items()}
 
 
-def _column(name: str, column: np.ndarray) -> Expert:
+def _column(name: str, column: np.ndarray) -> Scored:
     alone = column[:, None]
-    return Expert(alone, [{}], {"column": name}, {}, alone)
+    return Scored(alone, [{}], {"column": name}, {}, alone)
 
 
-def _history(tokens: np.ndarray) -> Expert:
+def _history(tokens: np.ndarray) -> Scored:
     found = history.history(tokens)
     judged = [setting["half_life"] == HALF_LIFE for setting in found.settings]
-    return Expert(found.log_probs, found.settings, {}, found.features, found.log_probs[:, judged])
+    return Scored(found.log_probs, found.settings, {}, found.features, found.log_probs[:, judged])
 
 
-def _ngrams(counted: np.ndarray, tokens: np.ndarray) -> Expert:
+def _ngrams(counted: np.ndarray, tokens: np.ndarray) -> Scored:
     """A Kneser-Ney model of the training text. What stands in that nowhere it gives nothing."""
     types = int(counted.max()) + 1
     model = NGramModel.count(counted, types, ORDER)
@@ -167,7 +167,7 @@ def _ngrams(counted: np.ndarray, tokens: np.ndarray) -> Expert:
     }
     alone = log_probs[:, None]
     described = {"order": ORDER, "tokens": len(counted)}
-    return Expert(alone, [{"order": ORDER}], described, features, alone)
+    return Scored(alone, [{"order": ORDER}], described, features, alone)
 
 
 def _write(
@@ -175,7 +175,7 @@ def _write(
     tokens: np.ndarray,
     base: str,
     lm: np.ndarray,
-    experts: dict[str, Expert],
+    experts: dict[str, Scored],
 ) -> None:
     judged = {name: expert.judged for name, expert in experts.items()}
     features = past_features(tokens, lm, judged)

@@ -184,6 +184,8 @@ def test_a_calibration_has_one_place(tmp_path: Path, capsys: Capture) -> None:
     for command in ("tune", "report"):
         both = ["--dstore", store.path, "--calibration", place, *tables]
         assert "a calibration lies beside its datastore" in refuse(capsys, command, *both)
+        sized = ["--dstore-size", 5, "--calibration", place, *tables]
+        assert "--calibration and --dstore-size" in refuse(capsys, command, *sized)
         said = refuse(capsys, command, "--dstore", store.path, *tables)
         assert "give --calibration FILE in the place of --dstore" in said
     assert "tune needs a place" in refuse(capsys, "tune", *tables)
