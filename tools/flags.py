@@ -154,7 +154,7 @@ def _of_action(action: argparse.Action) -> Flag:
     kind = action.type if isinstance(action.type, type) else str
     if action.required:
         default = "must be given"
-    value = _value(action.dest, kind, choices)
+    value = f"`{action.metavar}`" if action.metavar else _value(action.dest, kind, choices)
     return Flag(name, value, default, text or action.dest.replace("_", " "))
 
 

@@ -35,6 +35,7 @@ class Known(msgspec.Struct, forbid_unknown_fields=True):
     theta: Annotated[float, Meta(ge=0, le=1e30)] = 1.0
     window: Annotated[int, Meta(ge=1, le=2**48)] = 1
     order: Annotated[int, Meta(ge=1, le=16)] = 1
+    half_life: Annotated[float, Meta(gt=0, le=1e30)] = 1.0
 
 
 class _Complete(msgspec.Struct, forbid_unknown_fields=True):
@@ -57,6 +58,11 @@ class _NGram(_Complete):
     order: Annotated[int, Meta(ge=1, le=CONTEXT + 1)]
 
 
+class _History(_Complete):
+    suffix: Annotated[int, Meta(ge=0, le=CONTEXT)]
+    half_life: Annotated[float, Meta(gt=0, le=1e300)]
+
+
 class _None(_Complete):
     """Of a language model."""
 
@@ -67,6 +73,7 @@ COMPLETE: dict[str, type[_Complete]] = {
     "knn": _Knn,
     "cache": _Cache,
     "ngram": _NGram,
+    "history": _History,
     "lm2": _None,
 }
 

@@ -55,6 +55,41 @@ def check_store(args: argparse.Namespace) -> None:
     check_range("--dstore-size", args.dstore_size, 1, MOST_ENTRIES, "counts entries")
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """The argument that names a calibration where there is no datastore beside which it lies."""
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="in the place of --dstore: the calibration of a table that `columns` made",
+    )
+
+
+def has_place(args: argparse.Namespace) -> bool:
+    """Whether the arguments name a datastore or a calibration.
+
+    Raises:
+        ConfigError: where they name both, or give a size to no datastore.
+    """
+    sizes = {"--dstore-size": args.dstore_size, "--dstore-fp16": args.dstore_fp16}
+    of_store = [flag for flag, given in ({"--dstore": args.dstore} | sizes).items() if given]
+    if args.calibration is not None and of_store:
+        raise ConfigError(
+            "a calibration lies beside its datastore",
+            expected="--dstore DSTORE; or, of columns, --calibration FILE alone",
+            found=f"--calibration and {', '.join(of_store)}",
+            do="leave one out",
+        )
+    return args.dstore is not None or args.calibration is not None
+
+
+def calibration_place(args: argparse.Namespace) -> tuple[Datastore | None, Path]:
+    """The datastore that the arguments name, if any, and where its calibration lies."""
+    if args.dstore is None:
+        return None, args.calibration
+    store = opened(args)
+    return store, store.calibration_path
+
+
 def check_ours(path: Path) -> None:
     """Refuses a datastore that cannot be changed, being files of urvashik/knnlm.
 

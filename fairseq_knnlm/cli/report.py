@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
-from fairseq_knnlm.cli.common import add_store, check_store, opened
+from fairseq_knnlm.cli.common import (
+    add_calibration,
+    add_store,
+    calibration_place,
+    check_store,
+    has_place,
+)
 from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
@@ -25,6 +31,7 @@ EXAMPLE = "--dstore DSTORE --score-table test.npz"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A datastore, beside which the calibration lies, and a score table; or files of shares."""
     add_store(parser, required=False)
+    add_calibration(parser)
     parser.add_argument(
         "--score-table", type=Path, help="from --score-table; with --join, the table to write"
     )
@@ -43,10 +50,11 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
     check_store(args)
     if args.join is not None:
         _check_join(args)
-    elif args.dstore is None or args.score_table is None or args.results_json is not None:
+    elif not has_place(args) or args.score_table is None or args.results_json is not None:
         raise ConfigError(
             "a report is of a calibration on a score table, or of the shares of a run",
-            expected="--dstore DSTORE --score-table FILE.npz, or --join FILES",
+            expected="--dstore DSTORE --score-table FILE.npz, or --join FILES; "
+            "of columns --calibration FILE in the place of --dstore",
             found="--results-json without --join"
             if args.results_json is not None
             else "not both of --dstore and --score-table",
@@ -57,6 +65,7 @@ def _check_join(args: argparse.Namespace) -> None:
     results, tables = _by_kind(args.join)
     for flag, given, files in (
         ("--dstore", args.dstore, []),
+        ("--calibration", args.calibration, []),
         ("--results-json", args.results_json, results),
         ("--score-table", args.score_table, tables),
     ):
@@ -113,9 +122,9 @@ def _measure(args: argparse.Namespace) -> None:
     from fairseq_knnlm.calibration.skipping import skipping_costs
     from fairseq_knnlm.runs.tune import calibration_of, check_table
 
-    store, table = opened(args), read_table(args.score_table)
+    (store, place), table = calibration_place(args), read_table(args.score_table)
     check_table(table, store)
-    calibration = calibration_of(store, table.card["datastores"])
+    calibration = calibration_of(place, table.card["datastores"])
     found = measured(calibration, table)
     warn_of_own_text(table, store)
     fitted = calibration.fitted_on
@@ -127,7 +136,7 @@ def _measure(args: argparse.Namespace) -> None:
     print_skipping(skipping_costs(calibration, table))
 
 
-def warn_of_own_text(table: ScoreTable, store: Datastore) -> None:
+def warn_of_own_text(table: ScoreTable, store: Datastore | None) -> None:
     """Says so where the datastore seems to hold what is measured on."""
     from fairseq_knnlm.runs.tune import own_text
 

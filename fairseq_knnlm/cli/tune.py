@@ -10,11 +10,19 @@ from tqdm import tqdm
 
 from fairseq_knnlm.bounds import check_seed
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
-from fairseq_knnlm.cli.common import add_store, check_store, evaluate, opened
+from fairseq_knnlm.cli.common import (
+    add_calibration,
+    add_store,
+    calibration_place,
+    check_store,
+    evaluate,
+    has_place,
+)
 from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError, told
 from fairseq_knnlm.files import Claim, check_outputs
+from fairseq_knnlm.runs.places import check_apart
 
 HELP = "fit the mixture on valid text: lambda, temperature, and gates over all experts"
 EXAMPLE = "--dstore DSTORE --data data-bin --path checkpoint_best.pt --tokens-per-sample 512"
@@ -27,7 +35,8 @@ OF_DATA = {"path": (None,), "gen_subset": ("valid",), "experts": (None, EXPERTS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A score table, or what makes one; other flags go to ``fairseq-eval-lm`` then."""
-    add_store(parser)
+    add_store(parser, required=False)
+    add_calibration(parser)
     parser.add_argument(
         "--score-table",
         type=Path,
@@ -53,6 +62,18 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Refuses flags without ``--data`` that only make a table, and data that cannot be read."""
     check_store(args)
     check_seed(args.seed)
+    if not has_place(args):
+        raise ConfigError(
+            "tune needs a place for the calibration",
+            expected="--dstore DSTORE, beside which it lies; or, of columns, --calibration FILE",
+            found="neither",
+        )
+    if args.data and args.calibration is not None:
+        raise ConfigError(
+            "--calibration does nothing with --data",
+            expected="--score-table FILE.npz, as `fairseq-knnlm columns` writes it",
+            found=f"--data {args.data}",
+        )
     if not args.data:
         _check_without_data(args)
     elif args.path:
@@ -75,11 +96,11 @@ def _check_without_data(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Fits on the table, which is made first where ``--data`` asks for that."""
-    store = opened(args)
-    plot = args.plot or store.calibration_path.with_suffix(".png")
-    made = _made_table(args, store) if args.data else None
+    store, place = calibration_place(args)
+    plot = args.plot or place.with_suffix(".png")
+    made = _made_table(args, store) if args.data and store is not None else None
     # Hours may lie between here and what is written.
-    outputs = {"the calibration": store.calibration_path, "--score-table": made, "--plot": plot}
+    outputs = {"the calibration": place, "--score-table": made, "--plot": plot}
     check_outputs(outputs)
     if args.score_table is not None and plot.resolve() == args.score_table.resolve():
         raise ConfigError(
@@ -88,9 +109,11 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
             found=plot,
             do="give the picture another name",
         )
-    with Claim(store.calibration_path):
+    if store is None and args.score_table is not None:
+        check_apart({"--calibration": place, "--plot": plot}, {"--score-table": [args.score_table]})
+    with Claim(place):
         table = _table(args, store, rest)
-        _fit(store, table, args.seed)
+        _fit(store, place, table, args.seed)
         _draw(table, plot)
 
 
@@ -100,7 +123,7 @@ def _made_table(args: argparse.Namespace, store: Datastore) -> Path:
     return path
 
 
-def _table(args: argparse.Namespace, store: Datastore, rest: Sequence[str]) -> ScoreTable:
+def _table(args: argparse.Namespace, store: Datastore | None, rest: Sequence[str]) -> ScoreTable:
     """The score table, made first where ``--data`` asks for that."""
     if not args.data:
         if args.score_table is None:
@@ -110,6 +133,7 @@ def _table(args: argparse.Namespace, store: Datastore, rest: Sequence[str]) -> S
                 found="neither",
             )
         return read_table(args.score_table)
+    assert store is not None  # or ``check`` had refused it
     if not args.path:
         raise ConfigError("--data needs --path", expected="--path CHECKPOINT", found="nothing")
     path = _made_table(args, store)
@@ -132,7 +156,7 @@ def _experts(args: argparse.Namespace, store: Datastore) -> str:
     return WITHOUT_TEXT
 
 
-def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
+def _fit(store: Datastore | None, place: Path, table: ScoreTable, seed: int) -> None:
     """Fits a calibration, writes it and says what it gained."""
     from fairseq_knnlm.calibration.parts import Parts
     from fairseq_knnlm.calibration.report import GAINS, gains
@@ -145,7 +169,7 @@ def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
     check_table(table, store)
     warn_of_own_text(table, store)
     calibration = fit(table, seed, _with_bar)
-    path = write_calibration(store.calibration_path, calibration)  # before any pipe can close
+    path = write_calibration(place, calibration)  # before any pipe can close
     fitted = calibration.fitted_on
     print(
         f"{fitted['split']}, {fitted['tokens']:,} tokens; figures are of the "
@@ -155,7 +179,8 @@ def _fit(store: Datastore, table: ScoreTable, seed: int) -> None:
     print_skipping(skipping_costs(calibration, table, Parts.of(len(table)).report))
     if not calibration.best.experts:
         print("nothing helps this model on this text: evaluation will use it alone")
-    print(f"written to {path}; evaluation uses it unless told otherwise")
+    uses = "evaluation uses it unless told otherwise" if store is not None else "`report` reads it"
+    print(f"written to {path}; {uses}")
 
 
 def _with_bar(sets: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from conftest import ROOT
 HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "ray", "rich", "torch"}
 SUBCOMMANDS = (
     *("save", "build-index", "tune", "report", "explain", "info", "verify", "compress", "forget"),
-    *("compact", "append", "import", "cluster"),
+    *("compact", "append", "import", "cluster", "columns"),
 )
 
 
