@@ -9,6 +9,8 @@ def cases() -> list[Case]:
     """All of them, by class."""
     from fault_cases import (
         archives,
+        blocks,
+        changes,
         damage,
         disks,
         documents,
@@ -17,9 +19,13 @@ def cases() -> list[Case]:
         models,
         outputs,
         results,
+        sharing,
     )
 
-    modules = (results, documents, damage, archives, outputs, disks, kills, flags, models)
+    modules = (
+        *(results, documents, damage, archives, outputs, disks, kills, flags, models),
+        *(blocks, changes, sharing),
+    )
     found = [case for module in modules for case in module.cases()]
     names = [case.name for case in found]
     assert len(set(names)) == len(names), {name for name in names if names.count(name) > 1}

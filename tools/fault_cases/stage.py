@@ -42,6 +42,7 @@ GROUPS = {
     "writing": "Files that are written",
     "flags": "Flags",
     "models": "Memory, models, warnings",
+    "blocks": "Datastores in blocks, changes, shares, Ray",
 }
 #: Seconds after which a command that has not ended is taken to hang.
 PATIENCE = 60.0
@@ -174,6 +175,10 @@ class Stage:
     def store(self, name: str = "store") -> Path:
         """A copy of the world's datastore, with its index, n-grams and calibration."""
         return Path(shutil.copytree(self.world.store, self.folder / name))
+
+    def cut(self, name: str = "store") -> Path:
+        """A copy of the world's datastore in blocks, with its index in pieces."""
+        return Path(shutil.copytree(self.world.cut, self.folder / name))
 
     def bare(self, name: str = "store") -> Path:
         """The same with the arrays and the manifest alone."""

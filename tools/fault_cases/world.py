@@ -34,6 +34,10 @@ MODELS = {
 }
 #: So that there are many, in a text without empty lines.
 DOCUMENTS = ("--document-boundary", "w1")
+#: Four blocks, about.
+CUT = ("--block-rows", "900")
+#: Of the evaluation that is shared out.
+SHARES = 2
 STOCK_TASK = ("--task", "language_modeling")
 #: The hub interface takes the task from the checkpoint.
 TASKS = {"model": PLUGIN}
@@ -47,8 +51,8 @@ class World:
 
     Attributes:
         folder: all of it.
-        losses: in bits a token on the test split: ``base``, ``knn`` (with ``MIX``), ``cache``,
-            ``calibrated``.
+        losses: in bits a token on the test split: ``base``, ``knn`` (with ``MIX``), ``cut`` (the
+            same in blocks), ``cache``, ``calibrated``.
         seconds: what undamaged commands take.
     """
 
@@ -64,6 +68,16 @@ class World:
     def store(self) -> Path:
         """The datastore of train, with index, n-grams and calibration."""
         return self.folder / "store"
+
+    @property
+    def cut(self) -> Path:
+        """The same text as a datastore in blocks, with documents and an index in pieces."""
+        return self.folder / "cut"
+
+    @property
+    def shares(self) -> Path:
+        """What ``knn`` over the datastore in blocks wrote in shares: ``0.json``, ``0.npz``, ..."""
+        return self.folder / "shares"
 
     @property
     def tables(self) -> Path:
@@ -104,6 +118,13 @@ class World:
         """Saves a datastore."""
         return self.evaluate("--save-knnlm-dstore", "--dstore-mmap", folder, *flags, split=split)
 
+    def share(self, number: int, *flags: object, folder: Path | None = None) -> list[object]:
+        """A share of ``knn`` over the datastore in blocks, which writes results and a table."""
+        to = (folder or self.shares) / str(number)
+        files = ("--results-json", f"{to}.json", "--score-table", f"{to}.npz")
+        of = ("--num-shards", SHARES, "--shard-id", number, "--max-tokens", 64)
+        return self.knn(self.cut, *of, *files, *flags)
+
 
 def knnlm(*words: object) -> list[object]:
     """The command ``fairseq-knnlm``."""
@@ -136,6 +157,8 @@ def _remember(world: World, stage: Stage) -> None:
     world.seconds["build-index"] = _made(
         stage, knnlm("build-index", "--dstore", store, *INDEX)
     ).seconds
+    _made(stage, world.save(world.cut, *DOCUMENTS, *CUT))
+    _made(stage, knnlm("build-index", "--dstore", world.cut, *INDEX))
     small = world.tables / "knn.npz"
     none = ("--mixer", "none")
     _made(stage, world.calibrated(store, *none, "--score-table", small, split="valid"))
@@ -150,12 +173,16 @@ def _remember(world: World, stage: Stage) -> None:
     for name, words in {
         "base": world.evaluate(),
         "knn": world.knn(store),
+        "cut": world.knn(world.cut),
         "cache": world.evaluate("--experts", "cache", "--cache-lmbda", "0.2"),
         "calibrated": world.calibrated(store),
     }.items():
         loss = _made(stage, words).loss
         assert loss is not None
         world.losses[name] = loss
+    world.shares.mkdir()
+    for number in range(SHARES):
+        _made(stage, world.share(number))
     world.old.parent.mkdir()
     write_old(world.old, np.load(store / "keys.npy"), np.load(store / "values.npy"))
 
