@@ -169,6 +169,7 @@ def open_saving(
         symbols=symbols,
     )
     texts = cut(starts, rows, options.block_rows)
+    check_shards(share, len(texts))  # before anything is begun, or changed
     edges = [*(int(starts[text.start]) for text in texts), rows]
     plan = Plan(width, options.key_dtype, origin, edges, options.document_boundary)
     builder = None

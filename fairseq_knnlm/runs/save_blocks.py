@@ -94,7 +94,6 @@ class BlockSaving:
         streaming: the index that keys go into, where they are not kept.
 
     Raises:
-        ConfigError: where there are more processes than blocks.
         DatastoreError: where a block that is there is of another making.
     """
 
@@ -106,7 +105,6 @@ class BlockSaving:
         find: Find,
         streaming: Streaming | None = None,
     ) -> None:
-        check_shards(share, len(texts))
         self._making = making
         self._find = find
         self._streaming = streaming

@@ -15,7 +15,7 @@ from conftest import Lab
 from fairseq_knnlm.cli import main
 from fairseq_knnlm.datastore import Datastore, making, open_datastore, read_documents
 from fairseq_knnlm.datastore.making import is_in_the_making
-from fairseq_knnlm.errors import DatastoreError
+from fairseq_knnlm.errors import ConfigError, DatastoreError
 from fairseq_knnlm.retrieval.opening import open_retriever
 from fairseq_knnlm.runs.changing import compact_store, forget_parts
 
@@ -86,6 +86,13 @@ def test_what_was_there_is_not_touched(lab: Lab, living: Path) -> None:
     lab.evaluate("test", *ADD, living)
     after = {file.stat().st_ino: file.read_bytes() for file in living.rglob("*.npy")}
     assert all(after[inode] == content for inode, content in before.items())
+
+
+def test_more_shards_than_blocks_change_nothing(lab: Lab, living: Path) -> None:
+    before = every_byte(living)
+    with pytest.raises(ConfigError, match="more shards than blocks"):
+        lab.evaluate("test", *ADD, living, *BLOCKS, "--num-shards", 99)
+    assert every_byte(living) == before
 
 
 def test_in_shares_and_stopped_on_the_way(lab: Lab, living: Path, tmp_path: Path) -> None:

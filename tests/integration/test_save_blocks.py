@@ -183,6 +183,7 @@ def test_more_shards_than_blocks(lab: Lab, tmp_path: Path) -> None:
     for flags in (["--num-shards", 7], ["--num-shards", 2, "--block-rows", 10**6]):
         with pytest.raises(ConfigError, match="more shards than blocks"):
             lab.evaluate("valid", *saving(tmp_path / "store", *flags))
+        assert not list(tmp_path.rglob("*.json"))  # nothing is in the making that would not end
 
 
 @pytest.mark.parametrize(
