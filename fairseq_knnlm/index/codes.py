@@ -131,6 +131,22 @@ def codes_of(index: Any, rows: int) -> np.ndarray:
     return codes
 
 
+def check_lists(index: Any, codes: np.ndarray) -> None:
+    """Refuses codes of lists that an index does not have.
+
+    Args:
+        index: trained; ``can_be_cut``.
+        codes: (n, S) uint8, in memory or mapped.
+
+    Raises:
+        DatastoreError: where their file became shorter since it was mapped.
+        ValueError: naming a list that is not there.
+    """
+    inner = _behind_transforms(index)
+    if type(inner).__name__ not in FLAT:
+        _numbers(inner, codes)
+
+
 def _behind_transforms(index: Any) -> Any:
     index = faiss.downcast_index(index)
     while isinstance(index, faiss.IndexPreTransform):
@@ -199,14 +215,20 @@ def _by_list(inner: Any, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         The places (n,) of its codes, list by list and in order; (lists + 1,) int64, how many there
         are before each list.
     """
-    check_mapped(codes, MAPPED)
-    numbers = _list_numbers(codes[:, : inner.coarse_code_size()])
+    numbers = _numbers(inner, codes)
     sizes = np.bincount(numbers, minlength=inner.nlist)
-    if len(sizes) > inner.nlist:
-        raise ValueError(f"list {int(numbers.max()):,} of {inner.nlist:,}")
     order = np.argsort(numbers, kind="stable")
     small = np.uint32 if len(codes) <= 2**32 else np.int64
     return order.astype(small), np.cumsum([0, *sizes])
+
+
+def _numbers(inner: Any, codes: np.ndarray) -> np.ndarray:
+    """The numbers (n,) of the lists of codes (n, S), once each is known to be there."""
+    check_mapped(codes, MAPPED)
+    numbers = _list_numbers(codes[:, : inner.coarse_code_size()])
+    if len(numbers) and (last := int(numbers.max())) >= inner.nlist:
+        raise ValueError(f"list {last:,} of {inner.nlist:,}")
+    return numbers
 
 
 class _Filling:

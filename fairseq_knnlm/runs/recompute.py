@@ -15,7 +15,6 @@ from tqdm import tqdm
 from fairseq_knnlm.datastore import PROCESSOR, Block, Datastore, Origin, Stretch, open_datastore
 from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.index.pieces import open_piece, piece_path
-from fairseq_knnlm.index.storage import read_trained
 from fairseq_knnlm.index.streaming import PieceStream
 from fairseq_knnlm.runs.differences import Computed, Difference
 from fairseq_knnlm.runs.findings import WRONG, Finding
@@ -240,7 +239,7 @@ class _Codes:
         if training is None or not piece_path(block, training.fingerprint).is_file():
             return None
         stored = open_piece(block, training.fingerprint, training.width)
-        return cls(read_trained(store.index_path), stored)
+        return cls(training.index, stored)
 
     def add(self, rows: np.ndarray, keys: np.ndarray) -> None:
         """Takes the keys (n, D) of rows (n,) of the block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +27,8 @@ from fairseq_knnlm.datastore import (
 from fairseq_knnlm.datastore.blocks import check_block
 from fairseq_knnlm.datastore.making import Plan, check_made, made_at
 from fairseq_knnlm.errors import IndexFileError, KnnlmError
-from fairseq_knnlm.index.card import read_card
+from fairseq_knnlm.index.card import damaged, read_card
+from fairseq_knnlm.index.codes import check_lists
 from fairseq_knnlm.index.pieces import open_piece, piece_path, training_in
 from fairseq_knnlm.index.trained import read_trained
 from fairseq_knnlm.runs.findings import WRONG, Finding, check_arrays, judged, strangers, unread
@@ -44,19 +46,22 @@ class Training:
     Attributes:
         fingerprint: its own.
         width: bytes of an entry in the pieces.
+        index: FAISS's, empty.
     """
 
     fingerprint: str
     width: int
+    index: Any
 
 
 def training_at(path: Path) -> Training | None:
     """That of the index at ``path``; None where none is in pieces, or it is damaged."""
     try:
         card = read_card(path)
-        if card is None or read_trained(path, everything=True) is None:
+        index = read_trained(path, everything=True)
+        if card is None or index is None:
             return None
-        return Training(training_in(path, card.bytes), card.piece_bytes)
+        return Training(training_in(path, card.bytes), card.piece_bytes, index)
     except (IndexFileError, OSError):
         return None
 
@@ -143,12 +148,16 @@ class CheckedBlocks:
 
 def _wrong_with_piece(block: Block, training: Training) -> list[KnnlmError]:
     """That it is missing, or what is wrong with it; nothing where it is as it was written."""
+    path = piece_path(block, training.fingerprint)
     try:
-        open_piece(block, training.fingerprint, training.width, everything=True)
+        codes = open_piece(block, training.fingerprint, training.width, everything=True)
+        check_lists(training.index, codes)
+    except ValueError as error:
+        return [damaged(path, "codes that fit the index", str(error))]
     except KnnlmError as error:
         return [error]
     except OSError as error:
-        return [unread(piece_path(block, training.fingerprint), error)]
+        return [unread(path, error)]
     return []
 
 

@@ -17,8 +17,10 @@ from fairseq_knnlm.datastore import Datastore, open_datastore, outline
 from fairseq_knnlm.datastore.compacting import compact
 from fairseq_knnlm.datastore.forgetting import forget
 from fairseq_knnlm.datastore.making import Making, Plan, read_plan
+from fairseq_knnlm.index.pieces import open_piece, write_piece
 from fairseq_knnlm.runs.changing import compact_store
 from fairseq_knnlm.runs.origins import block_rows
+from fairseq_knnlm.runs.verify_blocks import training_at
 
 RECIPE = ["--recipe", "IVF4,Flat", "--probe", "2"]
 
@@ -101,6 +103,19 @@ def test_blocks_are_read_number_by_number(store: Datastore, capsys: Capture) -> 
     _, wrong = said_and_wrong(capsys, 1, "verify", "--dstore", store.path)
     assert "000001/values.npy" in wrong and "no token id below 50 in 1 of 1 rows" in wrong
     assert "000002/keys.npy" in wrong and "NaN or infinity in 2 of 59 rows, first in row 7" in wrong
+
+
+def test_a_piece_names_lists_that_are_there(whole: Datastore, capsys: Capture) -> None:
+    """What no checksum tells: the first byte of a code is its list, of four."""
+    training = training_at(whole.index_path)
+    assert training is not None
+    block = whole.blocks[2]
+    codes = np.array(open_piece(block, training.fingerprint, training.width))
+    assert codes[:, 0].max() < 4
+    codes[7, 0] = 4
+    write_piece(block, training.fingerprint, training.width, [codes])
+    _, wrong = said_and_wrong(capsys, 1, "verify", "--dstore", whole.path)
+    assert f"{piece(whole, 2)} is damaged" in wrong and "list 4 of 4" in wrong
 
 
 def test_every_byte_of_a_large_block(
