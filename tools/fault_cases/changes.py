@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,8 +31,8 @@ FORGET: dict[str, tuple[str, str]] = {
     "words": ("--rows a:b", "--rows"),
     "one row": ("--rows 7", "--rows"),
     "other digits": ("--rows \u0663:\u0665", "--rows"),
-    "all": ("--rows 0:ROWS", "nothing|all"),
-    "all in two parts": ("--rows 0:1700 --rows 1600:ROWS", "nothing|all"),
+    "all": ("--rows ALL", "nothing|all"),
+    "all in two parts": ("--rows 0:1700 --rows REST", "nothing|all"),
     "one good, one beyond": ("--rows 5:9 --rows 5:10000000", "rows"),
     "unknown document": ("--document nobody --data DATA", "nobody"),
     "empty document": ("--document= --data DATA", "document"),
@@ -71,7 +73,12 @@ AGAIN: dict[str, tuple[str, str]] = {
     "data that is not there": ("--recompute 1 --data nowhere", "nowhere"),
     "a dictionary for data": ("--recompute 1 --data DATA/dict.txt", "--data|folder"),
     "flag nobody knows": ("--recompute 1 --colour red", "--colour"),
-    "a path alone": ("", "--path|--recompute"),
+}
+#: ``verify --dstore STORE``.
+ALONE: dict[str, tuple[str, str]] = {
+    "a path": ("--path OTHER", "--path"),
+    "a seed": ("--seed 3", "--seed"),
+    "a flag of fairseq": ("--cpu", "--cpu"),
 }
 
 
@@ -81,6 +88,7 @@ def cases() -> Iterator[Case]:
         ("forget", FORGET, lambda stage: knnlm("forget", stage.cut())),
         ("append", APPEND, lambda stage: _append(stage, stage.cut())),
         ("recompute", AGAIN, lambda stage: _again(stage, stage.cut())),
+        ("verify", ALONE, lambda stage: knnlm("verify", "--dstore", stage.cut())),
     ):
         for name, (flags, says) in table.items():
             play = partial(_refused, words=words, flags=flags, says=says)
@@ -92,7 +100,8 @@ def cases() -> Iterator[Case]:
 
 def _refused(stage: Stage, *, words: Callable[[Stage], list[object]], flags: str, says: str) -> str:
     known = {
-        "ROWS": stage.world.rows,
+        "ALL": f"0:{stage.world.rows}",
+        "REST": f"1600:{stage.world.rows}",
         "DATA": stage.world.data,
         "DATA/dict.txt": stage.world.data / "dict.txt",
         "OTHER": stage.world.checkpoint("other"),
@@ -152,28 +161,56 @@ def _not_there(stage: Stage) -> str:
 
 
 def _while_another_changes(stage: Stage) -> str:
-    from fairseq_knnlm.files import Claim
-
     store = stage.cut()
-    with Claim(store / "manifest.json"):
-        before = (store / "manifest.json").read_bytes()
+    manifest, held = store / "manifest.json", stage.folder / "held"
+    before = manifest.read_bytes()
+
+    def hold() -> None:
+        from fairseq_knnlm.files import Claim
+
+        with Claim(manifest):
+            held.touch()
+            signal.pause()
+
+    holder = stage.start(hold)
+    try:
+        while not held.exists() and not holder.ended():
+            time.sleep(0.01)
         for words in (*_changed(store), _append(stage, store)):
             ran = stage.start(words).wait()
             check_manners(ran)
             if ran.code == 0:
                 raise BadOutcome(f"was accepted: {ran.last}")
             found = check_message(ran, "another process")
-    assert (store / "manifest.json").read_bytes() == before
+    finally:
+        holder.send(signal.SIGKILL)
+        holder.wait()
+    if manifest.read_bytes() != before:
+        raise BadOutcome("manifest.json has changed")
     return found
 
 
 def _damaged_index(stage: Stage) -> str:
-    """Where the index cannot be read, nothing is forgotten."""
-    store = stage.cut()
-    data = bytearray((store / "knn.index").read_bytes())
-    data[60] ^= 16
-    (store / "knn.index").write_bytes(data)
-    return stage.refused(knnlm("forget", store, "--rows", "5:20"), "knn.index")
+    """Where an index has to be cut and cannot be read, nothing is forgotten."""
+    flat, store = stage.store("flat"), stage.cut()
+    for path in (flat, store):
+        data = bytearray((path / "knn.index").read_bytes())
+        data[60] ^= 16
+        (path / "knn.index").write_bytes(data)
+    # Nothing of it has to be touched where it lies in pieces, and what is to go can go.
+    words = knnlm("forget", store, "--rows", "5:20")
+    stage.works(words, says="forgot 15 of", changes=["store/manifest.json"])
+    stage.refused(stage.world.knn(store), "knn.index")
+    return _unread_index(stage, flat)
+
+
+def _unread_index(stage: Stage, flat: Path) -> str:
+    """A flat one may become one of a block meanwhile, of the same entries."""
+    changes = ["flat/manifest.json", "flat/*.npy", "flat/documents.npz", "flat/blocks/*"]
+    words = knnlm("forget", flat, "--rows", "5:20")
+    found = stage.refused(words, "knn.index", changes=changes)
+    stage.works(knnlm("info", "--dstore", flat), says=f"{stage.world.rows:,}")
+    return found
 
 
 def _compacts_in_use(stage: Stage) -> str:
@@ -207,6 +244,9 @@ def _appended_and_computed_again(stage: Stage) -> str:
 def _planted(stage: Stage, *, file: str, change: Callable[[np.ndarray], object]) -> str:
     """Other numbers under checksums and seals that are right, which only computing tells."""
     store = stage.cut()
+    # What is made of a block knows its seal, and would be refused without computing.
+    for made in (store / "knn.index", *store.glob("blocks/*/[pd]*.np[yz]")):
+        made.unlink()
     block = store / "blocks" / "000001"
     array = np.load(block / file)
     change(array)
@@ -219,7 +259,9 @@ def _planted(stage: Stage, *, file: str, change: Callable[[np.ndarray], object])
     whole = sealed.MANIFEST.read(store)
     whole["blocks"][1]["fingerprint"] = json.loads(text)["fingerprint"]
     sealed.MANIFEST.write(store, sealed.sealed(whole))
-    return stage.refused(_again(stage, store, "--recompute", 1), "000001")
+    stage.works(knnlm("verify", "--dstore", store))
+    says = "000001 is not what this checkpoint makes"
+    return stage.refused(_again(stage, store, "--recompute", 1), says)
 
 
 def _zero(array: np.ndarray) -> None:
@@ -241,7 +283,12 @@ STEPS: tuple[tuple[str, str, str, Callable[[Stage], str]], ...] = (
     ("change what is not ours", "forget, compact, append", MUST, _not_ours),
     ("change what is not there", "forget, compact, append", MUST, _not_there),
     ("change what another changes", "the claim held meanwhile", MUST, _while_another_changes),
-    ("forget, its index damaged", "a bit of knn.index", MUST, _damaged_index),
+    (
+        "forget, its index damaged",
+        "a bit of knn.index",
+        "works where it lies in pieces; refused where it has to be cut",
+        _damaged_index,
+    ),
     ("compact what is in use", "keys mapped by a reader", "stay what they are", _compacts_in_use),
     (
         "append and compute again",

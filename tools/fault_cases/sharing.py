@@ -128,7 +128,7 @@ def _files_to_join(stage: Stage) -> None:
     (folder / "half.json").write_text(json.dumps(second)[:300])
     table = with_card(
         load(folder / "1.npz"),
-        lambda card: card["share"]["described"]["knn"].update(k=32),
+        lambda card: [of["described"]["knn"].update(k=32) for of in (card, card["share"])],
     )
     (folder / "k.npz").write_bytes(pack(table))
 
@@ -143,6 +143,7 @@ def _goes_on(stage: Stage) -> str:
     stage.works([*words, *share, 0])
     stage.refused(knnlm("save", "--join", "new"), "not complete|missing")
     stage.refused(world.knn("new"), "in the making|no datastore")
+    stage.refused([*words, "--gen-subset", "valid"], "new exists already")  # it is one block
     for other in (
         ("--block-rows", 800),
         ("--max-tokens", 256),
@@ -150,7 +151,6 @@ def _goes_on(stage: Stage) -> str:
         ("--path", world.checkpoint("other")),
         ("--dstore-fp32",),
         ("--document-boundary", "w2"),
-        ("--gen-subset", "valid"),
     ):
         stage.refused([*words, *other], "in the making|making")
     stage.works([*words, *share, 1], changes=["new/*"])
