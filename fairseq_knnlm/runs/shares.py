@@ -63,6 +63,7 @@ def share_of(
         "base_log_prob": tally.base.parts,
         "log_prob": tally.mixed.parts,
         "counts": {name: dict(some) for name, some in counts.items()},
+        "sections": tally.sections.parts if tally.sections is not None else {},
     }
 
 
