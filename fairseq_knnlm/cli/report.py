@@ -120,6 +120,7 @@ def _join(args: argparse.Namespace) -> None:
     """Tells of the whole run what its processes told of their shares, and writes it."""
     from fairseq_knnlm.experts.registry import find_kind
     from fairseq_knnlm.runs.joining import join_cards, join_results, join_tables
+    from fairseq_knnlm.runs.receipt import sealed
     from fairseq_knnlm.runs.report import closing_lines, doubts
 
     results, tables = _by_kind(args.join)
@@ -129,7 +130,7 @@ def _join(args: argparse.Namespace) -> None:
         card = join_cards(tables) if to is None else join_tables(tables, to)
         found = found or card
     if args.results_json is not None:
-        write_json(args.results_json, found)
+        write_json(args.results_json, sealed(found))
     print(f"{found['split']}, joined of {len(results or tables)} shares")
     kinds = dict.fromkeys(map(find_kind, found.get("experts", ())))
     for line in closing_lines(found, filter(None, kinds)):
@@ -148,10 +149,10 @@ def _measure(args: argparse.Namespace) -> None:
     (store, place), table = calibration_place(args), read_table(args.score_table)
     check_table(table, store)
     calibration = calibration_of(place, table.card["datastores"])
-    found = measured(calibration, table)
     text = None
     if args.dictionary is not None:
         text = text_of_table(table, *read_dictionary(args.dictionary), args.raw_text)
+    found = measured(calibration, table)
     warn_of_own_text(table, store)
     fitted = calibration.fitted_on
     print(
@@ -159,12 +160,12 @@ def _measure(args: argparse.Namespace) -> None:
         f"{fitted['tokens']:,} tokens"
     )
     show(GAINS, gains(found))
-    print_skipping(skipping_costs(calibration, table))
     figures = table_figures(calibration, found, table, text)
     for line in comparable_lines(figures):
         print(line)
     if args.results_json is not None:
         write_json(args.results_json, figures)
+    print_skipping(skipping_costs(calibration, table))
 
 
 def warn_of_own_text(table: ScoreTable, store: Datastore | None) -> None:

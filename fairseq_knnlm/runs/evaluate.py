@@ -17,6 +17,7 @@ from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.progress import TellsProgress
 from fairseq_knnlm.runs.raw_text import RawText
+from fairseq_knnlm.runs.receipt import Typed, make_receipt, sealed
 from fairseq_knnlm.runs.report import tell
 from fairseq_knnlm.runs.results import run_results, table_card
 from fairseq_knnlm.runs.save import Saving, open_saving, sample_keys
@@ -37,6 +38,7 @@ class EvaluationRun:
         left_out: tokens in blocks that fairseq will drop.
         share: which part of a datastore is this process's to save.
         text: what figures a word and a byte are taken over, where it is known.
+        typed: what fairseq was given, for the receipt of the figures.
 
     Attributes:
         stretch: the share of the run that this process has; None where it has all.
@@ -49,9 +51,11 @@ class EvaluationRun:
         left_out: int,
         share: Share = ALONE,
         text: RawText | None = None,
+        typed: Typed | None = None,
     ) -> None:
         self.inputs = inputs
         self.text = text
+        self.typed = typed
         self.left_out = left_out
         self.stretch: Stretch | None = None
         options = inputs.options
@@ -155,4 +159,6 @@ class EvaluationRun:
 
     def _publish_results(self, found: dict[str, Any]) -> None:
         if self.inputs.options.writing.results_json:
-            write_json(Path(self.inputs.options.writing.results_json), found)
+            if self.typed is not None:
+                found = {**found, "receipt": make_receipt(self.inputs, self.typed)}
+            write_json(Path(self.inputs.options.writing.results_json), sealed(found))

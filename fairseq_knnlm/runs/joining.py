@@ -21,6 +21,7 @@ from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import parse_json, typed
 from fairseq_knnlm.files.plain_json import read_text
 from fairseq_knnlm.runs.raw_text import RawText, text_figures
+from fairseq_knnlm.runs.receipt import anywhere
 from fairseq_knnlm.runs.results import figures, losses, told_sections
 from fairseq_knnlm.runs.sections import joined
 from fairseq_knnlm.runs.sums import added
@@ -95,6 +96,7 @@ class Part:
         rest = {name: x for name, x in self.found.items() if name not in others}
         cut = {"sections": [len(self.share.sections.tokens), self.measured.sections.get("rows")]}
         told = flags | fields | rest | cut
+        told |= {"receipt": anywhere(rest.get("receipt"))}
         return {name: x for name, x in told.items() if name not in PLACES}
 
 
@@ -179,13 +181,14 @@ def _unreadable(path: Path, error: ValueError) -> TableError:
 
 def _joined(parts: Sequence[Part]) -> dict[str, Any]:
     if len(parts) == 1 and parts[0].measured.share is None:
-        return parts[0].found
+        return {name: x for name, x in parts[0].found.items() if name != "fingerprint"}
     _check_shares(parts)
     parts = sorted(parts, key=lambda part: part.share.number)
     _check_whole(parts)
     whole = [part.measured for part in parts]
     shares = [part.share for part in parts]
-    found = {name: x for name, x in parts[0].found.items() if name != "share"}
+    own = {"share", "fingerprint"}
+    found = {name: x for name, x in parts[0].found.items() if name not in own}
     base, mixed = (
         added(some)
         for some in ([one.base_log_prob for one in shares], [one.log_prob for one in shares])
@@ -210,7 +213,7 @@ def _joined(parts: Sequence[Part]) -> dict[str, Any]:
 def _added(part: Part) -> set[str]:
     """Fields of results that are made anew of sums."""
     losing = losses(tokens=0, base_log_prob=0, log_prob=0, seconds=0)
-    return {*losing, *figures(part.share.counts), "sections"}
+    return {*losing, *figures(part.share.counts), "sections", "fingerprint"}
 
 
 def _summed(counts: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

@@ -61,7 +61,7 @@ def run_results(
     whole = stretch is None
     found |= text_figures(text, tally.base.value, tally.mixed.value, whole=whole)
     if inputs.memory is not None:
-        found |= _mixed(inputs.memory, scorer) | figures(counts)
+        found |= mixed_results(inputs.memory, scorer) | figures(counts)
     found |= {"split": inputs.split, "context": inputs.context, "versions": versions()}
     found["conditions"] = conditions(inputs, scorer)
     if sums is not None and sections is not None:
@@ -136,7 +136,7 @@ def _power(loss: float | None) -> float | None:
     return None if loss is None or loss > MOST_BITS else 2**loss
 
 
-def _mixed(memory: Memory, scorer: KnnScorer) -> dict[str, Any]:
+def mixed_results(memory: Memory, scorer: KnnScorer) -> dict[str, Any]:
     """What was mixed."""
     mixture = scorer.mixture
     found: dict[str, Any] = {

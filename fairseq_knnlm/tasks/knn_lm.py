@@ -40,6 +40,7 @@ from fairseq_knnlm.tasks.host import WithEnd, hand_over
 from fairseq_knnlm.tasks.idle import name_ignored
 from fairseq_knnlm.tasks.outputs import check_writes
 from fairseq_knnlm.tasks.raw_text import text_of
+from fairseq_knnlm.tasks.receipts import typed_run
 from fairseq_knnlm.tasks.shares import ShareOfBatches
 from fairseq_knnlm.tasks.windows import InStretches, InTextOrder, WindowsInText
 
@@ -150,7 +151,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         # What is left out of the text is counted once.
         left_out = left_out if shard_id == 0 else 0
         saved = Share(shard_id, num_shards) if saving else ALONE
-        run = EvaluationRun(inputs, sizes, left_out, saved, text)
+        typed = typed_run(whole, self.args, inputs) if whole is not None else None
+        run = EvaluationRun(inputs, sizes, left_out, saved, text, typed)
         if run.sample_every:
             run.learn(load(read, num_shards=run.sample_every), to_device)
             self.dataset_to_epoch_iter.clear()  # fairseq would hand out the shard again
