@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     from fairseq_knnlm.runs.receipt_places import find_places, typed_again
     from fairseq_knnlm.runs.replay import check_figures, compare, doubts, other_setup, sampled
 
+    for handler in logging.root.handlers:
+        handler.addFilter(Once())
     found, receipt = read_results(args.results)
     check_figures(found, args.results)
     places = find_places(receipt, args.results, args.search)
@@ -94,6 +97,20 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         )
     print(comparison.summary(sections, why))
     print("confirmed")
+
+
+class Once(logging.Filter):
+    """Says each thing once, though what would say it again is made for each part of the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_new = text not in self._said
+        self._said.add(text)
+        return is_new
 
 
 def _check_flags(flags: Sequence[str], rest: Sequence[str]) -> None:

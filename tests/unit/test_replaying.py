@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cli_calls import Capture, indexed_store
 from stores import write_store
 
 from fairseq_knnlm.calibration.sections import Sections
+from fairseq_knnlm.cli.replay import Once
 from fairseq_knnlm.runs.receipt import SourceFile, SourceIndex, SourceStore, anywhere, source_file
 from fairseq_knnlm.runs.receipt_places import Folder
 from fairseq_knnlm.runs.replay import Comparison, runs_of, sampled
@@ -169,6 +171,16 @@ def test_things_are_looked_for_by_what_they_are(tmp_path: Path, capsys: Capture)
     assert list(folder.store(SourceStore("", store.fingerprint, index))) == [store.path]
     assert list(folder.store(SourceStore("", store.fingerprint, "0" * 64))) == []
     assert list(folder.index(SourceIndex("", index))) == [store.index_path]
+
+
+def test_each_thing_is_said_once() -> None:
+    once = Once()
+
+    def record(text: str, value: int) -> logging.LogRecord:
+        return logging.LogRecord("x", logging.WARNING, "", 0, text, (value,), None)
+
+    said = [once.filter(record("k %d", k)) for k in (1, 2, 1, 1)]
+    assert said == [True, True, False, False]
 
 
 def test_places_and_processors_are_no_part_of_what_made_a_figure() -> None:
