@@ -57,6 +57,10 @@ class RecordError(KnnlmError):
     """A record of where tokens came from that is missing, damaged, or of another kind."""
 
 
+class ReceiptError(KnnlmError):
+    """Results that are damaged, or that what made them does not come to again."""
+
+
 class OutputError(KnnlmError):
     """A file or folder that cannot be written."""
 

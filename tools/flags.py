@@ -48,8 +48,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("no_save_keys", "recipe", "max_bytes_per_key", "document_boundary"),
     ),
     "Evaluating with it": (
-        *("knnlm", "dstore_filename", "indexfile", "k", "results_json", "score_table"),
-        *("lm_features", "progress_file"),
+        *("knnlm", "dstore_filename", "indexfile", "k", "results_json", "raw_text"),
+        *("score_table", "lm_features", "progress_file"),
     ),
     "Experts and their mixture": REST,
     "Searching": ("probe", "knn_sim_func", "faiss_metric_type", "knn_device"),
@@ -76,6 +76,7 @@ VALUES = {
     "out": "DSTORE",
     "path": "CKPT",
     "plot": "FILE.png",
+    "raw_text": "FILE.txt",
     "ray": "ADDRESS",
     "recipe": "RECIPE",
     "progress_file": "FILE.json",

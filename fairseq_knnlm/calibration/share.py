@@ -15,6 +15,29 @@ Number = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Parts = list[Finite] | None
 
 
+class SectionParts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the sums over sections of the text add up from, in each of which a share has a part.
+
+    Attributes:
+        tokens: of each section, those of the share.
+        base_log_prob, log_prob: likewise, sums, natural logarithms.
+    """
+
+    tokens: list[Count]
+    base_log_prob: list[Parts]
+    log_prob: list[Parts]
+
+    def __post_init__(self) -> None:
+        """Refuses sums of other sections than there are.
+
+        Raises:
+            ValueError: saying how many.
+        """
+        sizes = len(self.tokens), len(self.base_log_prob), len(self.log_prob)
+        if len(set(sizes)) > 1:
+            raise ValueError(f"sections of {sizes} sums")
+
+
 class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of which run it is, which batches of it, and what its figures add up from.
 
@@ -28,6 +51,7 @@ class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flags: those that were given and matter to figures, by their names.
         base_log_prob, log_prob: sums, natural logarithms.
         counts: by the kind of expert, what it counted.
+        sections: of its sums, by sections of the whole text.
     """
 
     number: Number
@@ -45,6 +69,7 @@ class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_log_prob: Parts
     log_prob: Parts
     counts: dict[str, dict[str, Count | Finite]]
+    sections: SectionParts
 
     def __post_init__(self) -> None:
         """Refuses what no share can be.

@@ -23,6 +23,7 @@ from fairseq_knnlm.cli import (
     generate,
     import_,
     info,
+    replay,
     report,
     save,
     tune,
@@ -59,6 +60,7 @@ COMMANDS: dict[str, Command] = {
     "build-index": build_index,
     "tune": tune,
     "report": report,
+    "replay": replay,
     "columns": columns,
     "generate": generate,
     "explain": explain,
@@ -113,8 +115,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _runs_fairseq(args: argparse.Namespace) -> bool:
-    """Whether there is data to read by a model, or a share of it to compute again."""
-    return bool(getattr(args, "data", None)) or getattr(args, "recompute", None) is not None
+    """Whether there is data to read by a model, or some of it to compute again."""
+    again = ("recompute", "results")
+    return bool(getattr(args, "data", None)) or any(getattr(args, x, None) for x in again)
 
 
 def command_parser(prog: str | None = None) -> argparse.ArgumentParser:

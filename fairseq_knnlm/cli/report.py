@@ -18,6 +18,7 @@ from fairseq_knnlm.cli.common import (
     check_store,
     has_place,
 )
+from fairseq_knnlm.cli.dictionary import add_dictionary, check_dictionary, read_dictionary
 from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
@@ -42,7 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="results (.json) or score tables (.npz) of all shares of one run, of --num-shards",
     )
-    parser.add_argument("--results-json", type=Path, help="with --join, the results to write")
+    parser.add_argument("--results-json", type=Path, help="write what was measured, or joined")
+    parser.add_argument(
+        "--raw-text",
+        type=Path,
+        help="the text of the split before it was cut into tokens, of the same lines: perplexity "
+        "is then told a word and a byte of it, too; needs --data",
+    )
+    add_dictionary(parser, "what the tokens of the score table are spelled by")
 
 
 def check(args: argparse.Namespace, _: Sequence[str]) -> None:
@@ -50,15 +58,26 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
     check_store(args)
     if args.join is not None:
         _check_join(args)
-    elif not has_place(args) or args.score_table is None or args.results_json is not None:
+        return
+    if not has_place(args) or args.score_table is None:
         raise ConfigError(
             "a report is of a calibration on a score table, or of the shares of a run",
             expected="--dstore DSTORE --score-table FILE.npz, or --join FILES; "
             "of columns --calibration FILE in the place of --dstore",
-            found="--results-json without --join"
-            if args.results_json is not None
-            else "not both of --dstore and --score-table",
+            found="not both of --dstore and --score-table",
         )
+    if args.raw_text is not None and args.dictionary is None:
+        raise ConfigError(
+            "--raw-text needs --data",
+            expected="--data DATA, the folder that was binarised, or its dict.txt",
+            found="no --data",
+        )
+    if args.dictionary is not None:
+        check_dictionary(args.dictionary)
+    outputs = {"--results-json": args.results_json}
+    read = {"--score-table": [args.score_table], "--raw-text": [args.raw_text]}
+    check_apart(outputs, {name: [file for file in files if file] for name, files in read.items()})
+    check_outputs(outputs)
 
 
 def _check_join(args: argparse.Namespace) -> None:
@@ -66,6 +85,8 @@ def _check_join(args: argparse.Namespace) -> None:
     for flag, given, files in (
         ("--dstore", args.dstore, []),
         ("--calibration", args.calibration, []),
+        ("--raw-text", args.raw_text, []),
+        ("--data", args.dictionary, []),
         ("--results-json", args.results_json, results),
         ("--score-table", args.score_table, tables),
     ):
@@ -99,6 +120,7 @@ def _join(args: argparse.Namespace) -> None:
     """Tells of the whole run what its processes told of their shares, and writes it."""
     from fairseq_knnlm.experts.registry import find_kind
     from fairseq_knnlm.runs.joining import join_cards, join_results, join_tables
+    from fairseq_knnlm.runs.receipt import sealed
     from fairseq_knnlm.runs.report import closing_lines, doubts
 
     results, tables = _by_kind(args.join)
@@ -108,7 +130,7 @@ def _join(args: argparse.Namespace) -> None:
         card = join_cards(tables) if to is None else join_tables(tables, to)
         found = found or card
     if args.results_json is not None:
-        write_json(args.results_json, found)
+        write_json(args.results_json, sealed(found))
     print(f"{found['split']}, joined of {len(results or tables)} shares")
     kinds = dict.fromkeys(map(find_kind, found.get("experts", ())))
     for line in closing_lines(found, filter(None, kinds)):
@@ -120,11 +142,16 @@ def _join(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace) -> None:
     from fairseq_knnlm.calibration.report import GAINS, gains, measured
     from fairseq_knnlm.calibration.skipping import skipping_costs
+    from fairseq_knnlm.runs.report import comparable_lines
+    from fairseq_knnlm.runs.table_figures import table_figures, text_of_table
     from fairseq_knnlm.runs.tune import calibration_of, check_table
 
     (store, place), table = calibration_place(args), read_table(args.score_table)
     check_table(table, store)
     calibration = calibration_of(place, table.card["datastores"])
+    text = None
+    if args.dictionary is not None:
+        text = text_of_table(table, *read_dictionary(args.dictionary), args.raw_text)
     found = measured(calibration, table)
     warn_of_own_text(table, store)
     fitted = calibration.fitted_on
@@ -133,6 +160,11 @@ def _measure(args: argparse.Namespace) -> None:
         f"{fitted['tokens']:,} tokens"
     )
     show(GAINS, gains(found))
+    figures = table_figures(calibration, found, table, text)
+    for line in comparable_lines(figures):
+        print(line)
+    if args.results_json is not None:
+        write_json(args.results_json, figures)
     print_skipping(skipping_costs(calibration, table))
 
 

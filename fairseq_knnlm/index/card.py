@@ -7,6 +7,7 @@ the other. Reading a card loads neither FAISS nor torch.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,14 @@ import msgspec
 from msgspec.structs import asdict
 
 from fairseq_knnlm.errors import IndexFileError
-from fairseq_knnlm.files import Checksum, Fingerprint, chunks_of, read_sealed, unseal
+from fairseq_knnlm.files import (
+    Checksum,
+    Fingerprint,
+    chunks_of,
+    fingerprint,
+    read_sealed,
+    unseal,
+)
 from fairseq_knnlm.index.trailer import text_behind, trailing
 
 FORMAT = "fairseq-knnlm index"
@@ -157,6 +165,24 @@ def read_card(path: Path, *, foreign: bool = False) -> IndexCard | None:
     if card.bytes != size:
         raise damaged(path, f"{card.bytes:,} bytes", f"{size:,} bytes")
     return card
+
+
+def index_fingerprint(path: Path) -> str:
+    """SHA-256 (hex) of what an index is: of its card, which has the checksums of its bytes.
+
+    Of an index that another program built, which has none, it is that of its bytes.
+
+    Args:
+        path: the index file.
+
+    Raises:
+        IndexFileError: where it is missing, or its card is damaged.
+    """
+    card = read_card(path, foreign=True)
+    if card is not None:
+        return fingerprint(asdict(card))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _renewed(fields: dict[str, Any]) -> dict[str, Any]:

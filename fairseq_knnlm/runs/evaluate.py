@@ -16,11 +16,14 @@ from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.progress import TellsProgress
+from fairseq_knnlm.runs.raw_text import RawText
+from fairseq_knnlm.runs.receipt import Typed, make_receipt, sealed
 from fairseq_knnlm.runs.report import tell
 from fairseq_knnlm.runs.results import run_results, table_card
 from fairseq_knnlm.runs.save import Saving, open_saving, sample_keys
 from fairseq_knnlm.runs.save_blocks import ALONE, BlockSaving, Share
 from fairseq_knnlm.runs.scorer import Blocks, FillsTable, Listener
+from fairseq_knnlm.runs.sections import SectionSums, section_rows
 from fairseq_knnlm.runs.shares import Stretch
 
 logger = logging.getLogger(__name__)
@@ -34,15 +37,25 @@ class EvaluationRun:
         sizes: (number of blocks,) tokens of each block, in the order of the text.
         left_out: tokens in blocks that fairseq will drop.
         share: which part of a datastore is this process's to save.
+        text: what figures a word and a byte are taken over, where it is known.
+        typed: what fairseq was given, for the receipt of the figures.
 
     Attributes:
         stretch: the share of the run that this process has; None where it has all.
     """
 
     def __init__(
-        self, inputs: Inputs, sizes: np.ndarray, left_out: int, share: Share = ALONE
+        self,
+        inputs: Inputs,
+        sizes: np.ndarray,
+        left_out: int,
+        share: Share = ALONE,
+        text: RawText | None = None,
+        typed: Typed | None = None,
     ) -> None:
         self.inputs = inputs
+        self.text = text
+        self.typed = typed
         self.left_out = left_out
         self.stretch: Stretch | None = None
         options = inputs.options
@@ -63,6 +76,7 @@ class EvaluationRun:
             listeners.append(self.progress)
         self.blocks = Blocks(starts, inputs.vocabulary.bos)
         self.scorer = make_scorer(inputs, self.blocks, listeners)
+        self.scorer.tally.sections = SectionSums(section_rows(sizes))
         self._warn_of_the_same_split()
 
     def _warn_of_the_same_split(self) -> None:
@@ -114,7 +128,7 @@ class EvaluationRun:
         memory = self.inputs.memory
         for expert in memory.experts.values() if memory is not None else ():
             expert.kind.finish(expert)
-        found = run_results(self.inputs, self.scorer, self.left_out, self.stretch)
+        found = run_results(self.inputs, self.scorer, self.left_out, self.stretch, self.text)
         failures: list[Exception] = []
         publishing = (
             self.publish_datastore,
@@ -145,4 +159,6 @@ class EvaluationRun:
 
     def _publish_results(self, found: dict[str, Any]) -> None:
         if self.inputs.options.writing.results_json:
-            write_json(Path(self.inputs.options.writing.results_json), found)
+            if self.typed is not None:
+                found = {**found, "receipt": make_receipt(self.inputs, self.typed)}
+            write_json(Path(self.inputs.options.writing.results_json), sealed(found))

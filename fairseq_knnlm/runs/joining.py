@@ -20,13 +20,26 @@ from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.files import parse_json, typed
 from fairseq_knnlm.files.plain_json import read_text
-from fairseq_knnlm.runs.results import figures, losses
+from fairseq_knnlm.runs.raw_text import RawText, text_figures
+from fairseq_knnlm.runs.receipt import anywhere
+from fairseq_knnlm.runs.results import figures, losses, told_sections
+from fairseq_knnlm.runs.sections import joined
 from fairseq_knnlm.runs.sums import added
 
 #: Of a share, what differs from one to the next.
-OWN = {"number", "first_batch", "batches", "base_log_prob", "log_prob", "counts"}
+OWN = {"number", "first_batch", "batches", "base_log_prob", "log_prob", "counts", "sections"}
 #: Where a datastore lies may differ; what lies there is known by its fingerprint.
 PLACES = {"datastore"}
+
+
+class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A ``RawText``, with its bounds."""
+
+    source: str
+    words: Count
+    bytes: Count
+    unknown: Count
+    agreement: Finite | None = None
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -43,6 +56,8 @@ class Measured(msgspec.Struct, frozen=True):
     perplexity: Finite | None
     split: str
     share: Share | None = None
+    text: Text | None = None
+    sections: dict[str, Any] = {}
     experts: list[str] | dict[str, Any] = []
     mixed: list[str] = []
     mixture: str = ""
@@ -76,8 +91,13 @@ class Part:
         own = OWN | {"flags"}
         flags = {f"--{name.replace('_', '-')}": x for name, x in self.share.flags.items()}
         fields = {name: x for name, x in share.items() if name not in own}
-        rest = {name: x for name, x in self.found.items() if name not in (*_added(self), "share")}
-        return {name: x for name, x in (flags | fields | rest).items() if name not in PLACES}
+        # Conditions follow from the rest.
+        others = {*_added(self), "share", "conditions"}
+        rest = {name: x for name, x in self.found.items() if name not in others}
+        cut = {"sections": [len(self.share.sections.tokens), self.measured.sections.get("rows")]}
+        told = flags | fields | rest | cut
+        told |= {"receipt": anywhere(rest.get("receipt"))}
+        return {name: x for name, x in told.items() if name not in PLACES}
 
 
 def join_results(paths: Sequence[Path]) -> dict[str, Any]:
@@ -161,28 +181,39 @@ def _unreadable(path: Path, error: ValueError) -> TableError:
 
 def _joined(parts: Sequence[Part]) -> dict[str, Any]:
     if len(parts) == 1 and parts[0].measured.share is None:
-        return parts[0].found
+        return {name: x for name, x in parts[0].found.items() if name != "fingerprint"}
     _check_shares(parts)
     parts = sorted(parts, key=lambda part: part.share.number)
     _check_whole(parts)
     whole = [part.measured for part in parts]
     shares = [part.share for part in parts]
-    found = {name: x for name, x in parts[0].found.items() if name != "share"}
+    own = {"share", "fingerprint"}
+    found = {name: x for name, x in parts[0].found.items() if name not in own}
+    base, mixed = (
+        added(some)
+        for some in ([one.base_log_prob for one in shares], [one.log_prob for one in shares])
+    )
+    sections = joined([share.sections for share in shares])
     counted = losses(
         tokens=sum(one.tokens for one in whole),
-        base_log_prob=added([share.base_log_prob for share in shares]),
-        log_prob=added([share.log_prob for share in shares]),
+        base_log_prob=base,
+        log_prob=mixed,
         seconds=sum(one.seconds for one in whole),
         impossible=sum(one.tokens_impossible for one in whole),
         left_out=sum(one.tokens_left_out for one in whole),
+        sections=sections,
     ) | figures(_summed([share.counts for share in shares]))
+    if (text := whole[0].text) is not None:
+        counted |= text_figures(RawText(**msgspec.structs.asdict(text)), base, mixed)
+    counted["sections"] = whole[0].sections | told_sections(sections)
     # A table's card has some of the results.
     return found | {name: x for name, x in counted.items() if name in found}
 
 
 def _added(part: Part) -> set[str]:
     """Fields of results that are made anew of sums."""
-    return {*losses(tokens=0, base_log_prob=0, log_prob=0, seconds=0), *figures(part.share.counts)}
+    losing = losses(tokens=0, base_log_prob=0, log_prob=0, seconds=0)
+    return {*losing, *figures(part.share.counts), "sections", "fingerprint"}
 
 
 def _summed(counts: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

@@ -122,6 +122,11 @@ class WritingOptions:
     """What else is left behind."""
 
     results_json: str | None = flag(None, "write what was measured to this file")
+    raw_text: str | None = flag(
+        None,
+        "the text of the split before it was cut into tokens, of the same lines: perplexity is "
+        "then told a word and a byte of it, too (default: the split's pieces of words, joined)",
+    )
     score_table: str | None = flag(None, "write one row a scored token to this .npz")
     progress_file: str | None = flag(
         None, "write to this file, once a second, how many tokens are scored, and of how many"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fairseq_knnlm.experts.kind import Kind
+from fairseq_knnlm.runs.conditions import condition_lines
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def closing_lines(found: dict[str, Any], kinds: Iterable[Kind] = ()) -> list[str
             name = "kNN-LM" if all(map(_is_knn, found["mixed"])) else "mixture"
             lines.append(_line(name, found["loss"], found["perplexity"], found["tokens"]))
         lines.append(f"{found['mixture']} ({found['mixture_from']})")
+    lines += comparable_lines(found)
     for kind in kinds:
         lines += kind.lines(found)
     speed = f"{found['tokens_per_second']:,.0f} tokens/s over {found['seconds']:.1f} s"
@@ -73,6 +75,39 @@ def closing_lines(found: dict[str, Any], kinds: Iterable[Kind] = ()) -> list[str
     if "searches_skipped" in found:
         speed += f"; {found['searches_skipped']:.1%} of the searches skipped"
     return [*lines, speed]
+
+
+def comparable_lines(found: Mapping[str, Any]) -> list[str]:
+    """What figures need to be compared with others.
+
+    Args:
+        found: the results.
+    """
+    return [*_error_lines(found), *_text_lines(found), *condition_lines(found)]
+
+
+def _error_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """How far the losses would go another way on other text like it."""
+    if (error := found.get("loss_error")) is None:
+        return
+    if found.get("mixed") and found.get("gain_error") is not None:
+        gain = f"gain {found['gain']:.4f} bits, standard error {found['gain_error']:.4f}; "
+    else:
+        gain = ""
+    yield f"{gain}standard error of the loss {error:.4f} bits, by {found['errors_by']}"
+
+
+def _text_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Figures a word and a byte."""
+    if (text := found.get("text")) is None or found["word_perplexity"] is None:
+        return
+    unknown = f", {text['unknown']:,} of the tokens unknown" if text["unknown"] else ""
+    yield (
+        f"a word: perplexity {found['word_perplexity']:.2f} (base LM "
+        f"{found['base_word_perplexity']:.2f}); a byte: {found['byte_perplexity']:.4f}, "
+        f"{found['bits_per_byte']:.4f} bits (base LM {found['base_bits_per_byte']:.4f}); of "
+        f"{text['words']:,} words and {text['bytes']:,} bytes ({text['source']}{unknown})"
+    )
 
 
 def _is_knn(expert: str) -> bool:

@@ -7,15 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from fairseq_knnlm.calibration.card import Card
+from fairseq_knnlm.calibration.sections import METHOD, Sections
 from fairseq_knnlm.experts.kind import Kind
 from fairseq_knnlm.experts.registry import find_kind
 from fairseq_knnlm.mixture.mixers import Fixed
 from fairseq_knnlm.mixture.skipping import SkippingMixtureLM
+from fairseq_knnlm.runs.conditions import conditions
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.mixing import describe, described, mixed_experts
 from fairseq_knnlm.runs.opening import Memory
+from fairseq_knnlm.runs.raw_text import RawText, text_figures
 from fairseq_knnlm.runs.scorer import KnnScorer
 from fairseq_knnlm.runs.shares import Stretch, share_of
 from fairseq_knnlm.versions import versions
@@ -27,7 +31,11 @@ SKIPPING = "skipping"
 
 
 def run_results(
-    inputs: Inputs, scorer: KnnScorer, left_out: int, stretch: Stretch | None = None
+    inputs: Inputs,
+    scorer: KnnScorer,
+    left_out: int,
+    stretch: Stretch | None = None,
+    text: RawText | None = None,
 ) -> dict[str, Any]:
     """All that there is to tell of a run.
 
@@ -36,8 +44,11 @@ def run_results(
         scorer: what scored, once all is scored.
         left_out: tokens in blocks that fairseq dropped.
         stretch: the share of the run that this is; None of a whole one.
+        text: what figures a word and a byte are taken over, where it is known.
     """
     tally, counts = scorer.tally, _counts(inputs.memory, scorer)
+    sums = tally.sections
+    sections = sums.sections if sums is not None else None
     found = losses(
         tokens=tally.tokens,
         base_log_prob=tally.base.value,
@@ -45,10 +56,16 @@ def run_results(
         seconds=tally.seconds,
         impossible=tally.impossible,
         left_out=left_out,
+        sections=sections,
     )
+    whole = stretch is None
+    found |= text_figures(text, tally.base.value, tally.mixed.value, whole=whole)
     if inputs.memory is not None:
-        found |= _mixed(inputs.memory, scorer) | figures(counts)
+        found |= mixed_results(inputs.memory, scorer) | figures(counts)
     found |= {"split": inputs.split, "context": inputs.context, "versions": versions()}
+    found["conditions"] = conditions(inputs, scorer)
+    if sums is not None and sections is not None:
+        found["sections"] = told_sections(sections) | {"rows": sums.rows.tolist()}
     if stretch is not None:
         found["share"] = share_of(inputs, stretch, tally, counts)
     return found
@@ -62,8 +79,9 @@ def losses(
     seconds: float,
     impossible: int = 0,
     left_out: int = 0,
+    sections: Sections | None = None,
 ) -> dict[str, Any]:
-    """Losses in bits a token, perplexities, and speed.
+    """Losses in bits a token, their standard errors, perplexities, and speed.
 
     Args:
         tokens: scored tokens.
@@ -72,18 +90,38 @@ def losses(
         seconds: spent scoring.
         impossible: tokens that the mixture gives no probability; its loss is then infinite.
         left_out: tokens in blocks that fairseq dropped because they are too long.
+        sections: the same sums by sections of the text, where it is one.
     """
     base_loss, loss = (_bits(total, tokens) for total in (base_log_prob, log_prob))
+    gain = base_loss - loss if base_loss is not None and loss is not None else None
     return {
         "tokens": tokens,
         "tokens_left_out": left_out,
         "tokens_impossible": impossible,
         "base_loss": base_loss,
+        "base_loss_error": sections.base_error if sections and base_loss is not None else None,
         "base_perplexity": _power(base_loss),
         "loss": loss,
+        "loss_error": sections.error if sections and loss is not None else None,
         "perplexity": _power(loss),
+        "gain": gain,
+        "gain_error": sections.gain_error if sections and gain is not None else None,
+        "errors_by": METHOD,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else 0.0,
+    }
+
+
+def told_sections(sections: Sections) -> dict[str, Any]:
+    """Sums over sections of the text, natural log, as JSON; null where a token is impossible."""
+
+    def told(sums: np.ndarray) -> list[float | None]:
+        return [one if math.isfinite(one) else None for one in sums.tolist()]
+
+    return {
+        "tokens": sections.tokens.tolist(),
+        "base_log_prob": told(sections.base),
+        "log_prob": told(sections.mixed),
     }
 
 
@@ -98,7 +136,7 @@ def _power(loss: float | None) -> float | None:
     return None if loss is None or loss > MOST_BITS else 2**loss
 
 
-def _mixed(memory: Memory, scorer: KnnScorer) -> dict[str, Any]:
+def mixed_results(memory: Memory, scorer: KnnScorer) -> dict[str, Any]:
     """What was mixed."""
     mixture = scorer.mixture
     found: dict[str, Any] = {

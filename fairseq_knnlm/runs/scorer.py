@@ -23,6 +23,7 @@ from fairseq_knnlm.lm.contexts import Contexts, Encoded
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.mixture.model import MixtureLM, Scores, Watch
+from fairseq_knnlm.runs.sections import SectionSums
 from fairseq_knnlm.runs.sums import ExactSum
 
 
@@ -146,13 +147,14 @@ class FillsTable:
 
 @dataclass
 class Tally:
-    """Sums over a run, in natural log and seconds."""
+    """Sums over a run, in natural log and seconds; ``sections`` where it reads a text."""
 
     tokens: int = 0
     base: ExactSum = field(default_factory=ExactSum)
     mixed: ExactSum = field(default_factory=ExactSum)
     impossible: int = 0
     seconds: float = 0.0
+    sections: SectionSums | None = None
 
     def take(self, batch: Batch) -> None:
         counted = batch.rows >= 0
@@ -161,6 +163,8 @@ class Tally:
         self.base.add(base)
         self.mixed.add(mixed)
         self.impossible += int(np.isneginf(mixed).sum())
+        if self.sections is not None:
+            self.sections.take(batch.rows[counted], base, mixed)
 
 
 #: A mixture around the language model.

@@ -59,14 +59,15 @@ def share_of(
         "datastores": [one.fingerprint for one in memory.stores] if memory is not None else [],
         "calibration": calibration.fingerprint if calibration is not None else None,
         "described": described(memory.experts, inputs.loaded) if memory is not None else {},
-        "flags": dict(_given(inputs.options)),
+        "flags": dict(given_flags(inputs.options)),
         "base_log_prob": tally.base.parts,
         "log_prob": tally.mixed.parts,
         "counts": {name: dict(some) for name, some in counts.items()},
+        "sections": tally.sections.parts if tally.sections is not None else {},
     }
 
 
-def _given(options: Options) -> Iterator[tuple[str, Any]]:
+def given_flags(options: Options) -> Iterator[tuple[str, Any]]:
     """Flags that say anything but what they say where they are left out, and matter to figures."""
     checkpoints = {name for kind in kinds() for name in kind.flags("checkpoint")}
     for some in (options.datastores, options.mixing, *options.experts.values()):

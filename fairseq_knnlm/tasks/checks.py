@@ -15,6 +15,7 @@ from fairseq_knnlm.experts.kind import spelled
 from fairseq_knnlm.experts.registry import DEFAULT, kind_of, kinds
 from fairseq_knnlm.runs.options import DatastoreOptions, Options, SavingOptions
 from fairseq_knnlm.runs.places import exists
+from fairseq_knnlm.runs.raw_text import check_raw_text
 from fairseq_knnlm.tasks.flags import every_flag, options_of
 from fairseq_knnlm.tasks.idle import check_heeded
 
@@ -55,6 +56,8 @@ def check(cfg: Any) -> Options:
             found="neither --knnlm nor --save-knnlm-dstore",
         )
     _check_weights(options)
+    if options.writing.raw_text is not None:
+        _check_raw_text(options, options.writing.raw_text)
     if options.mixing.skip_searches is not None:
         _check_skipping(options, options.mixing.skip_searches)
     for kind in kinds():
@@ -192,6 +195,17 @@ def _check_weights(options: Options) -> None:
             expected="a sum of at most 1",
             found=f"{total:g}",
         )
+
+
+def _check_raw_text(options: Options, path: str) -> None:
+    if options.saving.save_knnlm_dstore:
+        raise ConfigError(
+            "--raw-text does nothing where a datastore is saved",
+            expected="an evaluation",
+            found="--raw-text with --save-knnlm-dstore",
+            do="leave --raw-text out",
+        )
+    check_raw_text(Path(path))
 
 
 def _check_skipping(options: Options, share: float) -> None:

@@ -39,6 +39,8 @@ from fairseq_knnlm.tasks.generation import MixtureEnsemble, MixtureGenerator
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
 from fairseq_knnlm.tasks.idle import name_ignored
 from fairseq_knnlm.tasks.outputs import check_writes
+from fairseq_knnlm.tasks.raw_text import text_of
+from fairseq_knnlm.tasks.receipts import typed_run
 from fairseq_knnlm.tasks.shares import ShareOfBatches
 from fairseq_knnlm.tasks.windows import InStretches, InTextOrder, WindowsInText
 
@@ -120,14 +122,14 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         saving = self.options.saving.save_knnlm_dstore
         if saving:
             loading.check_saving(num_shards, self.options)
-        left_out = self._left_out(dataset, max_positions, max_tokens)
+        left_out = self.left_out(dataset, max_positions, max_tokens)
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
-        if self.needs_order():
-            dataset = InTextOrder(dataset)
-        dataset = self.in_windows(dataset, context_window, max_positions)
+        whole = whole_run(self.args)
+        text = None if saving else text_of(whole, self, dataset, self.split, left_out)
+        dataset = self.as_read(dataset, context_window, max_positions)
         in_part = num_shards > 1 and not saving  # which is shared out by blocks of its own
         part = ShareOfBatches(dataset, shard_id, num_shards) if in_part else None
-        text = dataset if part is None else part
+        read = dataset if part is None else part
         load = partial(
             super().eval_lm_dataloader,
             max_tokens=max_tokens,
@@ -139,27 +141,28 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         if not all(map(is_supported, self.models)):
             loading.check_stock_is_enough(self.options, "this decoder")
             logger.info("%s is scored by the stock scorer", type(self.models[0]).__name__)
-            return load(text)
+            return load(read)
         on_gpu = next(self.models[0].parameters()).is_cuda
         to_device = utils.move_to_cuda if on_gpu else lambda batch: batch
-        if (whole := whole_run(self.args)) is not None:
+        if whole is not None:
             loading.name_precision(whole.common.fp16, whole.common.bf16, on_gpu)
         sizing = {"max_tokens": max_tokens, "batch_size": batch_size}
         inputs = self.inputs(self.models, self.context(context_window), sizing)
         # What is left out of the text is counted once.
         left_out = left_out if shard_id == 0 else 0
         saved = Share(shard_id, num_shards) if saving else ALONE
-        run = EvaluationRun(inputs, sizes, left_out, saved)
+        typed = typed_run(whole, self.args, inputs) if whole is not None else None
+        run = EvaluationRun(inputs, sizes, left_out, saved, text, typed)
         if run.sample_every:
-            run.learn(load(text, num_shards=run.sample_every), to_device)
+            run.learn(load(read, num_shards=run.sample_every), to_device)
             self.dataset_to_epoch_iter.clear()  # fairseq would hand out the shard again
         if run.texts is not None:
             if not run.texts:
                 run.publish_datastore()
                 sys.exit(0)
-            text = InStretches(dataset, run.texts)
+            read = InStretches(dataset, run.texts)
         if part is None:
-            batches = WithEnd(load(text), run.finish)
+            batches = WithEnd(load(read), run.finish)
         else:
             part.looks_back = loading.check_looks_back(run.scorer.mixture.looks_back)
             ours, run.stretch = load(part), part.stretch
@@ -170,6 +173,12 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         hand_over(run.scorer)
         return batches
 
+    def as_read(self, dataset: Any, context_window: int, max_positions: Any) -> Any:
+        """Blocks of a split as an evaluation reads them."""
+        if self.needs_order():
+            dataset = InTextOrder(dataset)
+        return self.in_windows(dataset, context_window, max_positions)
+
     def in_windows(self, dataset: Any, context_window: int, max_positions: Any) -> Any:
         """Blocks of a split after the context that stands before each, where there is one."""
         if context_window == 0:
@@ -178,7 +187,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         longest = max_positions if isinstance(max_positions, int) else None
         return WindowsInText(dataset, size, context_window, pad, longest)
 
-    def _left_out(self, dataset: Any, max_positions: Any, max_tokens: int | None) -> int:
+    def left_out(self, dataset: Any, max_positions: Any, max_tokens: int | None) -> int:
         """How many tokens of a split nobody will read; it is said, or refused where all must be."""
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes

@@ -95,6 +95,7 @@ def check_writes_nothing(options: Options, where: str = "where text is generated
     given = {
         "--score-table": options.writing.score_table,
         "--results-json": options.writing.results_json,
+        "--raw-text": options.writing.raw_text,
         "--progress-file": options.writing.progress_file,
     }
     for flag, value in given.items():
@@ -123,6 +124,7 @@ def check_stock_is_enough(options: Options, what: str) -> None:
         "--experts": mixing.experts,
         "--score-table": writing.score_table,
         "--results-json": writing.results_json,
+        "--raw-text": writing.raw_text,
         "--progress-file": writing.progress_file,
     }
     for flag, value in given.items():

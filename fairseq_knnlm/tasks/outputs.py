@@ -45,10 +45,12 @@ def check_writes(options: Options, inputs: Mapping[str, Iterable[str]]) -> None:
 
 def _read_by(options: Options) -> dict[str, list[Path]]:
     """Files that flags name, by the flag."""
+    raw = options.writing.raw_text
     found = {
+        "--raw-text": [Path(raw)] if raw else [],
         "--dstore-filename": [
             file for name in options.datastores.names for file in _datastore_files(Path(name))
-        ]
+        ],
     }
     for kind in kinds():
         mine = options.of(kind)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from fairseq.data import BaseWrapperDataset
 
+from fairseq_knnlm.calibration.sections import borders
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.shares import Stretch
 
@@ -53,22 +54,6 @@ class ShareOfBatches(BaseWrapperDataset):
         self.stretch = Stretch(self._number, self._of, start, stop - start, *whole)
         self.before = batches_before(tokens[:start], self.looks_back)
         return list(batches[start - self.before : stop])
-
-
-def borders(tokens: np.ndarray, of: int) -> np.ndarray:
-    """Where shares begin among batches: with a batch at least, and as many tokens as can be.
-
-    Args:
-        tokens: (B,) of each batch, B at least ``of``.
-        of: shares.
-
-    Returns:
-        (of + 1,) int64: share i is of the batches from the i-th number up to the next.
-    """
-    ends, numbers = np.cumsum(tokens), np.arange(1, of)
-    nearest = np.searchsorted(ends - tokens / 2, ends[-1] * (numbers / of))
-    further = np.maximum.accumulate(nearest - numbers).clip(0, len(tokens) - of)
-    return np.array([0, *(further + numbers), len(tokens)])
 
 
 def batches_before(tokens: np.ndarray, looks_back: int) -> int:

@@ -186,6 +186,11 @@ def _first(folders: str) -> Path:
     return Path(folders if Path(folders).is_dir() else folders.split(os.pathsep)[0])
 
 
+def folder(folders: str) -> str:
+    """The folder that evaluation reads, of those that were typed."""
+    return str(_first(folders))
+
+
 def check_batches(longest: int, tokens: int, max_tokens: int | None) -> None:
     """Refuses what would leave nothing to read, or batches too small for a block.
 

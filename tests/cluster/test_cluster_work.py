@@ -25,6 +25,7 @@ SAVE = ("--gen-subset", "valid", "--cpu", "--block-rows", "32", "--max-tokens", 
 EVALUATE = ("--gen-subset", "test", "--cpu", "--max-tokens", "64", "--k", "20", *READ)
 #: What is not the same in two runs.
 TIMES = {"seconds", "tokens_per_second", "search_seconds", "searches_per_second", "datastore"}
+TIMES |= {"fingerprint", "receipt"}  # over times; where things lie
 
 
 def on_ray(kind: str, address: str, lab: Lab, path: Path, *flags: object) -> int:

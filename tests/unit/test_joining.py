@@ -17,8 +17,32 @@ from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import TableError
 
 MODEL = "d" * 64
+#: Figures that a share cannot have alone, or that come of the sums of all.
+NOT_KNOWN = {
+    "base_loss_error": None,
+    "loss_error": None,
+    "gain": 9.0,
+    "gain_error": None,
+    "errors_by": "batch means over sections of the text",
+}
+OF_TEXT = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 #: log2 p of 4 tokens a share: a loss of 3 bits, and of 2.5.
 BASE, MIXED = -3.0, -2.5
+
+
+def sections(number: int, of: int) -> dict[str, Any]:
+    """A section a share; each has tokens in its own alone."""
+
+    def own(some: Any, none: Any) -> list[Any]:
+        return [some if section == number else none for section in range(of)]
+
+    # The first share is dearer than the second: 4 and 2 bits a token, 3 and 2 with the mixture.
+    base, mixed = (-4.0, -3.0) if number == 0 else (-2.0, -2.0)
+    return {
+        "tokens": own(4, 0),
+        "base_log_prob": own([4 * base * math.log(2)], []),
+        "log_prob": own([4 * mixed * math.log(2)], []),
+    }
 
 
 def share(number: int, of: int = 2, **fields: Any) -> dict[str, Any]:
@@ -39,6 +63,7 @@ def share(number: int, of: int = 2, **fields: Any) -> dict[str, Any]:
         "base_log_prob": [4 * BASE * math.log(2)],
         "log_prob": [4 * MIXED * math.log(2)],
         "counts": {"knn": {"recalled_knn": 1, "search_seconds": 0.5}},
+        "sections": sections(number, of),
         **fields,
     }
 
@@ -53,6 +78,7 @@ def results(number: int, **fields: Any) -> dict[str, Any]:
         "base_perplexity": 512.0,
         "loss": 8.0,
         "perplexity": 256.0,
+        **NOT_KNOWN,
         "seconds": 2.0,
         "tokens_per_second": 2.0,
         "experts": ["knn"],
@@ -94,6 +120,8 @@ def test_the_report_of_the_whole(files: list[Path], tmp_path: Path, capsys: Capt
         "base LM  perplexity 8.00, loss 3.0000 bits, 8 tokens",
         "kNN-LM   perplexity 5.66, loss 2.5000 bits, 8 tokens",
         "knn: lambda 0.25 (given)",
+        "gain 0.5000 bits, standard error 0.5000; standard error of the loss 0.5000 bits, by batch "
+        "means over sections of the text",
         "k 8, index Flat; distances exact squared L2",
         "2 tokens/s over 4.0 s, of which search 1.0 s",
     ]
@@ -120,6 +148,27 @@ def test_several_datastores_are_counted_each(tmp_path: Path, capsys: Capture) ->
     found = json.loads(to.read_text())
     assert found["tokens_recalled"] == 6
     assert found["searches_saved"] == found["searches_skipped"] == 1 - 3 / 8
+
+
+def test_figures_over_the_text_are_of_the_whole(tmp_path: Path, capsys: Capture) -> None:
+    """8 tokens of 24 and 20 bits are 5 words of 40 bytes."""
+    text = {"source": "raw text", "words": 5, "bytes": 40, "unknown": 2, "agreement": 1.0}
+    names = [f"{of}{name}" for of in ("", "base_") for name in OF_TEXT]
+    files = [
+        write(tmp_path, f"{number}.json", results(number, text=text, **dict.fromkeys(names)))
+        for number in range(2)
+    ]
+    to = tmp_path / "whole.json"
+    said = say(capsys, "report", "--join", *files, "--results-json", to)
+    found = json.loads(to.read_text())
+    assert found["bits_per_byte"] == pytest.approx(20 / 40)
+    assert found["base_bits_per_byte"] == pytest.approx(24 / 40)
+    assert found["word_perplexity"] == pytest.approx(2 ** (20 / 5))
+    assert found["byte_perplexity"] == pytest.approx(2 ** (20 / 40))
+    assert (
+        "a word: perplexity 16.00 (base LM 27.86); a byte: 1.4142, 0.5000 bits (base LM 0.6000); "
+        "of 5 words and 40 bytes (raw text, 2 of the tokens unknown)"
+    ) in said
 
 
 def test_tokens_without_probability(tmp_path: Path, capsys: Capture) -> None:
@@ -156,6 +205,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no such share": (changed(2), "share 2 of 2"),
     "no batches": (changed(1, batches=0), "batches"),
     "no count": (results(1, tokens=-1), "tokens"),
+    "other sections": (changed(1, sections=sections(1, 3)), "sections [3, None]"),
+    "half a section": (changed(1, sections={**sections(1, 2), "tokens": [4]}), "sections of"),
     "an unknown field": (changed(1, name="x"), "name"),
     "no sum": (changed(1, log_prob="x"), "log_prob"),
     "JSON of another kind": ([], "JSON of another kind"),
@@ -195,7 +246,10 @@ def test_shares_that_are_missing_are_named(tmp_path: Path, capsys: Capture) -> N
         (["--join", "0.json", "--results-json", "0.json"], "would write over what is read"),
         (["--join", "nowhere.json"], "nowhere.json cannot be read"),
         (["--join", "nowhere.npz"], "no score table at nowhere.npz"),
-        (["--results-json", "x"], "--results-json without --join"),
+        (["--results-json", "x"], "not both of --dstore and --score-table"),
+        (["--join", "0.json", "--raw-text", "x"], "--raw-text does nothing with these files"),
+        (["--dstore", "x", "--score-table", "y", "--raw-text", "z"], "--raw-text needs --data"),
+        (["--dstore", "x", "--score-table", "y", "--data", "nowhere"], "no dictionary at nowhere"),
         (["--dstore", "x"], "not both of --dstore and --score-table"),
         ([], "not both of --dstore and --score-table"),
     ],
@@ -213,7 +267,8 @@ def table(folder: Path, number: int, **fields: Any) -> Path:
     lm = np.full(4, BASE * math.log(2), np.float32)
     writer.write(columns | {"lm": lm, "knn": (lm - rows).astype(np.float32)[:, None]})
     settings = {"knn": [{"suffix": 0, "k": 0, "temperature": 1.0}]}
-    known = {name: x for name, x in results(number).items() if name != "experts"}
+    left_out = {"experts", *NOT_KNOWN}
+    known = {name: x for name, x in results(number).items() if name not in left_out}
     about = {"model": MODEL, "experts": settings, "features": [], "described": {"knn": {"k": 8}}}
     writer.publish(known | about | fields)
     return path

@@ -14,8 +14,8 @@ from conftest import ROOT
 #: Libraries that take seconds to load, are not everywhere, or only print what takes long itself.
 HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "ray", "rich", "torch"}
 SUBCOMMANDS = (
-    *("save", "build-index", "tune", "report", "explain", "info", "verify", "compress", "forget"),
-    *("compact", "append", "import", "cluster", "columns"),
+    *("save", "build-index", "tune", "report", "replay", "explain", "info", "verify"),
+    *("compress", "forget", "compact", "append", "import", "cluster", "columns"),
 )
 
 

@@ -9,10 +9,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from fairseq_knnlm.calibration.sections import borders
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.sums import ExactSum, added
 from fairseq_knnlm.tasks.loading import check_looks_back
-from fairseq_knnlm.tasks.shares import batches_before, borders
+from fairseq_knnlm.tasks.shares import batches_before
 
 
 @pytest.mark.parametrize(

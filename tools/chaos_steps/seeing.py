@@ -24,7 +24,8 @@ from fairseq_knnlm.retrieval.opening import open_retriever
 K = 8
 #: What an evaluation writes, and a report that joins several.
 RESULTS, TABLE = "joined.json", "joined.npz"
-TIMES = ("seconds", "tokens_per_second", "search_seconds")
+#: Times, what is over these too, and where things lie.
+TIMES = ("seconds", "tokens_per_second", "search_seconds", "fingerprint", "receipt")
 
 #: What is seen: digests by what they are of.
 Seen = dict[str, str]
