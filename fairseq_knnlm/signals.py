@@ -40,6 +40,8 @@ class _Request:
             os._exit(128 + number)
         if number == signal.SIGTERM:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.kind is None:
+            atexit.register(self.settle)  # now, so that it is called before what others registered
         if self.kind is not Terminated:
             self.kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
@@ -76,7 +78,6 @@ def end_on_request() -> None:
     signal.signal(signal.SIGTERM, _request.make)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _request.make)
-    atexit.register(heard)
     told = sys.unraisablehook
 
     def tell(what: sys.UnraisableHookArgs) -> None:

@@ -149,6 +149,7 @@ def datastore(lab: Lab) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # Of two processes each runs whole files, whose fixtures are made once. What starts a Ray
