@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _runs_fairseq(args: argparse.Namespace) -> bool:
     """Whether there is data to read by a model, or some of it to compute again."""
-    again = ("recompute", "results")
-    return bool(getattr(args, "data", None)) or any(getattr(args, x, None) for x in again)
+    again = any(getattr(args, name, None) is not None for name in ("recompute", "results"))
+    return again or bool(getattr(args, "data", None))
 
 
 def command_parser(prog: str | None = None) -> argparse.ArgumentParser:

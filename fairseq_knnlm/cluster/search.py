@@ -24,7 +24,7 @@ AT_A_TIME, AHEAD = 1024, 2
 #: since near entries lie together in a text: several times what chance would make of it. For more
 #: where a larger part of the queries has to be asked again, which takes a round more; for fewer
 #: where a smaller part has to.
-MARGIN, SELDOM, TOO_OFTEN, CHANGE = 8.0, 0.002, 0.01, 1.1
+MARGIN, SELDOM, TOO_OFTEN, LESS, MORE = 8.0, 0.002, 0.01, 0.95, 1.25
 
 
 class ShardedIndex:
@@ -148,8 +148,8 @@ class ShardedIndex:
             self.asked_again += int(doubts.sum())
         if len(best.rows):
             often = doubts.mean(axis=1)
-            self._margins[often > TOO_OFTEN] *= CHANGE
-            self._margins[often < SELDOM] /= CHANGE
+            self._margins[often > TOO_OFTEN] *= MORE
+            self._margins[often < SELDOM] *= LESS
         return best
 
     def _asked_again(
