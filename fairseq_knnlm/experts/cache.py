@@ -36,6 +36,7 @@ from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePredictio
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.files.sizes import available_memory
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
+from fairseq_knnlm.lm.products import inner_products
 
 #: Windows and thetas in a score table; these thetas are over sqrt(D), as attention's scale is.
 WINDOWS = (500, 1000, 2000, 4000, 8000)
@@ -259,7 +260,7 @@ class CacheExpert:
         known = (text.documents[:, None] == queries.documents[:, :, None]) & (
             text.tokens[:, None] >= 0
         )
-        scores = windows(queries.keys @ text.keys.mT)
+        scores = windows(inner_products(queries.keys, text.keys))
         shared = [windows(known)]
         for steps in range(self._suffix):
             theirs, ours = text.before[:, None, :, steps], queries.before[:, :, None, steps]
@@ -284,7 +285,7 @@ class CacheExpert:
         at = [self.windows.index(window) for window in FEATURE_WINDOWS]
         best = every.tops.amax(dim=1, keepdim=True)
         thetas = [over_root(theta, width) for theta in FEATURE_THETAS]
-        sizes = [(every.log_sums(theta) - theta * best)[:, at] for theta in thetas]
+        sizes = [(every.log_sums(theta, at[-1] + 1) - theta * best)[:, at] for theta in thetas]
         counts = torch.stack([there.sum(dim=1) for there in shared], dim=1)
         return {
             "cache_size": torch.cat(sizes, dim=1).clamp_min(math.log(1e-6)),

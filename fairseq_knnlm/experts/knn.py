@@ -228,14 +228,16 @@ class KnnExpert(Timeless):
         ranks = [rank - 1 for rank in DISTANCE_RANKS if rank <= self.k]
         # What is missing counts for nothing, and its token for no type of its own.
         values = near.values.where(near.valid, near.values[:, :1])
-        ordered, places = values.sort(dim=1)
-        entropy, top = _shape(near, ordered, places)
+        ordered, places = values.int().sort(dim=1, stable=True)
+        first = torch.ones_like(near.valid)  # of its token
+        first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        entropy, top = _shape(near, first, places)
         counts = torch.stack([share.sum(dim=1).float() for share in shared], dim=1)
         return {
             f"{self.name}_distances": distances[:, ranks],
             f"{self.name}_entropy": entropy,
             f"{self.name}_top": top,
-            f"{self.name}_distinct": _distinct(values, ordered),
+            f"{self.name}_distinct": _distinct(first, places),
             f"{self.name}_shared": counts.log1p(),
             f"{self.name}_frequency": self._frequency(before[:, 0]),
         }
@@ -246,16 +248,14 @@ class KnnExpert(Timeless):
         return self._counts[tokens.clamp_min(0)].where(tokens >= 0, torch.nan)
 
 
-def _shape(near: Neighbours, ordered: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def _shape(near: Neighbours, first: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy (natural) and log of the largest probability of p_kNN, each (N, len(SPREADS)).
 
     Args:
         near: N queries' neighbours.
-        ordered: (N, K) their values in ascending order.
+        first: (N, K) bool, of neighbours in the order of their values: the first with its value.
         places: (N, K) where these stood.
     """
-    first = torch.ones_like(near.valid)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     token = first.cumsum(dim=1) - 1  # numbers a query's distinct tokens
     missing = ~near.valid
     nearest, farthest = near.distances[:, :1], near.distances.masked_fill(missing, -torch.inf)
@@ -270,15 +270,11 @@ def _shape(near: Neighbours, ordered: Tensor, places: Tensor) -> tuple[Tensor, T
     return torch.stack(entropies, dim=1), torch.stack(tops, dim=1)
 
 
-def _distinct(values: Tensor, ordered: Tensor) -> Tensor:
+def _distinct(first: Tensor, places: Tensor) -> Tensor:
     """log of the number of distinct tokens among the nearest, (N, ranks).
 
     Args:
-        values: (N, K), the nearest's first.
-        ordered: the same in ascending order.
+        first, places: as for ``_shape``; of those with the same value the nearest is first.
     """
-    columns = []
-    for rank in DISTINCT_RANKS:
-        some = ordered if rank >= values.shape[1] else values[:, :rank].sort(dim=1).values
-        columns.append(1 + (some[:, 1:] != some[:, :-1]).sum(dim=1))
-    return torch.stack(columns, dim=1).float().log()
+    counts = [(first & (places < rank)).sum(dim=1) for rank in DISTINCT_RANKS]
+    return torch.stack(counts, dim=1).float().log()

@@ -17,7 +17,7 @@ are the running sums over rings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -107,9 +107,9 @@ class SparsePrediction:
         self.settings = settings
         self.features = dict(features or {})
         self._suffixes = {setting.suffix for setting in settings}
-        sums: dict[int, Sums] = {
-            suffix: Few.of(entries, entries.shared[suffix]) for suffix in self._suffixes - {0}
-        }
+        sums: dict[int, Sums] = {}
+        if after := self._suffixes - {0}:
+            sums |= _few(entries, entries.shared[min(after)], after)
         if 0 in self._suffixes:
             sums[0] = Many.of(entries) if every is None else every
         self._totals = _columns(settings, sums)
@@ -123,10 +123,7 @@ class SparsePrediction:
         if not self.settings:
             return entries.scores.new_empty((len(tokens), 0))
         same = entries.tokens == tokens[:, None]
-        some: dict[int, Sums] = {
-            suffix: Few.of(entries, entries.shared[suffix] & same) for suffix in self._suffixes
-        }
-        found = _columns(self.settings, some)
+        found = _columns(self.settings, _few(entries, same, self._suffixes))
         columns = [
             (one - total).where(~total.isneginf(), torch.nan)
             for one, total in zip(found, self._totals, strict=True)
@@ -155,16 +152,19 @@ class SparsePrediction:
 class Sums:
     """Sums over entries at any sharpness."""
 
-    def log_sums(self, sharpness: float) -> Tensor:
-        """log of the sum of exp(sharpness score) over each extent, (N, extents)."""
+    def log_sums(self, sharpness: float, extents: int) -> Tensor:
+        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
         raise NotImplementedError
 
 
 def _columns(settings: Sequence[SparseSetting], sums: Mapping[int, Sums]) -> list[Tensor]:
     """(N,) for each setting; those of a suffix and sharpness share their sums."""
+    extents: dict[tuple[int, float], int] = {}
+    for suffix, extent, sharpness in settings:
+        extents[suffix, sharpness] = max(extent + 1, extents.get((suffix, sharpness), 0))
     found = {
-        (suffix, sharpness): sums[suffix].log_sums(sharpness).unbind(1)
-        for suffix, sharpness in dict.fromkeys((one.suffix, one.sharpness) for one in settings)
+        (suffix, sharpness): sums[suffix].log_sums(sharpness, wanted).unbind(1)
+        for (suffix, sharpness), wanted in extents.items()
     }
     return [found[one.suffix, one.sharpness][one.extent] for one in settings]
 
@@ -205,24 +205,26 @@ class Many(Sums):
             weights = weights.masked_fill(~counted, 0.0)
         return cls(scores, tops, entries.extents, weights)
 
-    def log_sums(self, sharpness: float) -> Tensor:
-        """log of the sum of exp(sharpness score) over each extent, (N, extents)."""
-        if sharpness not in self._known:
-            self._known[sharpness] = self._log_sums(sharpness)
-        return self._known[sharpness]
+    def log_sums(self, sharpness: float, extents: int) -> Tensor:
+        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
+        known = self._known.get(sharpness)
+        if known is None or known.shape[1] < extents:
+            rings = [self._log_sum(sharpness, ring) for ring in self.extents.rings[:extents]]
+            tops = sharpness * self.tops[:, :extents]
+            known = self._known[sharpness] = (torch.stack(rings, dim=1) + tops).logcumsumexp(dim=1)
+        return known[:, :extents]
 
-    def _log_sums(self, sharpness: float) -> Tensor:
+    def _log_sum(self, sharpness: float, ring: slice) -> Tensor:
+        """(N,) of one ring, relative to its best."""
+        scores = self.scores[:, ring]
         if sharpness == 0:  # times -inf is no number
-            weights = torch.zeros_like(self.scores).where(~self.scores.isneginf(), -torch.inf)
+            weights = torch.zeros_like(scores).where(~scores.isneginf(), -torch.inf)
         else:
-            weights = self.scores * sharpness
+            weights = scores * sharpness
         if self.log_weights is None:
-            weights.exp_()
-            rings = [weights[:, ring].sum(dim=1).log_() for ring in self.extents.rings]
-        else:  # then the best need not be the heaviest
-            weights += self.log_weights
-            rings = [weights[:, ring].logsumexp(dim=1) for ring in self.extents.rings]
-        return (torch.stack(rings, dim=1) + sharpness * self.tops).logcumsumexp(dim=1)
+            return weights.exp_().sum(dim=1).log_()
+        # Then the best need not be the heaviest.
+        return weights.add_(self.log_weights[:, ring]).logsumexp(dim=1)
 
 
 @dataclass(frozen=True)
@@ -242,13 +244,12 @@ class Few(Sums):
     log_weights: Tensor | None
 
     @classmethod
-    def of(cls, entries: Entries, counted: Tensor) -> Few:
-        """Of those that are ``counted``, (N, K)."""
-        rows, places = counted.nonzero(as_tuple=True)
-        rings = len(entries.extents)
+    def of(cls, entries: Entries, rows: Tensor, places: Tensor) -> Few:
+        """Of P of them, (P,) int64 each: of which context, and which column."""
+        contexts, rings = len(entries.scores), len(entries.extents)
         cells = rows * rings + entries.extents.ring_of(rows.device)[places]
         values, weights = entries.scores[rows, places], entries.log_weights
-        nothing = values.new_full((len(counted) * rings,), -torch.inf)
+        nothing = values.new_full((contexts * rings,), -torch.inf)
         tops = nothing.scatter_reduce(0, cells, values, "amax").nan_to_num_(neginf=0.0)
         return cls(
             values - tops[cells],
@@ -257,8 +258,8 @@ class Few(Sums):
             None if weights is None else weights[rows, places],
         )
 
-    def log_sums(self, sharpness: float) -> Tensor:
-        """log of the sum of exp(sharpness score) over each extent, (N, extents)."""
+    def log_sums(self, sharpness: float, extents: int) -> Tensor:
+        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
         weights, tops = self.scores * sharpness, torch.zeros_like(self.tops).view(-1)
         if self.log_weights is not None:  # then the best need not be the heaviest
             weights += self.log_weights
@@ -266,4 +267,15 @@ class Few(Sums):
             weights -= tops[self.cells]
         sums = torch.zeros_like(tops).index_add_(0, self.cells, weights.exp_())
         rings = (sums.log_() + tops).view_as(self.tops) + sharpness * self.tops
-        return rings.logcumsumexp(dim=1)
+        return rings[:, :extents].logcumsumexp(dim=1)
+
+
+def _few(entries: Entries, counted: Tensor, suffixes: Collection[int]) -> dict[int, Sums]:
+    """Of those that are ``counted``, (N, K) bool, for each suffix; they are looked for once."""
+    rows, places = counted.nonzero(as_tuple=True)
+    found: dict[int, Sums] = {}
+    for suffix in sorted(suffixes):  # who shares more is among those who share less
+        here = entries.shared[suffix][rows, places]
+        rows, places = rows[here], places[here]
+        found[suffix] = Few.of(entries, rows, places)
+    return found

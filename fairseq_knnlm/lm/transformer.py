@@ -17,9 +17,12 @@ from torch.nn.functional import cross_entropy
 
 from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
 from fairseq_knnlm.lm.keys import KEY_TYPES
+from fairseq_knnlm.lm.products import FastProducts
 
 #: Logits held at a time, in numbers: bounds the memory of the output layer.
 LOGITS_AT_A_TIME = 2**22
+#: Positions that go through the layers at a time, on a CPU.
+POSITIONS_AT_A_TIME = 2048
 #: What every key type reads of a decoder's last layer.
 LAYER_PARTS = ("fc1", "self_attn", "self_attn_layer_norm", "final_layer_norm", "normalize_before")
 #: Layers that are known to do nothing between positions but attend.
@@ -68,15 +71,23 @@ class TransformerLM:
             inputs: ``net_input`` of one of fairseq's batches.
             mask: (B, T) bool, the positions that are asked for.
         """
-        captured: list[Tensor] = []
-        start = _first(mask)
-        with _reading(self.decoder, self.key_type, captured), _last_layer_from(self.decoder, start):
-            features, _ = self.model(**inputs, features_only=True)
+        with _last_layer_from(self.decoder, _first(mask)), FastProducts():
+            parts = [self._encode(part) for part in _parts(inputs)]
+        features = torch.cat([part for part, _ in parts])
         before = tokens_before(inputs["src_tokens"])[mask]
         mask = mask[:, -features.shape[1] :]
-        # fairseq's layers run time first: T x B x C. What lies before the last layer has all of T.
-        keys = captured[-1][-features.shape[1] :].transpose(0, 1)[mask] if captured else None
+        keys = torch.cat([part for _, part in parts])[mask] if self.key_type else None
         return Encoded(features[mask], keys, before, mask)
+
+    def _encode(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Features and keys of some blocks, each (B, T, D); of no keys the features once more."""
+        captured: list[Tensor] = []
+        with _reading(self.decoder, self.key_type, captured):
+            features, _ = self.model(**inputs, features_only=True)
+        if not captured:
+            return features, features
+        # fairseq's layers run time first: T x B x C. What lies before the last layer has all of T.
+        return features, captured[-1][-features.shape[1] :].transpose(0, 1)
 
     @property
     def reads_ahead(self) -> bool:
@@ -127,6 +138,19 @@ class TransformerLM:
         if adaptive is None:
             return self.decoder.output_layer(features).float().log_softmax(dim=1)
         return adaptive.get_log_prob(features[None], None)[0].float()
+
+
+def _parts(inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A batch's inputs, on a CPU few blocks at a time: what layers make of these stays in cache."""
+    tokens = inputs["src_tokens"]
+    blocks, length = tokens.shape
+    size = blocks if tokens.is_cuda else max(1, POSITIONS_AT_A_TIME // max(1, length))
+    for start in range(0, max(1, blocks), max(1, size)):
+        part = slice(start, start + size)
+        yield {
+            name: x[part] if isinstance(x, Tensor) and len(x) == blocks else x
+            for name, x in inputs.items()
+        }
 
 
 def _first(mask: Tensor) -> int:
