@@ -39,11 +39,11 @@ class Behind:
         with undisturbed():
             self._thread.submit(int)
 
-    def __call__(self, *args: Any) -> None:
-        """Has ``work(*args)`` done soon; raises what an earlier call raised."""
+    def __call__(self, *inputs: Any) -> None:
+        """Has ``work(*inputs)`` done soon; raises what an earlier call raised."""
         while len(self._calls) >= self._pending:
             self._calls.popleft().result()
-        self._calls.append(self._thread.submit(self._work, *args))
+        self._calls.append(self._thread.submit(self._work, *inputs))
 
     def wait(self) -> None:
         """Returns when everything is done; raises what a call raised."""

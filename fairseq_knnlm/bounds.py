@@ -60,6 +60,16 @@ def check_seed(value: int, flag: str = "--seed") -> None:
     check_range(flag, value, 0, LAST_SEED, "is the seed of random numbers")
 
 
+def check_share(flag: str, value: float) -> None:
+    """Refuses what is no share, or a share of 0.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if not 0 < value <= 1:
+        raise ConfigError(f"{flag} is a share", expected="above 0, to 1", found=value)
+
+
 def check_device(name: str) -> None:
     """Refuses a ``--knn-device`` that is written like none.
 

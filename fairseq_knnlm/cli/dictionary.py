@@ -18,13 +18,31 @@ def add_dictionary(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def check_dictionary(path: Path) -> None:
-    """Refuses what is no dictionary.
+def check_named(path: Path | None, what: str) -> None:
+    """Refuses to go without a dictionary.
+
+    Args:
+        path: of the dictionary; None where none was named.
+        what: needs one, in words.
+
+    Raises:
+        ConfigError: where none was named.
+    """
+    if path is None:
+        raise ConfigError(
+            what,
+            expected="--data DATA, the folder that was binarised, or its dict.txt",
+            found="no --data",
+        )
+
+
+def check_dictionary(path: Path | None) -> None:
+    """Refuses what is no dictionary; None, where none was named, is right.
 
     Raises:
         ConfigError: where there is none.
     """
-    if not _file(path).is_file():
+    if path is not None and not _file(path).is_file():
         raise ConfigError(
             f"no dictionary at {path}",
             expected="--data DATA, a folder that fairseq-preprocess wrote, or its dict.txt",

@@ -55,8 +55,7 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
             expected="--document NAME --data DATA, the folder that was binarised, or its dict.txt",
             found="no --data" if args.document else "no --document",
         )
-    if args.dictionary is not None:
-        check_dictionary(args.dictionary)
+    check_dictionary(args.dictionary)
     check_ours(args.dstore)
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq_knnlm.bounds import check_seed
+from fairseq_knnlm.bounds import check_seed, check_share
 from fairseq_knnlm.errors import ConfigError, ReceiptError
 
 HELP = "compute the figures of a results JSON again, and say whether they are confirmed"
@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Refuses a share that is none, and a folder that is not there."""
-    if not 0 < args.sample <= 1:
-        raise ConfigError("--sample is a share", expected="above 0, to 1", found=args.sample)
+    check_share("--sample", args.sample)
     check_seed(args.seed)
     if args.search is not None and not args.search.is_dir():
         raise ConfigError(

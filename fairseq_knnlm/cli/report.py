@@ -18,7 +18,12 @@ from fairseq_knnlm.cli.common import (
     check_store,
     has_place,
 )
-from fairseq_knnlm.cli.dictionary import add_dictionary, check_dictionary, read_dictionary
+from fairseq_knnlm.cli.dictionary import (
+    add_dictionary,
+    check_dictionary,
+    check_named,
+    read_dictionary,
+)
 from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.errors import ConfigError
@@ -66,14 +71,9 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
             "of columns --calibration FILE in the place of --dstore",
             found="not both of --dstore and --score-table",
         )
-    if args.raw_text is not None and args.dictionary is None:
-        raise ConfigError(
-            "--raw-text needs --data",
-            expected="--data DATA, the folder that was binarised, or its dict.txt",
-            found="no --data",
-        )
-    if args.dictionary is not None:
-        check_dictionary(args.dictionary)
+    if args.raw_text is not None:
+        check_named(args.dictionary, "--raw-text needs --data")
+    check_dictionary(args.dictionary)
     outputs = {"--results-json": args.results_json}
     read = {"--score-table": [args.score_table], "--raw-text": [args.raw_text]}
     check_apart(outputs, {name: [file for file in files if file] for name, files in read.items()})

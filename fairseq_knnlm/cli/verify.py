@@ -7,9 +7,14 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from fairseq_knnlm.bounds import check_seed
+from fairseq_knnlm.bounds import check_seed, check_share
 from fairseq_knnlm.cli.common import add_store, check_store, opened, outlined
-from fairseq_knnlm.cli.dictionary import add_dictionary, check_dictionary, read_dictionary
+from fairseq_knnlm.cli.dictionary import (
+    add_dictionary,
+    check_dictionary,
+    check_named,
+    read_dictionary,
+)
 from fairseq_knnlm.datastore.boundaries import check_expression
 from fairseq_knnlm.datastore.legacy import is_legacy
 from fairseq_knnlm.datastore.making import is_only_in_the_making
@@ -60,14 +65,11 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
         _check_recompute(args)
     if args.document_boundary is not None:
         check_expression("--document-boundary", args.document_boundary)
-        if args.dictionary is None:
-            raise ConfigError(
-                "--document-boundary matches text, and a datastore has only the ids of tokens",
-                expected="--data DATA, the folder that was binarised, or its dict.txt",
-                found="no --data",
-            )
-    if args.dictionary is not None:
-        check_dictionary(args.dictionary)
+        check_named(
+            args.dictionary,
+            "--document-boundary matches text, and a datastore has only the ids of tokens",
+        )
+    check_dictionary(args.dictionary)
 
 
 def _check_needed(args: argparse.Namespace) -> None:
@@ -89,8 +91,7 @@ def _check_needed(args: argparse.Namespace) -> None:
 
 def _check_recompute(args: argparse.Namespace) -> None:
     """Refuses what nothing can be computed again of, or with."""
-    if not 0 < args.recompute <= 1:
-        raise ConfigError("--recompute is a share", expected="above 0, to 1", found=args.recompute)
+    check_share("--recompute", args.recompute)
     check_seed(args.seed)
     for flag, value in (("--data", args.dictionary), ("--path", args.path)):
         if value is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fairseq_knnlm.datastore import Block, Datastore, Stacked, key_files, open_datastore
 from fairseq_knnlm.datastore.manifest import MANIFEST, damaged
-from fairseq_knnlm.files import Checking
+from fairseq_knnlm.files import Checks
 
 
 class Entries:
@@ -26,7 +26,7 @@ class Entries:
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = blocks
         self._keys: Stacked | None = None
-        self._checking: list[Checking] = []
+        self._checks = Checks({})
         values = [_opened(block, load_keys=False).values for block in blocks]
         self._values = np.concatenate(_kept(blocks, values))
 
@@ -54,8 +54,7 @@ class Entries:
 
         if self._keys is None:
             self._keys = self._open_keys()
-        for one in self._checking:
-            one.check()
+        self._checks.check()
         asking, wanted = torch.from_numpy(queries.copy()), torch.from_numpy(rows.astype(np.int64))
         return distances_to_rows(as_keys(self._keys), asking, wanted, similarity).numpy()
 
@@ -68,14 +67,12 @@ class Entries:
         Raises:
             DatastoreError: where keys are damaged.
         """
-        for one in self._checking:
-            one.wait()
-        return sum(one.checked for one in self._checking)
+        return self._checks.wait()
 
     def _open_keys(self) -> Stacked:
         stores = [_opened(block) for block in self._blocks]
         files = {file: sums for store in stores for file, sums in key_files(store).items()}
-        self._checking = [Checking(file, sums.chunks) for file, sums in files.items()]
+        self._checks = Checks(files)
         keys = [np.asarray(store.full_keys()) for store in stores]
         return Stacked(_kept(self._blocks, keys))
 

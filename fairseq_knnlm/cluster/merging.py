@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
     def each(self, change: Callable[[np.ndarray], np.ndarray]) -> Found:
         """The same of every array that is there."""
-        return Found(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
+        return _found([None if part is None else change(part) for part in self])
 
     @property
     def width(self) -> int:
@@ -40,7 +40,7 @@ def joined(found: Sequence[Found]) -> Found:
     """What was found of some queries, and then of others, in arrays of their own."""
     columns = list(zip(*found, strict=True))
     parts = [None if column[0] is None else np.concatenate(column) for column in columns]
-    return Found(*parts)  # type: ignore[arg-type]
+    return _found(parts)
 
 
 def merged(found: Sequence[Found], k: int, *, largest: bool) -> Found:
@@ -70,12 +70,11 @@ def merged(found: Sequence[Found], k: int, *, largest: bool) -> Found:
     some_missing = bool(missing.any())
     if some_missing:
         chosen[missing] = 0
-    parts = [_chosen(column, chosen) for column in list(zip(*found, strict=True))[1:]]
-    rows = parts[0]
-    assert rows is not None
+    columns = list(zip(*found, strict=True))[1:]
+    all_best = _found([best, *(_chosen(column, chosen) for column in columns)])
     if some_missing:
-        rows[missing] = -1
-    return Found(best, rows, *parts[1:])
+        all_best.rows[missing] = -1
+    return all_best
 
 
 def _chosen(column: Sequence[np.ndarray | None], places: np.ndarray) -> np.ndarray | None:
@@ -131,8 +130,14 @@ def replaced(found: Found, better: Found, where: np.ndarray) -> Found:
         return both
 
     fills = (0, -1, 0, 0)
-    parts = [wider(*columns) for columns in zip(found, better, fills, strict=True)]
-    return Found(*parts)  # type: ignore[arg-type]
+    return _found([wider(*columns) for columns in zip(found, better, fills, strict=True)])
+
+
+def _found(parts: Sequence[np.ndarray | None]) -> Found:
+    """Of its arrays, in their order, of which the last two may not be there."""
+    distances, rows, *others = parts
+    assert distances is not None and rows is not None
+    return Found(distances, rows, *others)
 
 
 def _last(found: Found, sign: int) -> np.ndarray:

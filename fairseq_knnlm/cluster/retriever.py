@@ -12,7 +12,7 @@ from torch import Tensor
 from fairseq_knnlm.cluster.merging import Found
 from fairseq_knnlm.cluster.search import ShardedIndex
 from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.files import Checking
+from fairseq_knnlm.files import Checks
 from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.retrieval.neighbours import Neighbours
 
@@ -33,10 +33,10 @@ class ShardedRetriever(LocalRetriever):
     def __init__(self, index: ShardedIndex, store: Datastore, similarity: str) -> None:
         super().__init__(index, store, similarity)
         #: Queries that were asked ahead, and what waits for their answers; the oldest first.
-        self._ahead: deque[tuple[Tensor, Callable[[], Found]]] = deque()
+        self._ahead: deque[tuple[Tensor, int, Callable[[], Found]]] = deque()
 
-    def _check_keys(self) -> list[Checking]:
-        return []  # by those who read them
+    def _check_keys(self) -> Checks:
+        return Checks({})  # by those who read them
 
     def check_files(self) -> int:
         """As ``LocalRetriever.check_files`` does, of what shards read."""
@@ -69,15 +69,15 @@ class ShardedRetriever(LocalRetriever):
     def ahead(self, queries: Tensor, k: int) -> None:
         """Has shards look for queries that ``search`` will be asked of soon, in the same order."""
         queries = self._projected(queries)
-        self._ahead.append((queries, self._begin(queries, k)))
+        self._ahead.append((queries, k, self._begin(queries, k)))
 
     def _begun(self, queries: Tensor, k: int) -> Callable[[], Found]:
         """What was begun for these queries, or begins now."""
         if self._ahead:
-            asked, found = self._ahead.popleft()
-            if asked.shape == queries.shape and torch.equal(asked, queries):
+            asked, count, found = self._ahead.popleft()
+            if count == k and torch.equal(asked, queries):
                 return found
-            self._ahead.clear()  # somebody asks in another order
+            self._ahead.clear()  # somebody asks for others, or in another order
         return self._begin(queries, k)
 
     def _begin(self, queries: Tensor, k: int) -> Callable[[], Found]:

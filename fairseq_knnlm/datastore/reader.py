@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,6 @@ from fairseq_knnlm.datastore.manifest import (
     VALUES,
     WEIGHTS,
     Manifest,
-    Sums,
     damaged,
     read_manifest,
 )
@@ -263,8 +262,8 @@ def open_blocks(
     )
 
 
-def key_files(store: Datastore) -> dict[Path, Sums]:
-    """The files of a datastore's keys, with what tells whether they are as they were written.
+def key_files(store: Datastore) -> dict[Path, Sequence[str]]:
+    """The files of a datastore's keys, with the checksums of their chunks as they were written.
 
     Raises:
         DatastoreError: where a block's manifest is damaged by now.
@@ -272,7 +271,7 @@ def key_files(store: Datastore) -> dict[Path, Sums]:
     folders = [block.path for block in store.blocks]
     files = {folder / KEYS: read_manifest(folder)[0].files.get(KEYS) for folder in folders}
     files[store.path / KEYS] = store.manifest.files.get(KEYS)
-    return {file: sums for file, sums in files.items() if sums is not None}
+    return {file: sums.chunks for file, sums in files.items() if sums is not None}
 
 
 def outline(path: Path) -> Datastore:

@@ -16,7 +16,7 @@ FORMAT = "fairseq-knnlm explanation"
 VERSION = 1
 
 #: 0 to 1.
-Share = Annotated[float, msgspec.Meta(ge=0, le=1.0001)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1.0001)]
 #: A number of something, or its place.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 #: log p, natural; None where the probability is 0, or somebody abstains.
@@ -75,7 +75,7 @@ class Voice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     name: str
-    weight: Share
+    weight: Fraction
     log_prob: LogProb
     bits: float
 
@@ -89,7 +89,7 @@ class Guess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     text: str
-    probability: Share
+    probability: Fraction
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,7 +113,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: Count
     row: Count
     distance: float
-    share: Share
+    share: Fraction
     value: str
     agrees: bool
     before: str | None = None
@@ -149,7 +149,7 @@ class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lm_guesses: Sequence[Guess] = ()
     mixture_guesses: Sequence[Guess] = ()
     sources: Sequence[Source] = ()
-    agreement: Sequence[Share | None] = ()
+    agreement: Sequence[Fraction | None] = ()
     place: Place | None = None
 
 

@@ -7,6 +7,7 @@ from fairseq_knnlm.files.claims import Claim, partial_folder, partial_prefix, ti
 from fairseq_knnlm.files.folders import flush_to_disk, make_folders
 from fairseq_knnlm.files.integrity import (
     Checking,
+    Checks,
     Checksum,
     altered,
     checksums,
@@ -31,6 +32,7 @@ from fairseq_knnlm.files.sizes import human_bytes
 __all__ = [
     "MOST_JSON",
     "Checking",
+    "Checks",
     "Checksum",
     "Claim",
     "Fingerprint",

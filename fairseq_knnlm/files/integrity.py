@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -151,3 +151,35 @@ class Checking:
                 found=error,
                 do="restore it from a copy, or save the datastore again",
             )
+
+
+class Checks:
+    """``Checking`` of several files.
+
+    Args:
+        files: with the checksums of all chunks of each.
+
+    Raises:
+        OSError: where one cannot be opened, and is to be read.
+    """
+
+    def __init__(self, files: Mapping[Path, Sequence[str]]) -> None:
+        self._of_files = [Checking(path, expected) for path, expected in files.items()]
+
+    def check(self) -> None:
+        """As ``Checking.check`` does, of every file."""
+        for one in self._of_files:
+            one.check()
+
+    def wait(self) -> int:
+        """Waits until every byte was compared.
+
+        Returns:
+            How many chunks were left for this when the files were opened.
+
+        Raises:
+            DatastoreError: where a file is damaged.
+        """
+        for one in self._of_files:
+            one.wait()
+        return sum(one.checked for one in self._of_files)

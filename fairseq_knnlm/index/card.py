@@ -35,7 +35,7 @@ FAITHFUL = 0.9
 
 #: Types of the card's fields, with their bounds.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class IndexCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,8 +70,8 @@ class IndexCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nprobe: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     exact: bool
     datastore: Fingerprint = ""
-    coverage: Share | None = None
-    recall: Share | None = None
+    coverage: Fraction | None = None
+    recall: Fraction | None = None
     recall_at: Count = 0
     threads: Count = 0
     faiss: str = ""

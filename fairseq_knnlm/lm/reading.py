@@ -108,9 +108,9 @@ class Reading:
         padding = hidden[:, old:] if bool(hidden.any()) else None
         self._hide(self._hidden if padding is not None else None)
 
-        def go_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def go_on(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             more = {"self_attn_mask": mask, "self_attn_padding_mask": padding}
-            return (*args[:STATE], self._state, *args[STATE + 1 :]), kwargs | more
+            return (*given[:STATE], self._state, *given[STATE + 1 :]), kwargs | more
 
         handles = [
             layer.register_forward_pre_hook(go_on, with_kwargs=True)

@@ -171,15 +171,15 @@ def _last_layer_from(decoder: Any, start: int) -> Iterator[None]:
         return
     everything: list[Tensor] = []
 
-    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, *rest = args
+    def narrow(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, *rest = given
         everything[:] = [layer.self_attn_layer_norm(x) if layer.normalize_before else x]
         return (x[start:], *rest), kwargs
 
-    def attend_to_everything(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def attend_to_everything(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = kwargs["attn_mask"]
         (kv,) = everything
-        return args, kwargs | {"key": kv, "value": kv, "attn_mask": mask[start:]}
+        return given, kwargs | {"key": kv, "value": kv, "attn_mask": mask[start:]}
 
     handles = (
         layer.register_forward_pre_hook(narrow, with_kwargs=True),
@@ -218,8 +218,8 @@ def _reading(decoder: Any, key_type: str | None, into: list[Tensor]) -> Iterator
     spot = KEY_TYPES[key_type](decoder)
     assert spot is not None  # check_model has seen to that
 
-    def keep_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        into.append(args[0] if args else kwargs["query"])  # attention is called by name
+    def keep_input(_: nn.Module, given: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        into.append(given[0] if given else kwargs["query"])  # attention is called by name
 
     def keep_output(_: nn.Module, __: Any, output: Any) -> None:
         into.append(output[0] if isinstance(output, tuple) else output)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairseq_knnlm.datastore import Datastore, key_files
 from fairseq_knnlm.errors import DatastoreError, IndexFileError, ModelError
-from fairseq_knnlm.files import Checking, check_mapped
+from fairseq_knnlm.files import Checks, check_mapped
 from fairseq_knnlm.index.card import IndexCard
 from fairseq_knnlm.index.distances import GATHER_BYTES, as_keys, as_tensor, distances_to_rows
 from fairseq_knnlm.retrieval.neighbours import Neighbours
@@ -48,12 +48,11 @@ class LocalRetriever:
         self._projection = None if store.projection is None else as_tensor(store.projection)
         recomputes = similarity != "do_not_recomp_l2"
         self._keys = as_keys(store.full_keys()) if recomputes else None
-        self._checking = self._check_keys() if recomputes else []
+        self._checks = self._check_keys() if recomputes else Checks({})
 
-    def _check_keys(self) -> list[Checking]:
+    def _check_keys(self) -> Checks:
         """Has the files of the keys read and compared, beside everything else."""
-        files = key_files(self.store)
-        return [Checking(file, sums.chunks) for file, sums in files.items()]
+        return Checks(key_files(self.store))
 
     def check_files(self) -> int:
         """Waits until every key of the files that are read was compared with its checksum.
@@ -64,9 +63,7 @@ class LocalRetriever:
         Raises:
             DatastoreError: where keys are damaged.
         """
-        for one in self._checking:
-            one.wait()
-        return sum(one.checked for one in self._checking)
+        return self._checks.wait()
 
     @property
     def vocabulary(self) -> int:
@@ -255,8 +252,7 @@ class LocalRetriever:
     def _recompute(self, queries: Tensor, rows: Tensor) -> Tensor:
         """Distances of each query to its rows, (N, K) float32, on the keys as stored."""
         assert self._keys is not None
-        for one in self._checking:
-            one.check()
+        self._checks.check()
         check_mapped(self.store.full_keys(), f"keys of {self.store.path}")
         return self._sound(distances_to_rows(self._keys, queries, rows, self.similarity))
 

@@ -21,10 +21,10 @@ from fairseq_knnlm.runs.receipt import Typed, make_receipt, sealed
 from fairseq_knnlm.runs.report import tell
 from fairseq_knnlm.runs.results import run_results, table_card
 from fairseq_knnlm.runs.save import Saving, open_saving, sample_keys
-from fairseq_knnlm.runs.save_blocks import ALONE, BlockSaving, Share
+from fairseq_knnlm.runs.save_blocks import ALONE, BlockSaving, Worker
 from fairseq_knnlm.runs.scorer import Blocks, FillsTable, Listener
 from fairseq_knnlm.runs.sections import SectionSums, section_rows
-from fairseq_knnlm.runs.shares import Stretch
+from fairseq_knnlm.runs.shares import BatchRange
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class EvaluationRun:
         inputs: options, models, memory.
         sizes: (number of blocks,) tokens of each block, in the order of the text.
         left_out: tokens in blocks that fairseq will drop.
-        share: which part of a datastore is this process's to save.
+        worker: which part of a datastore is this process's to save.
         text: what figures a word and a byte are taken over, where it is known.
         typed: what fairseq was given, for the receipt of the figures.
 
     Attributes:
-        stretch: the share of the run that this process has; None where it has all.
+        batch_range: the share of the run that this process has; None where it has all.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class EvaluationRun:
         inputs: Inputs,
         sizes: np.ndarray,
         left_out: int,
-        share: Share = ALONE,
+        worker: Worker = ALONE,
         text: RawText | None = None,
         typed: Typed | None = None,
     ) -> None:
@@ -57,14 +57,14 @@ class EvaluationRun:
         self.text = text
         self.typed = typed
         self.left_out = left_out
-        self.stretch: Stretch | None = None
+        self.batch_range: BatchRange | None = None
         options = inputs.options
         listeners: list[Listener] = []
         self.saving: Saving | BlockSaving | None = None
         starts = np.cumsum(sizes) - sizes
         self.table: FillsTable | None = None
         if options.saving.save_knnlm_dstore:
-            self.saving = open_saving(inputs, starts, int(sizes.sum()), share)
+            self.saving = open_saving(inputs, starts, int(sizes.sum()), worker)
             listeners.append(self.saving)
         if options.writing.score_table:
             self.table = FillsTable(Path(options.writing.score_table))
@@ -128,7 +128,7 @@ class EvaluationRun:
         memory = self.inputs.memory
         for expert in memory.experts.values() if memory is not None else ():
             expert.kind.finish(expert)
-        found = run_results(self.inputs, self.scorer, self.left_out, self.stretch, self.text)
+        found = run_results(self.inputs, self.scorer, self.left_out, self.batch_range, self.text)
         failures: list[Exception] = []
         publishing = (
             self.publish_datastore,

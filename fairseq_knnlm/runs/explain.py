@@ -42,7 +42,7 @@ TEXTS_AT_A_TIME, TOKENS_AT_A_TIME = 64, 8192
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Span:
     """Tokens of a text, of which some are explained.
 
     Attributes:
@@ -74,13 +74,13 @@ class SplitRows:
         name: of the split and the rows.
         blocks: where the blocks of the split lie.
         batches: of fairseq's, in the order of the text.
-        stretch: the rows.
+        span: the rows.
     """
 
     name: str
     blocks: Blocks
     batches: Iterable[dict[str, Any]]
-    stretch: Stretch
+    span: Span
 
 
 def explain_rows(
@@ -101,10 +101,10 @@ def explain_rows(
     watching = Watching(scorer, spelling, Sources(inputs.memory, spelling, sources))
 
     def texts() -> Iterator[Explained]:
-        watching.begin([rows.stretch])
+        watching.begin([rows.span])
         for batch in rows.batches:
             scorer.generate(inputs.models, batch)
-        yield watching.explained(0, rows.name, len(rows.stretch.rows))
+        yield watching.explained(0, rows.name, len(rows.span.rows))
 
     return Record(watching.run(inputs), texts())
 
@@ -143,7 +143,7 @@ def explain_texts(
     def texts() -> Iterator[Explained]:
         for batch in _batches(sequences):
             read = [sequences[number] for number in batch]
-            watching.begin([Stretch(tokens, 0, range(len(tokens))) for tokens in read])
+            watching.begin([Span(tokens, 0, range(len(tokens))) for tokens in read])
             scorer.generate(inputs.models, _sample(inputs, read, device))
             for place, number in enumerate(batch):
                 name = names[number] if names is not None else str(number + 1)
@@ -225,7 +225,7 @@ class Watching:
     scorer: KnnScorer
     spelling: Spelling
     sources: Sources
-    _stretches: Sequence[Stretch] = ()
+    _spans: Sequence[Span] = ()
     _tokens: dict[tuple[int, int], Token] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -234,14 +234,14 @@ class Watching:
         self.at_a_time = max(1, min(CONTEXTS_AT_A_TIME, PROBABILITIES_AT_A_TIME // held))
         self.scorer.watch = self
 
-    def begin(self, stretches: Sequence[Stretch]) -> None:
-        """What will be read next: stretches of one text each, or of the one that is read."""
-        self._stretches = stretches
+    def begin(self, spans: Sequence[Span]) -> None:
+        """What will be read next: spans of one text each, or of the one that is read."""
+        self._spans = spans
         self._tokens = {}
 
     def explained(self, text: int, name: str, given: int) -> Explained:
         """One of the texts that were read."""
-        tokens = [self._tokens.pop((text, row)) for row in self._stretches[text].rows]
+        tokens = [self._tokens.pop((text, row)) for row in self._spans[text].rows]
         return Explained(name, given, tokens)
 
     def run(self, inputs: Inputs) -> Run:
@@ -259,7 +259,7 @@ class Watching:
         places = list(wanted)
         targets = tokens.tolist()
         asked = {
-            place: Asked(targets[place], self._stretches[text].before(row), query)
+            place: Asked(targets[place], self._spans[text].before(row), query)
             for (place, (text, row)), query in zip(
                 wanted.items(), _queries(contexts, places), strict=True
             )
@@ -275,7 +275,7 @@ class Watching:
             voices, mixed = parts[place]
             sources = traced[place]
             self._tokens[text, row] = Token(
-                text=self._piece(self._stretches[text], row),
+                text=self._piece(self._spans[text], row),
                 symbol=self.spelling.vocabulary.symbols[targets[place]],
                 lm=voices[0].log_prob,
                 mixture=mixed,
@@ -292,15 +292,13 @@ class Watching:
         rows = contexts.rows.tolist()
         texts = [0] * len(rows) if contexts.texts is None else contexts.texts.tolist()
         pairs = enumerate(zip(texts, rows, strict=True))
-        return {
-            place: (text, row) for place, (text, row) in pairs if row in self._stretches[text].rows
-        }
+        return {place: (text, row) for place, (text, row) in pairs if row in self._spans[text].rows}
 
-    def _piece(self, stretch: Stretch, row: int) -> str:
+    def _piece(self, span: Span, row: int) -> str:
         """A token's text, such that those of all tokens are the whole text."""
-        place = row - stretch.start
-        first = place if row == stretch.rows.start else place - 1
-        return self.spelling.pieces(stretch.tokens[first : place + 1])[-1]
+        place = row - span.start
+        first = place if row == span.rows.start else place - 1
+        return self.spelling.pieces(span.tokens[first : place + 1])[-1]
 
     def _guesses(self, log_probs: Tensor, contexts: Contexts) -> list[list[Guess]]:
         """The likeliest tokens of each of N contexts, from (N, V)."""

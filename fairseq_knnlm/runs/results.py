@@ -21,7 +21,7 @@ from fairseq_knnlm.runs.mixing import describe, described, mixed_experts
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.raw_text import RawText, text_figures
 from fairseq_knnlm.runs.scorer import KnnScorer
-from fairseq_knnlm.runs.shares import Stretch, share_of
+from fairseq_knnlm.runs.shares import BatchRange, share_of
 from fairseq_knnlm.versions import versions
 
 #: The loss whose perplexity a float can just hold.
@@ -34,7 +34,7 @@ def run_results(
     inputs: Inputs,
     scorer: KnnScorer,
     left_out: int,
-    stretch: Stretch | None = None,
+    batch_range: BatchRange | None = None,
     text: RawText | None = None,
 ) -> dict[str, Any]:
     """All that there is to tell of a run.
@@ -43,7 +43,7 @@ def run_results(
         inputs: what it worked on.
         scorer: what scored, once all is scored.
         left_out: tokens in blocks that fairseq dropped.
-        stretch: the share of the run that this is; None of a whole one.
+        batch_range: the share of the run that this is; None of a whole one.
         text: what figures a word and a byte are taken over, where it is known.
     """
     tally, counts = scorer.tally, _counts(inputs.memory, scorer)
@@ -58,7 +58,7 @@ def run_results(
         left_out=left_out,
         sections=sections,
     )
-    whole = stretch is None
+    whole = batch_range is None
     found |= text_figures(text, tally.base.value, tally.mixed.value, whole=whole)
     if inputs.memory is not None:
         found |= mixed_results(inputs.memory, scorer) | figures(counts)
@@ -66,8 +66,8 @@ def run_results(
     found["conditions"] = conditions(inputs, scorer)
     if sums is not None and sections is not None:
         found["sections"] = told_sections(sections) | {"rows": sums.rows.tolist()}
-    if stretch is not None:
-        found["share"] = share_of(inputs, stretch, tally, counts)
+    if batch_range is not None:
+        found["share"] = share_of(inputs, batch_range, tally, counts)
     return found
 
 

@@ -33,7 +33,7 @@ from fairseq_knnlm.runs.append import plan_onto
 from fairseq_knnlm.runs.documents import find_documents, keep_documents
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.options import Options, WritingOptions
-from fairseq_knnlm.runs.save_blocks import BlockSaving, Share, check_shards, cut
+from fairseq_knnlm.runs.save_blocks import BlockSaving, Worker, check_shards, cut
 from fairseq_knnlm.runs.scorer import Batch, Blocks
 from fairseq_knnlm.runs.streaming import Streaming
 
@@ -145,7 +145,7 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 
 
 def open_saving(
-    inputs: Inputs, starts: np.ndarray, rows: int, share: Share
+    inputs: Inputs, starts: np.ndarray, rows: int, worker: Worker
 ) -> Saving | BlockSaving:
     """Makes place for a datastore, or goes on with one.
 
@@ -153,7 +153,7 @@ def open_saving(
         inputs: options, models, dictionary.
         starts: (B,) int64, the row of the first token of each block of text.
         rows: tokens of the text.
-        share: which part of the work is this process's.
+        worker: which part of the work is this process's.
 
     Raises:
         KnnlmError: of the kind that fits, where it cannot be saved.
@@ -169,7 +169,7 @@ def open_saving(
         symbols=symbols,
     )
     texts = cut(starts, rows, options.block_rows)
-    check_shards(share, len(texts))  # before anything is begun, or changed
+    check_shards(worker, len(texts))  # before anything is begun, or changed
     edges = [*(int(starts[text.start]) for text in texts), rows]
     plan = Plan(width, options.key_dtype, origin, edges, options.document_boundary)
     builder = None
@@ -179,12 +179,12 @@ def open_saving(
         builder = _index_builder(inputs.options, rows, width)
         plan = replace(plan, recipe=builder.recipe.factory)
     if not options.append_dstore and (len(texts) == 1 or not _can_be_cut(builder)):
-        check_shards(share, 1)
+        check_shards(worker, 1)
         writer = DatastoreWriter(path, rows, width, origin, options.key_dtype)
         return Saving(writer, find, builder)
     making = Making(path, plan)
     streaming = None if plan.key_dtype else Streaming(path, plan.fingerprint, builder)
-    saving = BlockSaving(making, texts, share, find, streaming)
+    saving = BlockSaving(making, texts, worker, find, streaming)
     _check_whole(inputs.options.writing, saving)
     return saving
 

@@ -36,8 +36,8 @@ Find = Callable[[np.ndarray], Documents]
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of the work is this process's.
+class Worker:
+    """One of the processes that share the saving of a datastore: this one.
 
     Attributes:
         number: of the process, from 0.
@@ -49,7 +49,7 @@ class Share:
 
 
 #: No other process.
-ALONE = Share()
+ALONE = Worker()
 
 
 def cut(starts: np.ndarray, rows: int, block_rows: int) -> list[range]:
@@ -68,17 +68,17 @@ def cut(starts: np.ndarray, rows: int, block_rows: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
-def check_shards(share: Share, blocks: int) -> None:
+def check_shards(worker: Worker, blocks: int) -> None:
     """Refuses processes that would have nothing to do.
 
     Raises:
         ConfigError: where there are more of them than blocks.
     """
-    if share.of > blocks:
+    if worker.of > blocks:
         raise ConfigError(
             "there are more shards than blocks to save",
             expected=f"--num-shards up to {blocks}, the number of blocks",
-            found=f"--num-shards {share.of}",
+            found=f"--num-shards {worker.of}",
             do="pass fewer shards, or a smaller --block-rows",
         )
 
@@ -89,7 +89,7 @@ class BlockSaving:
     Args:
         making: the datastore in the making.
         texts: which blocks of text each block is made of.
-        share: which blocks are this process's: every ``of``-th.
+        worker: which blocks are this process's: every ``of``-th.
         find: the documents of all values.
         streaming: the index that keys go into, where they are not kept.
 
@@ -101,14 +101,14 @@ class BlockSaving:
         self,
         making: Making,
         texts: list[range],
-        share: Share,
+        worker: Worker,
         find: Find,
         streaming: Streaming | None = None,
     ) -> None:
         self._making = making
         self._find = find
         self._streaming = streaming
-        mine = list(making.plan.blocks)[share.number :: share.of]
+        mine = list(making.plan.blocks)[worker.number :: worker.of]
         there = set(making.there())
         sound = making.check(
             [block for block in mine if block in there],

@@ -19,7 +19,7 @@ IDLE = {"move_dstore_to_mem", "mmap_index"}
 
 
 @dataclass(frozen=True)
-class Stretch:
+class BatchRange:
     """Which batches of a run over a whole split a share has.
 
     Attributes:
@@ -40,20 +40,20 @@ class Stretch:
 
 
 def share_of(
-    inputs: Inputs, stretch: Stretch, tally: Tally, counts: Mapping[str, Mapping[str, float]]
+    inputs: Inputs, batch_range: BatchRange, tally: Tally, counts: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     """What a share says of itself: a ``Share``, as JSON.
 
     Args:
         inputs: what the run worked on.
-        stretch: the share.
+        batch_range: the share.
         tally: once all is scored.
         counts: by the kind of expert, what it counted.
     """
     memory = inputs.memory
     calibration = memory.calibration if memory is not None else None
     return {
-        **asdict(stretch),
+        **asdict(batch_range),
         "model": inputs.model,
         "precision": str(next(inputs.models[0].parameters()).dtype).removeprefix("torch."),
         "datastores": [one.fingerprint for one in memory.stores] if memory is not None else [],

@@ -30,7 +30,7 @@ from fairseq_knnlm.runs.generate import drafts_for, make_writer
 from fairseq_knnlm.runs.inputs import Inputs, Vocabulary, several_models
 from fairseq_knnlm.runs.opening import Memory, open_memory
 from fairseq_knnlm.runs.options import Options
-from fairseq_knnlm.runs.save_blocks import ALONE, Share
+from fairseq_knnlm.runs.save_blocks import ALONE, Worker
 from fairseq_knnlm.signals import end_on_request
 from fairseq_knnlm.tasks import host, loading, stock
 from fairseq_knnlm.tasks.checks import check
@@ -150,7 +150,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         inputs = self.inputs(self.models, self.context(context_window), sizing)
         # What is left out of the text is counted once.
         left_out = left_out if shard_id == 0 else 0
-        saved = Share(shard_id, num_shards) if saving else ALONE
+        saved = Worker(shard_id, num_shards) if saving else ALONE
         typed = typed_run(whole, self.args, inputs) if whole is not None else None
         run = EvaluationRun(inputs, sizes, left_out, saved, text, typed)
         if run.sample_every:
@@ -165,7 +165,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
             batches = WithEnd(load(read), run.finish)
         else:
             part.looks_back = loading.check_looks_back(run.scorer.mixture.looks_back)
-            ours, run.stretch = load(part), part.stretch
+            ours, run.batch_range = load(part), part.batch_range
             catch_up = partial(run.scorer.catch_up, self.models)
             batches = WithEnd(ours, run.finish, part.before, lambda one: catch_up(to_device(one)))
         if run.scorer.mixture.searches_elsewhere:

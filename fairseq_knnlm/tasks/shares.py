@@ -15,7 +15,7 @@ from fairseq.data import BaseWrapperDataset
 
 from fairseq_knnlm.calibration.sections import borders
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.runs.shares import Stretch
+from fairseq_knnlm.runs.shares import BatchRange
 
 
 class ShareOfBatches(BaseWrapperDataset):
@@ -29,14 +29,14 @@ class ShareOfBatches(BaseWrapperDataset):
     Attributes:
         looks_back: tokens before the share that must have been read when it begins.
         before: batches that hold them, once fairseq has asked for batches.
-        stretch: of the batches behind these.
+        batch_range: of the batches behind these.
     """
 
     def __init__(self, dataset: Any, number: int, of: int) -> None:
         super().__init__(dataset)
         self.looks_back = 0
         self.before = 0
-        self.stretch: Stretch | None = None
+        self.batch_range: BatchRange | None = None
         self._number = number
         self._of = of
 
@@ -51,7 +51,7 @@ class ShareOfBatches(BaseWrapperDataset):
         _check_enough(len(batches), self._of)
         start, stop = borders(tokens, self._of)[self._number : self._number + 2].tolist()
         whole = len(batches), int(tokens.sum())
-        self.stretch = Stretch(self._number, self._of, start, stop - start, *whole)
+        self.batch_range = BatchRange(self._number, self._of, start, stop - start, *whole)
         self.before = batches_before(tokens[:start], self.looks_back)
         return list(batches[start - self.before : stop])
 

@@ -9,7 +9,7 @@ import numpy as np
 from fairseq import utils
 
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.runs.explain import SplitRows, Stretch
+from fairseq_knnlm.runs.explain import Span, SplitRows
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.scorer import Blocks
 from fairseq_knnlm.runs.sources import BEFORE
@@ -47,13 +47,13 @@ def open_rows(session: Session, split: str, rows: range) -> tuple[Inputs, SplitR
     read = _block_of(starts, max(0, rows.start - BEFORE))
     whole = session.task.needs_order()
     reached = 0 if whole else first
-    stretch = Stretch(_tokens(dataset, range(read, last + 1), bos), int(starts[read]), rows)
+    span = Span(_tokens(dataset, range(read, last + 1), bos), int(starts[read]), rows)
     context = session.task.context(window)
     return session.task.inputs(session.models, context), SplitRows(
         f"{split}, rows {rows.start:,} to {rows.stop:,}",
         Blocks(starts, bos),
         _batches(session, dataset, range(reached, last + 1)),
-        stretch,
+        span,
     )
 
 

@@ -188,6 +188,9 @@ def test_queries_that_are_asked_ahead(store: Datastore, address: str) -> None:
     for some in (first, second, third, first):
         found = retriever.search(some, K)
         assert_same((found.distances, found.ids), whole(store, K, some))
+    retriever.ahead(first, K)
+    fewer = retriever.search(first, K - 1)
+    assert_same((fewer.distances, fewer.ids), whole(store, K - 1, first))
 
 
 def test_keys_that_were_damaged_are_not_compared(tmp_path: Path, address: str) -> None:

@@ -135,27 +135,17 @@ class Module:
 
     @property
     def flags(self) -> list[str]:
-        """Parameters and variables that stand for flags, with their lines.
-
-        What a function or a hook takes by position is called ``args`` too: a tuple.
-        """
+        """Parameters and variables that stand for flags, with their lines."""
         found = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.arg):
                 annotation = ast.unparse(node.annotation) if node.annotation else ""
-                named = node.arg in FLAGS and not annotation.startswith("tuple[")
-                if (named or "Namespace" in annotation) and node not in self._by_position:
+                if node.arg in FLAGS or "Namespace" in annotation:
                     found.append(f"{node.lineno}: {node.arg}")
             elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
                 name = node.id if isinstance(node, ast.Name) else node.attr
                 found += [f"{node.lineno}: {name}"] if name in FLAGS else []
         return found
-
-    @cached_property
-    def _by_position(self) -> list[ast.arg | None]:
-        """``*args`` and ``**kwargs``."""
-        every = [node for node in ast.walk(self.tree) if isinstance(node, ast.arguments)]
-        return [one for node in every for one in (node.vararg, node.kwarg)]
 
 
 def modules_of(package: Path) -> dict[str, Module]:
@@ -326,7 +316,7 @@ def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
     assert bad.libraries() == {"pickle", "faiss"}
     assert bad.called["eval"] == bad.called["print"] == [8]
     assert bad.called["np.load"] == [10]
-    assert sorted(bad.flags) == ["4: args", "4: x", "6: cfg"]
+    assert sorted(bad.flags) == ["4: args", "4: cfg", "4: x", "6: cfg"]
 
 
 @pytest.mark.parametrize(

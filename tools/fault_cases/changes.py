@@ -15,16 +15,17 @@ import numpy as np
 
 from fault_cases import sealed
 from fault_cases.stage import BadOutcome, Case, Stage, check_manners, check_message
+from fault_cases.typed import HUGE, Command, Table, flag_cases
 from fault_cases.world import knnlm
 
 MUST = "refused with a message that names the flag or the file; nothing is changed"
-HUGE = "9" * 15
+DIGITS = "9" * 15
 #: ``forget STORE``: flags, and what the message must hold.
-FORGET: dict[str, tuple[str, str]] = {
+FORGET: Table = {
     "nothing": ("", "--document"),
     "rows beyond": ("--rows 5:10000000", "rows"),
-    "rows of 15 digits": (f"--rows 5:{HUGE}", "rows"),
-    "rows of 30 digits": (f"--rows 5:{HUGE}{HUGE}", "--rows"),
+    "rows of 15 digits": (f"--rows 5:{DIGITS}", "rows"),
+    "rows of 30 digits": (f"--rows 5:{HUGE}", "--rows"),
     "no row": ("--rows 5:5", "--rows"),
     "rows turned round": ("--rows 9:5", "--rows"),
     "rows below 0": ("--rows=-5:5", "--rows"),
@@ -43,7 +44,7 @@ FORGET: dict[str, tuple[str, str]] = {
     "dry run beyond": ("--dry-run --rows 5:10000000", "rows"),
 }
 #: ``append STORE DATA --path CKPT --gen-subset valid``.
-APPEND: dict[str, tuple[str, str]] = {
+APPEND: Table = {
     "another model": ("--path OTHER", "another checkpoint"),
     "no model": ("--path nowhere.pt", "nowhere.pt"),
     "another type of keys": ("--dstore-fp32", "--dstore-fp32"),
@@ -54,14 +55,14 @@ APPEND: dict[str, tuple[str, str]] = {
     "no split": ("--gen-subset nowhere", "nowhere|gen-subset"),
     "block-rows 0": ("--block-rows 0", "--block-rows"),
     "block-rows -5": ("--block-rows=-5", "--block-rows"),
-    "block-rows of 30 digits": (f"--block-rows {HUGE}{HUGE}", "--block-rows"),
+    "block-rows of 30 digits": (f"--block-rows {HUGE}", "--block-rows"),
     "shard 5 of 2": ("--num-shards 2 --shard-id 5 --context-window 0", "--shard-id"),
     "more shards than blocks": ("--num-shards 9 --block-rows 300", "shards"),
     "results of a part": ("--results-json r.json --num-shards 2 --block-rows 99", "results"),
     "documents at no expression": ("--document-boundary (", "--document-boundary"),
 }
 #: ``verify --dstore STORE --data DATA --path CKPT``.
-AGAIN: dict[str, tuple[str, str]] = {
+AGAIN: Table = {
     "nothing": ("--recompute 0", "--recompute"),
     "more than all": ("--recompute 1.5", "--recompute"),
     "less than nothing": ("--recompute=-1", "--recompute"),
@@ -75,7 +76,7 @@ AGAIN: dict[str, tuple[str, str]] = {
     "flag nobody knows": ("--recompute 1 --colour red", "--colour"),
 }
 #: ``verify --dstore STORE``.
-ALONE: dict[str, tuple[str, str]] = {
+ALONE: Table = {
     "a path": ("--path OTHER", "--path"),
     "a seed": ("--seed 3", "--seed"),
     "a flag of fairseq": ("--cpu", "--cpu"),
@@ -84,29 +85,25 @@ ALONE: dict[str, tuple[str, str]] = {
 
 def cases() -> Iterator[Case]:
     """Flags by command, then what is done in several steps."""
-    for command, table, words in (
+    commands: tuple[Command, ...] = (
         ("forget", FORGET, lambda stage: knnlm("forget", stage.cut())),
         ("append", APPEND, lambda stage: _append(stage, stage.cut())),
         ("recompute", AGAIN, lambda stage: _again(stage, stage.cut())),
         ("verify", ALONE, lambda stage: knnlm("verify", "--dstore", stage.cut())),
-    ):
-        for name, (flags, says) in table.items():
-            play = partial(_refused, words=words, flags=flags, says=says)
-            done = f"{command} with {flags}"[:90].replace(HUGE, "99...9")
-            yield Case("blocks", f"{command}: {name}", done, MUST, play)
+    )
+    yield from flag_cases("blocks", MUST, commands, _known)
     for name, done, must, step in STEPS:
         yield Case("blocks", name, done, must, step)
 
 
-def _refused(stage: Stage, *, words: Callable[[Stage], list[object]], flags: str, says: str) -> str:
-    known = {
+def _known(stage: Stage) -> dict[str, object]:
+    return {
         "ALL": f"0:{stage.world.rows}",
         "REST": f"1600:{stage.world.rows}",
         "DATA": stage.world.data,
         "DATA/dict.txt": stage.world.data / "dict.txt",
         "OTHER": stage.world.checkpoint("other"),
     }
-    return stage.refused([*words(stage), *(known.get(word, word) for word in flags.split())], says)
 
 
 def _append(stage: Stage, store: Path | str, *flags: object) -> list[object]:

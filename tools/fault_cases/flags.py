@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from fault_cases.stage import Case, Stage
+from fault_cases.typed import HUGE, Command, Table, flag_cases, typed
 from fault_cases.world import BLOCKS, INDEX, K, knnlm
 
 MUST = "refused with a message that names the flag"
-HUGE = "9" * 30
 
 #: With ``--knnlm`` and a datastore: flags, and what the message must hold.
-KNN: dict[str, tuple[str, str]] = {
+KNN: Table = {
     "k 0": ("--k 0", "--k"),
     "k -5": ("--k=-5", "--k"),
     "k above the entries": ("--k 10000000", "--k"),
@@ -106,7 +106,7 @@ KNN: dict[str, tuple[str, str]] = {
     "batch size -1": ("--batch-size=-1", "--batch-size"),
 }
 #: Without a datastore.
-BASE: dict[str, tuple[str, str]] = {
+BASE: Table = {
     "knnlm without a datastore": ("--knnlm", "--dstore-filename"),
     "save without a folder": ("--save-knnlm-dstore", "--dstore-mmap"),
     "folder without save": ("--dstore-mmap x", "--save-knnlm-dstore"),
@@ -206,7 +206,7 @@ RECIPES = {
     "ITQ": "ITQ9999,LSH",
     "Refine of nothing": "Refine(",
 }
-BUILD: dict[str, tuple[str, str]] = {
+BUILD: Table = {
     "probe -3": ("--probe=-3", "--probe"),
     "probe 0": ("--probe 0", "--probe"),
     "probe of 30 digits": (f"--probe {HUGE}", "--probe"),
@@ -234,7 +234,7 @@ BUILD: dict[str, tuple[str, str]] = {
     "size 3": ("--dstore-size 3", "--dstore-size"),
     "flag nobody knows": ("--colour red", "--colour"),
 }
-COMPRESS: dict[str, tuple[str, str]] = {
+COMPRESS: Table = {
     "nothing to do": ("", "--pca"),
     "pca 0": ("--pca 0", "--pca"),
     "pca -1": ("--pca=-1", "--pca"),
@@ -250,7 +250,7 @@ COMPRESS: dict[str, tuple[str, str]] = {
     "index that is not there": ("--merge 4 --indexfile x.index", "x.index"),
     "size 0": ("--pca 8 --dstore-size 0", "--dstore-size"),
 }
-TUNE: dict[str, tuple[str, str]] = {
+TUNE: Table = {
     "no table": ("", "--score-table"),
     "table that is not there": ("--score-table x.npz", "x.npz"),
     "table a folder": ("--score-table .", "score-table|table"),
@@ -267,18 +267,14 @@ TUNE: dict[str, tuple[str, str]] = {
 
 def cases() -> Iterator[Case]:
     """Evaluation, building, compressing, tuning; then datastores' names."""
-    tables: tuple[tuple[str, dict[str, tuple[str, str]], Callable[[Stage], list[object]]], ...] = (
+    commands: tuple[Command, ...] = (
         ("knnlm", KNN, lambda stage: stage.world.knn(stage.store())),
         ("base", BASE, lambda stage: stage.world.evaluate()),
         ("build-index", BUILD, lambda s: knnlm("build-index", "--dstore", s.bare(), *INDEX)),
         ("compress", COMPRESS, lambda s: knnlm("compress", "--dstore", s.store(), "--out", "new")),
         ("tune", TUNE, lambda s: knnlm("tune", "--dstore", s.store())),
     )
-    for command, table, words in tables:
-        for name, (flags, says) in table.items():
-            play = partial(_refused, words=words, flags=flags, says=says)
-            done = f"{command} with {flags}"[:90].replace(HUGE[:30], "99...9")
-            yield Case("flags", f"{command}: {name}", done, MUST, play)
+    yield from flag_cases("flags", MUST, commands, _known)
     for name, (command, flags, says) in IDLE.items():
         play = partial(_idle, command=command, flags=flags, says=says)
         must = "works, and one line says that the flag does nothing"
@@ -305,20 +301,14 @@ def cases() -> Iterator[Case]:
     yield Case("flags", "help", "--help of each command", "an example each", _help)
 
 
-def _typed(stage: Stage, flags: str) -> list[object]:
-    """Flags as they are typed, with the names of this world in the place of words in capitals."""
-    known: dict[str, list[object]] = {
-        "KNN": [stage.world.tables / "knn.npz"],
-        "DATA": [stage.world.data],
-        "CKPT": [stage.world.checkpoint()],
-        "ROWS": [stage.world.rows],
+def _known(stage: Stage) -> dict[str, object]:
+    return {
+        "KNN": stage.world.tables / "knn.npz",
+        "DATA": stage.world.data,
+        "CKPT": stage.world.checkpoint(),
+        "ROWS": stage.world.rows,
         "BLOCKS": [*BLOCKS, *K],
     }
-    return [each for word in flags.split() for each in known.get(word, [word])]
-
-
-def _refused(stage: Stage, *, words: Callable[[Stage], list[object]], flags: str, says: str) -> str:
-    return stage.refused([*words(stage), *_typed(stage, flags)], says)
 
 
 def _idle(stage: Stage, *, command: str, flags: str, says: str) -> str:
@@ -330,7 +320,7 @@ def _idle(stage: Stage, *, command: str, flags: str, says: str) -> str:
     }[command]()
     loss = stage.world.losses["knn"] if command == "knnlm" and "fp16 " not in f"{flags} " else None
     changes = ["new/*", "store/knn.index"]
-    stage.works([*words, *_typed(stage, flags)], loss=loss, says=says, changes=changes)
+    stage.works([*words, *typed(flags, _known(stage))], loss=loss, says=says, changes=changes)
     return f"works, and says: {says}"
 
 
@@ -344,7 +334,7 @@ def _recipe_streamed(stage: Stage, *, recipe: str) -> str:
     return stage.refused(words, "recipe|factory|index|streamed", patience=20)
 
 
-NAMES: dict[str, tuple[str, str]] = {
+NAMES: Table = {
     "twice the same": ("STORE:STORE", "twice|same"),
     "twice, written otherwise": ("STORE:STORE/../store", "twice|same"),
     "an empty name at the end": ("STORE:", "--dstore-filename|empty|colon"),

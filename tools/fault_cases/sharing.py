@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from fault_cases import sealed
 from fault_cases.archives import load, pack, with_card
 from fault_cases.stage import BadOutcome, Case, Stage, check_close
+from fault_cases.typed import HUGE, Command, Table, flag_cases
 from fault_cases.world import CUT, DOCUMENTS, knnlm
 
 MUST = "refused with a message that names the flag or the file; nothing is changed"
-HUGE = "9" * 30
 #: Saving in blocks.
-SAVE: dict[str, tuple[str, str]] = {
+SAVE: Table = {
     "block-rows 0": ("--block-rows 0", "--block-rows"),
     "block-rows -5": ("--block-rows=-5", "--block-rows"),
     "shards 0": ("--num-shards 0", "--num-shards"),
@@ -29,7 +28,7 @@ SAVE: dict[str, tuple[str, str]] = {
     "a table of a share": ("--num-shards 2 --score-table t.npz", "--score-table"),
 }
 #: ``report --join FILES``, with the world's shares: I.json and I.npz.
-JOIN: dict[str, tuple[str, str]] = {
+JOIN: Table = {
     "one share": ("0.json", "share"),
     "the same share twice": ("0.json 0.json", "share|twice"),
     "a copy of the same share": ("0.json copy.json", "share"),
@@ -52,7 +51,7 @@ JOIN: dict[str, tuple[str, str]] = {
     "and a datastore": ("0.json 1.json --dstore STORE", "--dstore"),
 }
 #: An evaluation over the datastore in blocks.
-RAY: dict[str, tuple[str, str]] = {
+RAY: Table = {
     "a word": ("--knn-ray somewhere", "--knn-ray"),
     "empty": ("--knn-ray=", "--knn-ray"),
     "a port alone": ("--knn-ray :6379", "--knn-ray"),
@@ -82,22 +81,18 @@ RAY: dict[str, tuple[str, str]] = {
 
 def cases() -> Iterator[Case]:
     """Flags by command, then what is done in several steps."""
-    for command, table, words in (
+    commands: tuple[Command, ...] = (
         ("save in blocks", SAVE, lambda stage: stage.world.save("new", *DOCUMENTS, *CUT)),
         ("join", JOIN, _join),
         ("Ray", RAY, lambda stage: stage.world.knn(stage.world.cut)),
-    ):
-        for name, (flags, says) in table.items():
-            play = partial(_refused, words=words, flags=flags, says=says)
-            done = f"{command} with {flags}"[:90].replace(HUGE, "99...9")
-            yield Case("blocks", f"{command}: {name}", done, MUST, play)
+    )
+    yield from flag_cases("blocks", MUST, commands, _known)
     for name, done, must, step in STEPS:
         yield Case("blocks", name, done, must, step)
 
 
-def _refused(stage: Stage, *, words: Callable[[Stage], list[object]], flags: str, says: str) -> str:
-    known = {"FLAT": stage.world.store, "STORE": stage.world.cut}
-    return stage.refused([*words(stage), *(known.get(word, word) for word in flags.split())], says)
+def _known(stage: Stage) -> dict[str, object]:
+    return {"FLAT": stage.world.store, "STORE": stage.world.cut}
 
 
 def _join(stage: Stage) -> list[object]:
