@@ -11,7 +11,8 @@ from fairseq_knnlm.datastore import PROCESSOR, Origin
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.kind import Models
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint, model_fingerprint
-from fairseq_knnlm.lm.processor import precision, processor
+from fairseq_knnlm.lm.precision import precision
+from fairseq_knnlm.lm.processor import processor
 from fairseq_knnlm.lm.registry import check_model
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.options import Options
