@@ -99,7 +99,7 @@ def make_mixture(
     if memory.calibration is not None:
         memory.calibration.check_model(inputs.model)
     chosen = mixture(
-        inputs.options, memory.calibration, memory.experts, inputs.loaded, inputs.context
+        inputs.options, memory.calibration, memory.experts, inputs.loaded, inputs.told_context
     )
     skipping = memory.skipping
     components, needed = _wanted(chosen.mixer)

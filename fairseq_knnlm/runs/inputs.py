@@ -80,6 +80,13 @@ class Inputs:
         return same and (self.split, self.context, self.batches) == asked
 
     @property
+    def told_context(self) -> dict[str, Any] | None:
+        """``context``, and what the first model computes in: what figures and weights hold for."""
+        if self.context is None:
+            return None
+        return {**self.context, "precision": precision(self.models[0])}
+
+    @property
     def origin(self) -> Origin:
         """What a datastore that is made of them says of itself."""
         model, symbols = self.models[0], self.vocabulary.symbols
