@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fairseq_knnlm.errors import ModelError
+from fairseq_knnlm.lm.transformer import is_transformer
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 #: What the layers can compute in, by the names of ``--lm-dtype``.
@@ -49,19 +50,19 @@ def compute_in(model: nn.Module, dtype: str) -> None:
         dtype: of ``DTYPES``.
 
     Raises:
-        ModelError: where it has no such layers.
+        ModelError: where it has no such decoder.
     """
     if dtype == FLOAT32:
         return
-    layers: Any = getattr(getattr(model, "decoder", None), "layers", None)
-    if not layers:
+    if not is_transformer(model):
         raise ModelError(
             f"--lm-dtype {dtype} does not work with this model",
             expected="a language model with a Transformer decoder, such as transformer_lm",
             found=type(model).__name__,
             do="leave --lm-dtype out",
         )
-    for layer in layers:
+    decoder: Any = model.decoder
+    for layer in decoder.layers:
         if not _is_set(layer):
             # As fairseq's checkpoint_wrapper has it: what a layer is, its name and weights stay.
             layer.forward = partial(_in_bfloat16, layer.forward)

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_lm import ADAPTIVE, DECODERS, PAD, batch, decoder
+from fairseq.models.lstm import LSTMDecoder
+from fairseq.models.lstm_lm import LSTMLanguageModel
+from test_lm import ADAPTIVE, DECODERS, PAD, batch, decoder, dictionary
 
 from fairseq_knnlm.errors import ConfigError, ModelError
 from fairseq_knnlm.lm.fingerprints import model_fingerprint
@@ -64,9 +66,19 @@ def test_gradients_are_float32_and_near() -> None:
             assert float((ours.grad - exact.grad).norm() / exact.grad.norm()) < 0.1, name
 
 
+def lstm() -> torch.nn.Module:
+    """fairseq's, whose decoder has layers, too."""
+    types = dictionary()
+    layers = LSTMDecoder(types, embed_dim=8, hidden_size=8, out_embed_dim=8, num_layers=1)
+    assert len(layers.layers) == 1
+    return LSTMLanguageModel(layers)
+
+
 def test_models_that_it_is_not_for_are_refused() -> None:
-    with pytest.raises(ModelError, match="does not work with this model"):
-        compute_in(torch.nn.Linear(2, 2), "bfloat16")
+    for other in (torch.nn.Linear(2, 2), lstm()):
+        with pytest.raises(ModelError, match="does not work with this model"):
+            compute_in(other, "bfloat16")
+        compute_in(other, "float32")
     model, sample = decoder(), batch()
     compute_in(model, "bfloat16")
     with pytest.raises(ModelError, match="float32"):
