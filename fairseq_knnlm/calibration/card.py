@@ -30,11 +30,12 @@ class Weighed(msgspec.Struct, frozen=True):
 
 
 class Blocks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the text was cut."""
+    """How the text was cut, and what it was read in."""
 
     tokens_per_sample: Count | None = None
     context_window: Count | None = None
     sample_break_mode: str | None = None
+    precision: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
 
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

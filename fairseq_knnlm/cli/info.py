@@ -71,6 +71,8 @@ def _print_manifest(store: Datastore) -> None:
     for step in manifest.compressions:
         print(f"  compressed   {step.describe()}")
     print(f"  split        {describe_split(origin)}")
+    if "precision" in origin.context:
+        print(f"  computed in  {origin.context['precision']}")
     if PROCESSOR in origin.versions and not store.blocks:
         print(f"  processor    {origin.versions[PROCESSOR]}")
     print(f"  model        {origin.model or 'unknown'}")

@@ -26,11 +26,6 @@ def processor(model: nn.Module) -> str:
     return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def precision(model: nn.Module) -> str:
-    """The type of its weights, such as ``"float32"``."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
 def _cpu_name() -> str:
     try:
         lines = CPUINFO.read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from fairseq_knnlm.files import Claim
 from fairseq_knnlm.index.card import read_card
 from fairseq_knnlm.index.cutting import cut_index
 from fairseq_knnlm.runs.options import SavingOptions
+
+logger = logging.getLogger(__name__)
 
 
 def plan_onto(path: Path, plan: Plan, options: SavingOptions) -> Plan:
@@ -57,6 +60,8 @@ def plan_onto(path: Path, plan: Plan, options: SavingOptions) -> Plan:
 def check_fits(store: Datastore, origin: Origin, width: int, options: SavingOptions) -> None:
     """Refuses a text whose keys cannot stand beside those of the datastore.
 
+    Those that are computed in another type can, and it is said.
+
     Raises:
         DatastoreError: naming the difference.
     """
@@ -79,6 +84,14 @@ def check_fits(store: Datastore, origin: Origin, width: int, options: SavingOpti
             expected="keys, or an index that lies in pieces, to which a piece can be added",
             found="neither",
             do="save the text as a datastore of its own, and name both in --dstore-filename",
+        )
+    then, now = (one.context.get("precision") for one in (store.manifest.origin, origin))
+    if then and now and then != now:
+        logger.warning(
+            "the keys of %s were computed in %s, those that are added are computed in %s: they "
+            "are near each other, and not the same. Add text with the datastore's own --lm-dtype "
+            "where figures matter.",
+            *(store.path, then, now),
         )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.experts.contract import Expert
 from fairseq_knnlm.experts.kind import Opened
 from fairseq_knnlm.experts.lm import KeyExpert, ShapeExpert
 from fairseq_knnlm.lm.fingerprints import check_finite
+from fairseq_knnlm.lm.precision import precision
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.mixture.components import Component
 from fairseq_knnlm.mixture.mixers import Mixer
@@ -18,6 +21,8 @@ from fairseq_knnlm.runs.inputs import Inputs, several_models
 from fairseq_knnlm.runs.mixing import mixture
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.scorer import Blocks, KnnScorer, Listener, MakeMixture, Sentences
+
+logger = logging.getLogger(__name__)
 
 #: Features of the language model's whole distribution.
 SHAPE = {"lm_entropy", "lm_top"}
@@ -90,10 +95,11 @@ def make_mixture(
     """
     for store in memory.stores:
         store.check_origin(model=inputs.model)
+        _name_precision(store, precision(inputs.models[0]))
     if memory.calibration is not None:
         memory.calibration.check_model(inputs.model)
     chosen = mixture(
-        inputs.options, memory.calibration, memory.experts, inputs.loaded, inputs.context
+        inputs.options, memory.calibration, memory.experts, inputs.loaded, inputs.told_context
     )
     skipping = memory.skipping
     components, needed = _wanted(chosen.mixer)
@@ -117,6 +123,17 @@ def make_mixture(
     assert share is not None
     how = (experts, chosen.mixer, skipping.rest, skipping.skip, share)
     return lambda lm: SkippingMixtureLM(lm, *how), chosen.source
+
+
+def _name_precision(store: Datastore, now: str) -> None:
+    """Says where keys were computed in another type than queries will be: they differ slightly."""
+    then = store.manifest.origin.context.get("precision")
+    if then is not None and then != now:
+        logger.warning(
+            "the keys of %s were computed in %s, queries are computed in %s: they are near each "
+            "other, and not the same. Save and evaluate with one --lm-dtype where figures matter.",
+            *(store.path, then, now),
+        )
 
 
 def _wanted(mixer: Mixer) -> tuple[list[Component], set[str]]:

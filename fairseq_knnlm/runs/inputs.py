@@ -11,7 +11,8 @@ from fairseq_knnlm.datastore import PROCESSOR, Origin
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.kind import Models
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint, model_fingerprint
-from fairseq_knnlm.lm.processor import precision, processor
+from fairseq_knnlm.lm.precision import precision
+from fairseq_knnlm.lm.processor import processor
 from fairseq_knnlm.lm.registry import check_model
 from fairseq_knnlm.runs.opening import Memory
 from fairseq_knnlm.runs.options import Options
@@ -77,6 +78,13 @@ class Inputs:
         same = list(map(id, self.models)) == list(map(id, models))
         asked = split, context, batches
         return same and (self.split, self.context, self.batches) == asked
+
+    @property
+    def told_context(self) -> dict[str, Any] | None:
+        """``context``, and what the first model computes in: what figures and weights hold for."""
+        if self.context is None:
+            return None
+        return {**self.context, "precision": precision(self.models[0])}
 
     @property
     def origin(self) -> Origin:

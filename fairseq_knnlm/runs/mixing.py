@@ -98,7 +98,8 @@ def mixture(
         calibration: what was fitted, if anything.
         experts: those to ask, by their names.
         models: the language models.
-        context: blocks and context of this run; None where it has none.
+        context: blocks and context of this run, and what its model computes in; None where it
+            has none.
 
     Raises:
         ConfigError: where ``--mixer`` asks for what was not fitted, or flags contradict it.
@@ -192,13 +193,18 @@ def _compare(
 
 
 def _compare_context(calibration: Calibration, now: dict[str, Any] | None) -> None:
-    """Warns where tokens see other contexts than those that the mixture was fitted on."""
-    then = calibration.fitted_on.get("context")
-    if then and now and then != now:
+    """Warns where tokens see other contexts than those that the mixture was fitted on.
+
+    Or where the model computes in another type. What one of both does not know is not compared.
+    """
+    then, now = calibration.fitted_on.get("context") or {}, now or {}
+    both = [name for name in now if name in then]
+    before, here = ({name: some[name] for name in both} for some in (then, now))
+    if before != here:
         logger.warning(
-            "the calibration was fitted with %s; this run has %s. Its weights are for other "
-            "contexts: fit it again with `fairseq-knnlm tune` where figures matter.",
-            *(_words(then), _words(now)),
+            "the calibration was fitted with %s; this run has %s. Fit it again with "
+            "`fairseq-knnlm tune` where figures matter.",
+            *(_words(before), _words(here)),
         )
 
 

@@ -14,6 +14,20 @@ from fairseq_knnlm.experts.kind import Kind, flag
 from fairseq_knnlm.experts.neighbours import KnnOptions
 from fairseq_knnlm.experts.registry import DEFAULT, find_kind, kinds
 from fairseq_knnlm.lm.keys import KEY_TYPES
+from fairseq_knnlm.lm.precision import DTYPES, FLOAT32
+
+
+@dataclass(frozen=True)
+class LanguageModelOptions:
+    """How the language models compute."""
+
+    lm_dtype: str = flag(
+        FLOAT32,
+        "what the language model's layers compute in, in training too: bfloat16 is several times "
+        "as fast on a CPU or GPU with instructions for it; weights, features and keys stay "
+        "float32",
+        choices=DTYPES,
+    )
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,7 @@ class Options:
     """All that a run is asked to do.
 
     Attributes:
+        lm: how the language models compute.
         datastores: which are read, and how.
         mixing: who is mixed, and how.
         saving: the datastore to be saved.
@@ -168,6 +183,7 @@ class Options:
         experts: the options of every kind of expert, by its name.
     """
 
+    lm: LanguageModelOptions = field(default_factory=LanguageModelOptions)
     datastores: DatastoreOptions = field(default_factory=DatastoreOptions)
     mixing: MixingOptions = field(default_factory=MixingOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)

@@ -33,6 +33,8 @@ def reading_flags(origin: Origin) -> dict[str, str | None]:
         found["--add-bos-token"] = None
     if known.get("precision") == "float16":
         found["--fp16"] = None
+    if known.get("precision") == "bfloat16":
+        found["--lm-dtype"] = "bfloat16"
     return found
 
 

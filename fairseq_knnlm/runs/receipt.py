@@ -23,7 +23,8 @@ from fairseq_knnlm.files import Fingerprint, fingerprint, parse_json, typed
 from fairseq_knnlm.files.plain_json import read_text
 from fairseq_knnlm.index.card import index_fingerprint
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
-from fairseq_knnlm.lm.processor import precision, processor
+from fairseq_knnlm.lm.precision import precision
+from fairseq_knnlm.lm.processor import processor
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.mixing import described
 from fairseq_knnlm.runs.options import Options

@@ -180,7 +180,7 @@ def other_setup(found: Mapping[str, Any], receipt: Receipt, again: Again) -> lis
         "model": inputs.model,
         "calibration": calibration.fingerprint if calibration is not None else None,
         "datastores": seals,
-        "context": inputs.context,
+        "context": inputs.told_context,
         "rows of the sections": again.rows.tolist(),
         "text": asdict(again.text) if again.text is not None else None,
     }
@@ -188,7 +188,7 @@ def other_setup(found: Mapping[str, Any], receipt: Receipt, again: Again) -> lis
         "model": receipt.model,
         "calibration": receipt.calibration,
         "datastores": [store.fingerprint for store in receipt.datastores],
-        "context": found.get("context"),
+        "context": _told_context(found, receipt),
         "rows of the sections": found["sections"]["rows"],
         "text": found.get("text"),
     }
@@ -205,6 +205,12 @@ def other_setup(found: Mapping[str, Any], receipt: Receipt, again: Again) -> lis
         for name in plain
         if plain[name] != then[name]
     ]
+
+
+def _told_context(found: Mapping[str, Any], receipt: Receipt) -> Any:
+    """The context that results tell; those of before leave its precision to the receipt."""
+    told = found.get("context")
+    return {"precision": receipt.precision, **told} if isinstance(told, dict) else told
 
 
 def _short(value: Any) -> str:

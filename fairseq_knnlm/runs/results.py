@@ -62,7 +62,7 @@ def run_results(
     found |= text_figures(text, tally.base.value, tally.mixed.value, whole=whole)
     if inputs.memory is not None:
         found |= mixed_results(inputs.memory, scorer) | figures(counts)
-    found |= {"split": inputs.split, "context": inputs.context, "versions": versions()}
+    found |= {"split": inputs.split, "context": inputs.told_context, "versions": versions()}
     found["conditions"] = conditions(inputs, scorer)
     if sums is not None and sections is not None:
         found["sections"] = told_sections(sections) | {"rows": sums.rows.tolist()}

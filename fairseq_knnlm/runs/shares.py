@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fairseq_knnlm.experts.registry import kinds
+from fairseq_knnlm.lm.precision import precision
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.mixing import described
 from fairseq_knnlm.runs.options import Options
@@ -55,7 +56,7 @@ def share_of(
     return {
         **asdict(batch_range),
         "model": inputs.model,
-        "precision": str(next(inputs.models[0].parameters()).dtype).removeprefix("torch."),
+        "precision": precision(inputs.models[0]),
         "datastores": [one.fingerprint for one in memory.stores] if memory is not None else [],
         "calibration": calibration.fingerprint if calibration is not None else None,
         "described": described(memory.experts, inputs.loaded) if memory is not None else {},
@@ -70,7 +71,7 @@ def share_of(
 def given_flags(options: Options) -> Iterator[tuple[str, Any]]:
     """Flags that say anything but what they say where they are left out, and matter to figures."""
     checkpoints = {name for kind in kinds() for name in kind.flags("checkpoint")}
-    for some in (options.datastores, options.mixing, *options.experts.values()):
+    for some in (options.lm, options.datastores, options.mixing, *options.experts.values()):
         for one in fields(some):
             value = getattr(some, one.name)
             if one.name not in PLACES | IDLE | checkpoints and value != one.default:

@@ -19,6 +19,7 @@ from fairseq_knnlm.experts.registry import kinds
 from fairseq_knnlm.runs.options import (
     DatastoreOptions,
     GenerationOptions,
+    LanguageModelOptions,
     MixingOptions,
     Options,
     SavingOptions,
@@ -27,6 +28,7 @@ from fairseq_knnlm.runs.options import (
 
 #: Of a run, by the field of ``Options``; those of experts come from the registry.
 OPTIONS: dict[str, type] = {
+    "lm": LanguageModelOptions,
     "mixing": MixingOptions,
     "datastores": DatastoreOptions,
     "saving": SavingOptions,

@@ -23,6 +23,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.kind import spelled
+from fairseq_knnlm.lm.precision import compute_in
 from fairseq_knnlm.lm.registry import check_model, is_supported
 from fairseq_knnlm.runs.evaluate import EvaluationRun
 from fairseq_knnlm.runs.experts import make_scorer
@@ -78,6 +79,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         """Builds the model and checks that its keys are those of the datastore."""
         model = super().build_model(args, from_checkpoint)
+        compute_in(model, self.options.lm.lm_dtype)
         if self.memory is not None or self.options.saving.save_knnlm_dstore:
             width = check_model(model, self.options.datastores.knn_keytype)
             for store in self.memory.stores if self.memory is not None else ():
@@ -257,7 +259,9 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         with torch.random.fork_rng(devices=[]):  # building draws weights, which are then replaced
             loaded, _ = load_model_ensemble([path], task=stock)
         parameter = next(first.parameters())
-        return loaded[0].to(parameter.device, parameter.dtype).eval()
+        other = loaded[0].to(parameter.device, parameter.dtype).eval()
+        compute_in(other, self.options.lm.lm_dtype)
+        return other
 
 
 def _check_run(args: Any, options: Options) -> None:
@@ -266,6 +270,7 @@ def _check_run(args: Any, options: Options) -> None:
     The hub interface has the configuration that the model was trained with in its place.
     """
     run, command = whole_run(args), host.command()
+    loading.check_lm_dtype(run, options.lm.lm_dtype)
     if command is not None:
         end_on_request()
     stock.check_data(args.data)

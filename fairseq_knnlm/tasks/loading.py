@@ -5,10 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.experts.kind import spelled
+from fairseq_knnlm.lm.precision import FLOAT32, fast_in_bfloat16
 from fairseq_knnlm.runs.options import Options
 
 logger = logging.getLogger(__name__)
+
+#: fairseq's flags that convert a model, or have it compute otherwise.
+HALF = ("fp16", "bf16", "amp", "memory_efficient_fp16", "memory_efficient_bf16")
 
 
 def check_saving(shards: int, options: Options) -> None:
@@ -183,3 +190,34 @@ def name_precision(fp16: bool, bf16: bool, on_gpu: bool) -> None:
         logger.warning("--bf16 does nothing: it is for training")
     if fp16 and not on_gpu:
         logger.warning("--fp16 gains nothing on a CPU: it rounds the model, and is no faster")
+
+
+def check_lm_dtype(run: Any, dtype: str) -> None:
+    """Refuses fairseq's flags of half precision beside ours; says where ours gains nothing.
+
+    Args:
+        run: fairseq's whole configuration; None where the task's part comes alone.
+        dtype: that the language model's layers are to compute in.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if dtype == FLOAT32:
+        return
+    common = run.common if run is not None else None
+    for name in HALF if common is not None else ():
+        if getattr(common, name):
+            raise ConfigError(
+                f"--lm-dtype {dtype} and {spelled(name)} exclude each other",
+                expected=f"--lm-dtype {dtype}, which leaves the weights in float32, or "
+                f"{spelled(name)}, which converts the model",
+                found="both",
+                do="leave one of them out",
+            )
+    on_gpu = torch.cuda.is_available() and not (common is not None and common.cpu)
+    if not fast_in_bfloat16(torch.device("cuda" if on_gpu else "cpu")):
+        logger.warning(
+            "--lm-dtype %s works, but gains nothing here and may be slow: this %s has no "
+            "instructions for it",
+            *(dtype, "GPU" if on_gpu else "CPU"),
+        )

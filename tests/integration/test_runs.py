@@ -25,7 +25,10 @@ from fairseq_knnlm.runs.mixing import _compare_context
 from fairseq_knnlm.runs.results import losses
 
 KNN = ["--k", 64, "--lmbda", 0.3, "--knn-temp", 2.0]
-CONTEXT = {"tokens_per_sample": 8, "context_window": 8, "sample_break_mode": "none"}
+CONTEXT = {
+    **{"tokens_per_sample": 8, "context_window": 8, "sample_break_mode": "none"},
+    "precision": "float32",
+}
 
 
 def test_the_context_of_a_run_is_told(lab: Lab, datastore: Path, tmp_path: Path) -> None:
@@ -36,7 +39,7 @@ def test_the_context_of_a_run_is_told(lab: Lab, datastore: Path, tmp_path: Path)
     assert json.loads(file.read_text())["context"] == CONTEXT
     assert read_table(table).card["context"] == CONTEXT
     told = json.loads((datastore / "manifest.json").read_text())["origin"]["context"]
-    batches = {"max_tokens": 64, "batch_size": None, "add_bos_token": 0, "precision": "float32"}
+    batches = {"max_tokens": 64, "batch_size": None, "add_bos_token": 0}
     assert told == CONTEXT | batches
 
 
@@ -50,6 +53,12 @@ def test_other_contexts_than_a_calibration_was_fitted_on(caplog: pytest.LogCaptu
     assert "context_window 8" in said({"context": CONTEXT}, other)
     assert "this run has tokens_per_sample 8, context_window 0" in said({"context": CONTEXT}, other)
     assert not said({"context": CONTEXT}, dict(CONTEXT))
+    half = CONTEXT | {"precision": "bfloat16"}
+    assert "this run has tokens_per_sample 8" in said({"context": CONTEXT}, half)
+    assert "precision bfloat16" in said({"context": CONTEXT}, half)
+    older = {name: value for name, value in CONTEXT.items() if name != "precision"}
+    assert not said({"context": older}, half)  # of before it was told
+    assert "precision" not in said({"context": older}, other)
     assert not said({"split": "valid"}, CONTEXT)  # a calibration that does not know
     assert not said({"context": CONTEXT}, None)  # a sentence by itself
 
