@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from torch import nn
 
 from fairseq_knnlm.errors import ModelError
-from fairseq_knnlm.lm import transformer
+from fairseq_knnlm.lm import fconv, hf_gpt2, lightconv, lstm, transformer
 from fairseq_knnlm.lm.contract import Family, LanguageModel
 
 #: Families; the first that a model belongs to reads it.
-FAMILIES: Sequence[Family] = (transformer.FAMILY,)
+FAMILIES: Sequence[Family] = (
+    transformer.FAMILY,
+    hf_gpt2.FAMILY,
+    lightconv.FAMILY,
+    fconv.FAMILY,
+    lstm.FAMILY,
+)
 
 
 def is_supported(model: nn.Module) -> bool:

@@ -71,7 +71,7 @@ class TransformerLM:
             mask: (B, T) bool, the positions that are asked for.
         """
         captured: list[Tensor] = []
-        start = _first(mask)
+        start = first_column(mask)
         with _reading(self.decoder, self.key_type, captured), _last_layer_from(self.decoder, start):
             features, _ = self.model(**inputs, features_only=True)
         before = tokens_before(inputs["src_tokens"])[mask]
@@ -135,7 +135,7 @@ class TransformerLM:
         return adaptive.get_log_prob(features[None], None)[0].float()
 
 
-def _first(mask: Tensor) -> int:
+def first_column(mask: Tensor) -> int:
     """The first column of a (B, T) mask in which any row is True; 0 where there is none."""
     return int(mask.any(dim=0).int().argmax())
 
