@@ -25,10 +25,13 @@ from fairseq_knnlm.errors import ModelError
 #: Pickles at the beginning of a file of PyTorch before 1.6: magic number, protocol, system, the
 #: checkpoint, names of its storages. Numbers follow.
 PICKLES = 5
-#: What a name of Python 2 is today.
+#: Names of Python 2, as which a pickle of protocol 2 spells those of today.
 RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+RENAMED_TYPES = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}
 #: Names that PyTorch itself allows, or refuses while it reads.
-PYTORCHS = re.compile(r"torch\..*|collections\.(OrderedDict|Counter)|_codecs\.encode")
+PYTORCHS = re.compile(
+    r"torch\..*|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|complex|set)"
+)
 #: Names that an inert ``Record`` stands for.
 RECORDS = re.compile(
     r"argparse\.Namespace|(fairseq|omegaconf)\.[\w.]+|typing\.Any"
@@ -164,7 +167,8 @@ def _names_in(file: BinaryIO) -> Iterator[str]:
     for code, value, _ in pickletools.genops(file):
         if code.name in {"GLOBAL", "INST"}:
             module, _, name = str(value).partition(" ")
-            yield f"{RENAMED.get(module, module)}.{name}"
+            full = f"{RENAMED.get(module, module)}.{name}"
+            yield RENAMED_TYPES.get(full, full)
         elif code.name == "STACK_GLOBAL":
             # Nobody who writes checkpoints uses it; PyTorch's reader refuses it.
             yield ".".join(texts[-2:])

@@ -31,7 +31,7 @@ EVERYWHERE = set(FOLDERS)
 WITH_TORCH = EVERYWHERE - {GROUND, "files", "datastore", "cli"}
 #: Libraries, and those of the standard library that need watching -> folders or files.
 LIBRARIES = {
-    "argparse": {"cli"},
+    "argparse": {"cli", "tasks/converting"},
     "faiss": {"index"},
     "fairseq": {"tasks", "cli"},
     "fairseq_cli": {"tasks", "cli"},

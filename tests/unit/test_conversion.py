@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_calls import Capture, fails
+from cli_calls import Capture, refuse, say
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 from test_lm import ADAPTIVE, decoder, dictionary
 
-from fairseq_knnlm.cli import main
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm.fingerprints import model_fingerprint
 from fairseq_knnlm.lm.pickled import Plain, open_checkpoint
+from fairseq_knnlm.tasks.converting import converted, write
 
 #: Both of PyTorch's formats: the archive of today, and that of before 1.6.
 FORMATS = {"archive": True, "before 1.6": False}
@@ -113,8 +113,7 @@ def test_a_checkpoint_of_0_9(tmp_path: Path, capsys: Capture, kind: str) -> None
         torch.load(old, weights_only=True)
     before = old.read_bytes()
     new = tmp_path / "new.pt"
-    assert main(["convert-checkpoint", str(old), str(new)]) == 0
-    told = capsys.readouterr().out
+    told = say(capsys, "convert-checkpoint", old, new)
     assert "transformer_lm" in told
     assert "fairseq.meters.AverageMeter" in told
     assert old.read_bytes() == before
@@ -181,6 +180,13 @@ def test_what_is_read_is_plain(tmp_path: Path) -> None:
     }
 
 
+def refused(old: Path) -> str:
+    """What is said of a checkpoint that is not converted."""
+    with pytest.raises(ModelError) as told:
+        converted(old)
+    return str(told.value)
+
+
 def attacks(flag: Path) -> dict[str, Any]:
     """Objects that would make a file if they were unpickled as pickle does."""
     return {
@@ -194,15 +200,21 @@ def attacks(flag: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", list(FORMATS))
 @pytest.mark.parametrize("where", list(attacks(Path())))
-def test_nothing_runs(tmp_path: Path, capsys: Capture, where: str, kind: str) -> None:
+def test_nothing_runs(tmp_path: Path, where: str, kind: str) -> None:
     flag = tmp_path / "ran"
     state = old_state(decoder(), settings()) | {"more": attacks(flag)[where]}
-    old = saved(tmp_path / "old.pt", state, FORMATS[kind])
-    new = tmp_path / "new.pt"
+    with pytest.raises(ModelError, match="could run code"):
+        open_checkpoint(saved(tmp_path / "old.pt", state, FORMATS[kind]))
+    assert not flag.exists()
+
+
+def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: Capture) -> None:
+    flag, new = tmp_path / "ran", tmp_path / "new.pt"
+    state = old_state(decoder(), settings()) | {"more": list(attacks(flag).values())}
+    old = saved(tmp_path / "old.pt", state)
     new.write_text("as it was")
-    told = fails(capsys, "convert-checkpoint", old, new)
+    told = refuse(capsys, "convert-checkpoint", old, new)
     assert told.count("error:") == 1
-    assert "could run code" in told
     assert "nothing of it was run" in told
     assert not flag.exists()
     assert new.read_text() == "as it was"
@@ -242,16 +254,13 @@ def test_a_name_that_the_scan_was_kept_from_is_refused_by_pytorch(tmp_path: Path
         ("adaptive_input_cutoff", "1" * 20_000),
     ],
 )
-def test_settings_that_fairseq_would_evaluate(
-    tmp_path: Path, capsys: Capture, name: str, value: str
-) -> None:
+def test_settings_that_fairseq_would_evaluate(tmp_path: Path, name: str, value: str) -> None:
     args = settings()
     setattr(args, name, value)
     old = saved(tmp_path / "old.pt", old_state(decoder(), args))
-    told = fails(capsys, "convert-checkpoint", old, tmp_path / "new.pt")
+    told = refused(old)
     assert "could run code" in told
     assert name in told
-    assert not (tmp_path / "new.pt").exists()
 
 
 def test_settings_that_are_lists_in_text_are_kept(tmp_path: Path) -> None:
@@ -259,15 +268,14 @@ def test_settings_that_are_lists_in_text_are_kept(tmp_path: Path) -> None:
     args = settings(character_filters="[(1, 64), (2, 128)] * 2 + [(3, 4)]")
     args.adaptive_softmax_cutoff, args.criterion = "20,40", "adaptive_loss"
     old = saved(tmp_path / "old.pt", old_state(decoder(**ADAPTIVE), args))
-    assert main(["convert-checkpoint", str(old), str(tmp_path / "new.pt")]) == 0
-    cfg = torch.load(tmp_path / "new.pt", weights_only=True)["cfg"]
+    cfg = converted(old)[0]["cfg"]
     assert cfg["model"]["adaptive_softmax_cutoff"] == "20,40"
 
 
-def test_settings_that_refer_to_others(tmp_path: Path, capsys: Capture) -> None:
+def test_settings_that_refer_to_others(tmp_path: Path) -> None:
     args = settings(save_dir="${oc.env:HOME}")
     old = saved(tmp_path / "old.pt", old_state(decoder(), args))
-    assert "refers to others" in fails(capsys, "convert-checkpoint", old, tmp_path / "new.pt")
+    assert "refers to others" in refused(old)
 
 
 @pytest.mark.parametrize(
@@ -280,11 +288,9 @@ def test_settings_that_refer_to_others(tmp_path: Path, capsys: Capture) -> None:
         ({"model": {}, "args": Namespace()}, "no weights"),
     ],
 )
-def test_what_is_no_checkpoint_of_fairseqs(
-    tmp_path: Path, capsys: Capture, state: Any, says: str
-) -> None:
+def test_what_is_no_checkpoint_of_fairseqs(tmp_path: Path, state: Any, says: str) -> None:
     old = saved(tmp_path / "old.pt", state)
-    told = fails(capsys, "convert-checkpoint", old, tmp_path / "new.pt")
+    told = refused(old)
     assert "is no checkpoint of fairseq's" in told
     assert says in told
 
@@ -292,37 +298,37 @@ def test_what_is_no_checkpoint_of_fairseqs(
 @pytest.mark.parametrize(
     "data", [b"", b"garbage " * 999, b"PK\x03\x04 cut off", b"\x80\x02}q\x00."]
 )
-def test_damaged_files(tmp_path: Path, capsys: Capture, data: bytes) -> None:
+def test_damaged_files(tmp_path: Path, data: bytes) -> None:
     old = tmp_path / "old.pt"
     old.write_bytes(data)
-    told = fails(capsys, "convert-checkpoint", old, tmp_path / "new.pt")
+    told = refused(old)
     assert "cannot be read" in told
     assert "Traceback" not in told
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))
-def test_a_file_that_is_cut_off(tmp_path: Path, capsys: Capture, kind: str) -> None:
+def test_a_file_that_is_cut_off(tmp_path: Path, kind: str) -> None:
     whole = saved(tmp_path / "whole.pt", old_state(decoder(), settings()), FORMATS[kind])
     old = tmp_path / "old.pt"
     old.write_bytes(whole.read_bytes()[:-1000])
-    assert "cannot be read" in fails(capsys, "convert-checkpoint", old, tmp_path / "new.pt")
+    assert "cannot be read" in refused(old)
 
 
 def test_files_that_cannot_be(tmp_path: Path, capsys: Capture) -> None:
     old = saved(tmp_path / "old.pt", old_state(decoder(), settings()))
     nowhere = tmp_path / "nowhere.pt"
-    assert "no checkpoint" in fails(capsys, "convert-checkpoint", nowhere, tmp_path / "new.pt")
-    assert "a folder" in fails(capsys, "convert-checkpoint", tmp_path, tmp_path / "new.pt")
-    assert "take the place" in fails(capsys, "convert-checkpoint", old, old)
-    assert "NEW cannot be written" in fails(capsys, "convert-checkpoint", old, tmp_path)
+    assert "no checkpoint" in refuse(capsys, "convert-checkpoint", nowhere, tmp_path / "new.pt")
+    assert "a folder" in refuse(capsys, "convert-checkpoint", tmp_path, tmp_path / "new.pt")
+    assert "take the place" in refuse(capsys, "convert-checkpoint", old, old)
+    assert "NEW cannot be written" in refuse(capsys, "convert-checkpoint", old, tmp_path)
 
 
-def test_a_checkpoint_of_today_stays_what_it_is(tmp_path: Path, capsys: Capture) -> None:
+def test_a_checkpoint_of_today_stays_what_it_is(tmp_path: Path) -> None:
     """What was converted is converted into the same."""
     old = saved(tmp_path / "old.pt", old_state(decoder(), settings()))
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
-    assert main(["convert-checkpoint", str(old), str(first)]) == 0
-    assert main(["convert-checkpoint", str(first), str(second)]) == 0
+    write(old, first)
+    write(first, second)
     one, other = (torch.load(path, weights_only=True) for path in (first, second))
     weights = one.pop("model"), other.pop("model")
     assert one == other
