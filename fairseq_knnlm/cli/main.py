@@ -18,6 +18,7 @@ from fairseq_knnlm.cli import (
     columns,
     compact,
     compress,
+    convert_checkpoint,
     explain,
     forget,
     generate,
@@ -71,6 +72,7 @@ COMMANDS: dict[str, Command] = {
     "forget": forget,
     "compact": compact,
     "import": import_,
+    "convert-checkpoint": convert_checkpoint,
     "cluster": cluster,
 }
 

@@ -14,8 +14,8 @@ from fairseq_knnlm.experts.contract import FeaturesOnly, Timeless
 from fairseq_knnlm.experts.dense import DensePrediction
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.lm.contexts import Contexts
+from fairseq_knnlm.lm.contract import LanguageModel
 from fairseq_knnlm.lm.registry import language_model
-from fairseq_knnlm.lm.transformer import TransformerLM
 
 #: Contexts whose whole distribution is looked at at a time, where only its shape is wanted.
 SHAPES_AT_A_TIME = 256
@@ -32,7 +32,7 @@ class LMExpert(Timeless):
 
     settings: Sequence[Mapping[str, Any]] = ({},)
 
-    def __init__(self, *models: TransformerLM, name: str = "lm") -> None:
+    def __init__(self, *models: LanguageModel, name: str = "lm") -> None:
         self.models = models
         self.name = name
 
@@ -76,7 +76,7 @@ class ShapeExpert(Timeless):
     name = "lm_shape"
     settings: Sequence[Mapping[str, Any]] = ()
 
-    def __init__(self, lm: TransformerLM) -> None:
+    def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
 
     def predict(self, contexts: Contexts) -> FeaturesOnly:

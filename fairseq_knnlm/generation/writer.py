@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fairseq_knnlm.experts.lm import LMExpert
 from fairseq_knnlm.lm.contexts import Contexts, Encoded, only
-from fairseq_knnlm.lm.reading import Reading
-from fairseq_knnlm.lm.transformer import TransformerLM
+from fairseq_knnlm.lm.contract import LanguageModel, Reads
 from fairseq_knnlm.mixture.model import MixtureLM
 
 
@@ -28,9 +27,9 @@ class Writer:
 
     def __init__(
         self,
-        lm: TransformerLM,
+        lm: LanguageModel,
         mixture: Callable[[LMExpert], MixtureLM],
-        others: Mapping[str, TransformerLM],
+        others: Mapping[str, LanguageModel],
         vocabulary: int,
         pad: int,
     ) -> None:
@@ -39,7 +38,7 @@ class Writer:
         self.mixture = mixture(LMExpert(lm))
         self.pad = pad
         self._others = dict(others)
-        self._readings: list[Reading] = []
+        self._readings: list[Reads] = []
         self._states: dict[str, Any] = {}
 
     @property
@@ -56,7 +55,7 @@ class Writer:
     def begin(self, texts: int) -> None:
         """Forgets all texts and begins others, B of them."""
         everyone = (self.lm, *self._others.values())
-        self._readings = [Reading(lm, texts, self.pad) for lm in everyone]
+        self._readings = [lm.reading(texts, self.pad) for lm in everyone]
 
     def read(self, tokens: Tensor) -> Contexts:
         """Reads on in every text, each at its own pace.

@@ -1,12 +1,13 @@
-"""Where a Transformer decoder's keys are read: the paper's choices of a representation."""
+"""Where a decoder's keys are read: the paper's choices of a representation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,33 @@ class Spot:
 
     module: nn.Module
     side: str = "input"
+
+
+@contextmanager
+def watching(spot: Spot | None, into: list[Tensor]) -> Iterator[None]:
+    """While the block runs, appends to ``into`` what a spot sees; None sees nothing."""
+    if spot is None:
+        yield
+        return
+
+    def keep_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        # Some modules are called by name: fairseq's attention, and that of transformers.
+        found = args[0] if args else kwargs.get("query", kwargs.get("hidden_states"))
+        assert found is not None
+        into.append(found)
+
+    def keep_output(_: nn.Module, __: Any, output: Any) -> None:
+        into.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = (
+        spot.module.register_forward_pre_hook(keep_input, with_kwargs=True)
+        if spot.side == "input"
+        else spot.module.register_forward_hook(keep_output)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def prenorm(decoder: Any) -> bool:
@@ -59,7 +87,8 @@ def _decoder_output_before_norm(decoder: Any) -> Spot:
     return Spot(decoder.layers[-1].final_layer_norm)
 
 
-#: The paper's choices of a key (section 5, "Key function"), by the names of ``--knn-keytype``.
+#: The paper's choices of a key (section 5, "Key function"), by the names of ``--knn-keytype``, and
+#: where fairseq's Transformer decoders have them.
 KEY_TYPES: dict[str, Callable[[Any], Spot | None]] = {
     "last_ffn_input": _last_ffn_input,
     "last_ffn_input_before_norm": _last_ffn_input_before_norm,

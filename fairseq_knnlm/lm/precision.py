@@ -84,7 +84,7 @@ def _is_set(layer: Any) -> bool:
     return isinstance(forward, partial) and forward.func is _in_bfloat16
 
 
-def _in_bfloat16(forward: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+def _in_bfloat16(forward: Callable[..., Any], x: Any, *rest: Any, **named: Any) -> Any:
     """The forward pass of a layer, (T, B, C) float32 to the same and whatever else it returns."""
     if x.dtype is not torch.float32:
         raise ModelError(
@@ -94,5 +94,5 @@ def _in_bfloat16(forward: Callable[..., Any], x: Any, *args: Any, **kwargs: Any)
             do="leave --lm-dtype out, or whatever converts the model",
         )
     with torch.autocast(x.device.type, torch.bfloat16):
-        out, *rest = forward(x, *args, **kwargs)
-    return (out.float(), *rest)
+        out, *others = forward(x, *rest, **named)
+    return (out.float(), *others)

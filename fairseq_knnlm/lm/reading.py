@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, only
-from fairseq_knnlm.lm.transformer import TransformerLM
 
 #: Hidden columns that are put up with before the others move together, over those that are seen.
 SLACK = 1.25, 16
@@ -27,15 +26,15 @@ STATE = 3
 
 
 class Reading:
-    """B texts, of which a language model has read the beginnings.
+    """B texts, of which a language model has read the beginnings; see ``contract.Reads``.
 
     Args:
-        lm: the language model; it must be one that ``reads_ahead``.
+        lm: a ``TransformerLM``, and one that ``reads_ahead``.
         texts: B.
         pad: the padding token's id.
     """
 
-    def __init__(self, lm: TransformerLM, texts: int, pad: int) -> None:
+    def __init__(self, lm: Any, texts: int, pad: int) -> None:
         assert lm.reads_ahead
         device = next(lm.model.parameters()).device
         self.lm = lm

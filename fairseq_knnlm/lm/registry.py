@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
 from fairseq_knnlm.errors import ModelError
-from fairseq_knnlm.lm.keys import KEY_TYPES, prenorm
-from fairseq_knnlm.lm.transformer import TransformerLM, is_transformer
+from fairseq_knnlm.lm import fconv, hf_gpt2, lightconv, lstm, transformer
+from fairseq_knnlm.lm.contract import Family, LanguageModel
 
-#: Families: what tells a model of the family, and the class that reads it.
-FAMILIES = ((is_transformer, TransformerLM),)
+#: Families; the first that a model belongs to reads it.
+FAMILIES: Sequence[Family] = (
+    transformer.FAMILY,
+    hf_gpt2.FAMILY,
+    lightconv.FAMILY,
+    fconv.FAMILY,
+    lstm.FAMILY,
+)
 
 
 def is_supported(model: nn.Module) -> bool:
     """Whether some family reads the model."""
-    return any(belongs(model) for belongs, _ in FAMILIES)
+    return any(family.belongs(model) for family in FAMILIES)
 
 
-def language_model(model: nn.Module, key_type: str | None = None) -> TransformerLM:
+def family_of(model: nn.Module) -> Family:
+    """The family that reads a model.
+
+    Raises:
+        ModelError: where none does.
+    """
+    for family in FAMILIES:
+        if family.belongs(model):
+            return family
+    raise ModelError(
+        "this model's keys cannot be read",
+        expected=f"a language model of {', '.join(family.name for family in FAMILIES)}",
+        found=type(model).__name__,
+    )
+
+
+def language_model(model: nn.Module, key_type: str | None = None) -> LanguageModel:
     """The model, read as its family is.
 
     Args:
@@ -29,36 +51,17 @@ def language_model(model: nn.Module, key_type: str | None = None) -> Transformer
     Raises:
         ModelError: where no family reads it.
     """
-    for belongs, family in FAMILIES:
-        if belongs(model):
-            return family(model, key_type)
-    raise _unknown(model)
+    return family_of(model).open(model, key_type)
 
 
-def check_model(model: nn.Module, key_type: str) -> int:
-    """The width of the model's keys.
+def check_model(model: nn.Module, key_type: str | None) -> int:
+    """The width of the model's keys; of its features where no keys are needed.
+
+    Args:
+        model: built.
+        key_type: one of ``KEY_TYPES``, or None.
 
     Raises:
-        ModelError: where it is no Transformer decoder or lacks the layer of the key type.
+        ModelError: where no family reads it, or it lacks the place of the key type.
     """
-    decoder: Any = getattr(model, "decoder", None)
-    if not is_supported(model):
-        raise _unknown(model)
-    if KEY_TYPES[key_type](decoder) is None:
-        raise ModelError(
-            f"the model has no layer for --knn-keytype {key_type}",
-            expected="decoder_output needs a final layer norm; last_attn_input_before_norm "
-            "needs two layers where the norm comes after",
-            found=f"{len(decoder.layers)} layers, "
-            + ("no final norm" if prenorm(decoder) else "norm after each block"),
-            do="choose another --knn-keytype; the paper's is last_ffn_input",
-        )
-    return int(decoder.embed_dim)
-
-
-def _unknown(model: nn.Module) -> ModelError:
-    return ModelError(
-        "this model's keys cannot be read",
-        expected="a language model with fairseq's Transformer decoder, such as transformer_lm",
-        found=type(model).__name__,
-    )
+    return family_of(model).width(model, key_type)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
-from fairseq_knnlm.lm.keys import KEY_TYPES
+from fairseq_knnlm.lm.keys import KEY_TYPES, prenorm, watching
 from fairseq_knnlm.lm.products import FastProducts
+from fairseq_knnlm.lm.reading import Reading
 
 #: Logits held at a time, in numbers: bounds the memory of the output layer.
 LOGITS_AT_A_TIME = 2**22
@@ -71,7 +73,7 @@ class TransformerLM:
             inputs: ``net_input`` of one of fairseq's batches.
             mask: (B, T) bool, the positions that are asked for.
         """
-        with _last_layer_from(self.decoder, _first(mask)), FastProducts():
+        with _last_layer_from(self.decoder, first_column(mask)), FastProducts():
             parts = [self._encode(part) for part in _parts(inputs)]
         features = torch.cat([part for part, _ in parts])
         before = tokens_before(inputs["src_tokens"])[mask]
@@ -96,6 +98,10 @@ class TransformerLM:
         Then a state can be read into several tokens at a time, and tokens can be taken back.
         """
         return all(map(_is_plain, self.decoder.layers))
+
+    def reading(self, texts: int, pad: int) -> Reading:
+        """Begins to read so many texts, each at its own pace."""
+        return Reading(self, texts, pad)
 
     @contextmanager
     def reading_keys(self) -> Iterator[list[Tensor]]:
@@ -128,8 +134,8 @@ class TransformerLM:
         """log p of one token (N,) each, from features (N, C): (N,) float32, natural log."""
         adaptive = self.decoder.adaptive_softmax
         if adaptive is None:
-            return _log_softmax_at(self.decoder.output_layer, features, tokens)
-        return _adaptive_log_softmax_at(adaptive, features, tokens)
+            return log_softmax_at(self.decoder.output_layer, features, tokens)
+        return adaptive_log_softmax_at(adaptive, features, tokens)
 
     @torch.no_grad()
     def log_probs(self, features: Tensor) -> Tensor:
@@ -153,7 +159,7 @@ def _parts(inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         }
 
 
-def _first(mask: Tensor) -> int:
+def first_column(mask: Tensor) -> int:
     """The first column of a (B, T) mask in which any row is True; 0 where there is none."""
     return int(mask.any(dim=0).int().argmax())
 
@@ -212,30 +218,13 @@ def _is_plain(layer: Any) -> bool:
 @contextmanager
 def _reading(decoder: Any, key_type: str | None, into: list[Tensor]) -> Iterator[None]:
     """While the block runs, appends to ``into`` what the key's spot sees."""
-    if key_type is None:
+    spot = None if key_type is None else KEY_TYPES[key_type](decoder)
+    assert spot is not None or key_type is None  # TransformerFamily.width has seen to that
+    with watching(spot, into):
         yield
-        return
-    spot = KEY_TYPES[key_type](decoder)
-    assert spot is not None  # check_model has seen to that
-
-    def keep_input(_: nn.Module, given: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        into.append(given[0] if given else kwargs["query"])  # attention is called by name
-
-    def keep_output(_: nn.Module, __: Any, output: Any) -> None:
-        into.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = (
-        spot.module.register_forward_pre_hook(keep_input, with_kwargs=True)
-        if spot.side == "input"
-        else spot.module.register_forward_hook(keep_output)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
-def _log_softmax_at(layer: Callable[[Tensor], Tensor], inputs: Tensor, columns: Tensor) -> Tensor:
+def log_softmax_at(layer: Callable[[Tensor], Tensor], inputs: Tensor, columns: Tensor) -> Tensor:
     """log_softmax(layer(inputs)) at one column a row, (N,) float32, in bounded memory."""
     out = torch.empty(len(inputs), dtype=torch.float32, device=inputs.device)
     start, step = 0, 256  # the first slice tells how wide the layer is
@@ -248,7 +237,7 @@ def _log_softmax_at(layer: Callable[[Tensor], Tensor], inputs: Tensor, columns: 
     return out
 
 
-def _adaptive_log_softmax_at(adaptive: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+def adaptive_log_softmax_at(adaptive: Any, inputs: Tensor, targets: Tensor) -> Tensor:
     """The same for fairseq's AdaptiveSoftmax: the head, and the one tail that holds the target.
 
     A target in tail i has log p = log p_head(tail i) + log p_tail(target) (Grave et al., 2017).
@@ -257,10 +246,45 @@ def _adaptive_log_softmax_at(adaptive: Any, inputs: Tensor, targets: Tensor) -> 
     edges = torch.tensor(adaptive.cutoff, device=targets.device)
     tails = torch.bucketize(targets, edges, right=True) - 1  # -1: in the head
     columns = torch.where(tails < 0, targets, first + tails)
-    out = _log_softmax_at(adaptive.head, inputs, columns)
+    out = log_softmax_at(adaptive.head, inputs, columns)
     for number, tail in enumerate(adaptive.tail):
         rows = (tails == number).nonzero().squeeze(1)
         if len(rows):
             inside = targets[rows] - adaptive.cutoff[number]
-            out[rows] += _log_softmax_at(tail, inputs[rows], inside)
+            out[rows] += log_softmax_at(tail, inputs[rows], inside)
     return out
+
+
+class TransformerFamily:
+    """``transformer_lm`` of every architecture, and other models with fairseq's decoder."""
+
+    name = "transformer_lm"
+
+    def belongs(self, model: nn.Module) -> bool:
+        """Whether all that is read of such a decoder is there."""
+        return is_transformer(model)
+
+    def width(self, model: nn.Module, key_type: str | None) -> int:
+        """D, which all key types have in common.
+
+        Raises:
+            ModelError: where the decoder lacks the layer of the key type.
+        """
+        decoder: Any = model.decoder
+        if key_type is not None and KEY_TYPES[key_type](decoder) is None:
+            raise ModelError(
+                f"the model has no layer for --knn-keytype {key_type}",
+                expected="decoder_output needs a final layer norm; last_attn_input_before_norm "
+                "needs two layers where the norm comes after",
+                found=f"{len(decoder.layers)} layers, "
+                + ("no final norm" if prenorm(decoder) else "norm after each block"),
+                do="choose another --knn-keytype; the paper's is last_ffn_input",
+            )
+        return int(decoder.embed_dim)
+
+    def open(self, model: nn.Module, key_type: str | None) -> TransformerLM:
+        """The model, read."""
+        return TransformerLM(model, key_type)
+
+
+FAMILY = TransformerFamily()

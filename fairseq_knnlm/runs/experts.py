@@ -54,8 +54,7 @@ def make_scorer(
     if blocks is None and memory is not None:
         for kind in memory.by_kind:
             kind.check_sentences(options.of(kind))
-    needs_keys = memory is not None or options.saving.save_knnlm_dstore
-    if not needs_keys:
+    if memory is None and not options.saving.save_knnlm_dstore:
         for model in inputs.models:
             check_finite(model)
     elif len(inputs.models) > 1:
@@ -69,7 +68,7 @@ def make_scorer(
         inputs.vocabulary.pad,
         inputs.vocabulary.eos,
         blocks=blocks if blocks is not None else Sentences(inputs.vocabulary.bos),
-        key_type=options.datastores.knn_keytype if needs_keys else None,
+        key_type=inputs.key_type,
         mixture=make,
         others={name: language_model(model) for name, model in inputs.others.items()},
         mixture_from=source,

@@ -36,7 +36,7 @@ def make_writer(inputs: Inputs) -> Writer:
         kind.check_sentences(options.of(kind))
     make, _ = make_mixture(inputs, memory)
     return Writer(
-        language_model(inputs.models[0], options.datastores.knn_keytype),
+        language_model(inputs.models[0], inputs.key_type),
         make,
         {name: language_model(model) for name, model in inputs.others.items()},
         len(inputs.vocabulary.symbols),

@@ -14,7 +14,7 @@ from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint, model_fingerpr
 from fairseq_knnlm.lm.precision import precision
 from fairseq_knnlm.lm.processor import processor
 from fairseq_knnlm.lm.registry import check_model
-from fairseq_knnlm.runs.opening import Memory
+from fairseq_knnlm.runs.opening import Memory, key_type_of
 from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.versions import versions
 
@@ -105,6 +105,11 @@ class Inputs:
             versions={**versions(), PROCESSOR: processor(model)},
         )
 
+    @property
+    def key_type(self) -> str | None:
+        """The type of the keys that are read of the first model; None where none are needed."""
+        return key_type_of(self.options, self.memory)
+
     @cached_property
     def model(self) -> str:
         """Fingerprint of the first model, computed once.
@@ -123,7 +128,7 @@ class Inputs:
         """
         return Models(
             first=self.models[0],
-            width=check_model(self.models[0], self.options.datastores.knn_keytype),
+            width=check_model(self.models[0], self.key_type),
             eos=self.vocabulary.eos,
             others=self.others,
         )

@@ -59,6 +59,15 @@ class Memory:
         return found
 
 
+def key_type_of(options: Options, memory: Memory | None) -> str | None:
+    """The type of the keys that a run needs of its language model; None where it needs none.
+
+    A cache or a second model goes without, and so do models that have no such keys.
+    """
+    needed = options.saving.save_knnlm_dstore or (memory is not None and memory.stores)
+    return options.datastores.knn_keytype if needed else None
+
+
 def open_memory(options: Options, symbols: Sequence[str]) -> Memory:
     """Opens what the options name and refuses what does not fit together.
 

@@ -28,7 +28,7 @@ from fairseq_knnlm.index.recipes import choose
 from fairseq_knnlm.index.specification import check_factory
 from fairseq_knnlm.index.storage import save as save_index
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
-from fairseq_knnlm.lm.transformer import TransformerLM
+from fairseq_knnlm.lm.contract import LanguageModel
 from fairseq_knnlm.runs.append import plan_onto
 from fairseq_knnlm.runs.documents import find_documents, keep_documents
 from fairseq_knnlm.runs.inputs import Inputs
@@ -106,7 +106,7 @@ class Saving:
 
 
 def sample_keys(
-    lm: TransformerLM,
+    lm: LanguageModel,
     pad: int,
     blocks: Blocks,
     batches: Iterable[Any],

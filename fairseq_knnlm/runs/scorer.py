@@ -20,8 +20,8 @@ from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.lm import LMExpert, member
 from fairseq_knnlm.lm.contexts import Contexts, Encoded
+from fairseq_knnlm.lm.contract import LanguageModel
 from fairseq_knnlm.lm.registry import language_model
-from fairseq_knnlm.lm.transformer import TransformerLM
 from fairseq_knnlm.mixture.model import MixtureLM, Scores, Watch
 from fairseq_knnlm.runs.sections import SectionSums
 from fairseq_knnlm.runs.sums import ExactSum
@@ -194,7 +194,7 @@ class KnnScorer:
         blocks: Blocks | Sentences | None = None,
         key_type: str | None = None,
         mixture: MakeMixture = MixtureLM,
-        others: Mapping[str, TransformerLM] | None = None,
+        others: Mapping[str, LanguageModel] | None = None,
         mixture_from: str = "",
         listeners: Sequence[Listener] = (),
         watch: Watch | None = None,
@@ -285,7 +285,7 @@ class KnnScorer:
         contexts, mask = self._contexts(sample, target.ne(self.pad))
         return contexts, target[:, -mask.shape[1] :][mask], mask
 
-    def _read(self, models: Sequence[nn.Module]) -> tuple[TransformerLM, ...]:
+    def _read(self, models: Sequence[nn.Module]) -> tuple[LanguageModel, ...]:
         if len(models) > 1 and self.key_type is not None:
             raise ModelError(
                 "a datastore belongs to one language model",

@@ -68,7 +68,7 @@ class MixtureEnsemble(EnsembleModel):
     ) -> None:
         """Text i goes on where text ``new_order[i]`` stood."""
         if not self.writer.reads_ahead:
-            super().reorder_incremental_state(incremental_states, new_order)
+            self.writer.lm.reorder(incremental_states[0], new_order)
             self.writer.reorder(new_order)
         elif not torch.equal(new_order, torch.arange(len(self._given), device=new_order.device)):
             self.writer.keep(new_order)

@@ -29,7 +29,7 @@ from fairseq_knnlm.runs.evaluate import EvaluationRun
 from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.generate import drafts_for, make_writer
 from fairseq_knnlm.runs.inputs import Inputs, Vocabulary, several_models
-from fairseq_knnlm.runs.opening import Memory, open_memory
+from fairseq_knnlm.runs.opening import Memory, key_type_of, open_memory
 from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.runs.save_blocks import ALONE, Worker
 from fairseq_knnlm.signals import end_on_request
@@ -81,7 +81,7 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         model = super().build_model(args, from_checkpoint)
         compute_in(model, self.options.lm.lm_dtype)
         if self.memory is not None or self.options.saving.save_knnlm_dstore:
-            width = check_model(model, self.options.datastores.knn_keytype)
+            width = check_model(model, key_type_of(self.options, self.memory))
             for store in self.memory.stores if self.memory is not None else ():
                 store.check_origin(width=width)
             if self.models:

@@ -13,7 +13,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from fairseq_knnlm.datastore import Origin
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.lm.registry import language_model
+from fairseq_knnlm.lm.registry import check_model, language_model
 from fairseq_knnlm.runs.differences import Computed
 from fairseq_knnlm.runs.origins import MAX_TOKENS, reading_flags, words
 from fairseq_knnlm.runs.scorer import Blocks
@@ -109,7 +109,8 @@ class SplitText:
     @property
     def width(self) -> int:
         """Of the keys."""
-        return int(self._inputs.loaded.width)
+        session = self._session
+        return check_model(session.models[0], session.task.options.datastores.knn_keytype)
 
     def values(self, texts: range) -> np.ndarray:
         """The tokens (n,) int64 of blocks of text."""

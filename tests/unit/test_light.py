@@ -15,7 +15,16 @@ from conftest import ROOT
 HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "ray", "rich", "torch"}
 SUBCOMMANDS = (
     *("save", "build-index", "tune", "report", "replay", "explain", "info", "verify"),
-    *("compress", "forget", "compact", "append", "import", "cluster", "columns"),
+    *(
+        "compress",
+        "forget",
+        "compact",
+        "append",
+        "import",
+        "cluster",
+        "columns",
+        "convert-checkpoint",
+    ),
 )
 
 
