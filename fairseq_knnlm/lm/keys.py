@@ -30,7 +30,7 @@ def watching(spot: Spot | None, into: list[Tensor]) -> Iterator[None]:
         yield
         return
 
-    def keep_input(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def keep_input(_: nn.Module, given: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         # Some modules are called by name: fairseq's attention, and that of transformers.
         found = args[0] if args else kwargs.get("query", kwargs.get("hidden_states"))
         assert found is not None

@@ -123,9 +123,9 @@ def before_projection(run: Callable[[], Any], projection: nn.Module | None) -> T
         return features
     caught: list[Tensor] = []
 
-    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        caught.append(args[0])
-        return (args[0][:, :0],)
+    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+        caught.append(given[0])
+        return (given[0][:, :0],)
 
     handle = projection.register_forward_pre_hook(catch)
     try:
