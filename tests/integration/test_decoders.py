@@ -93,6 +93,15 @@ def check_generation(lab: Lab, checkpoint: Path, own: tuple[object, ...]) -> Non
         *("--beam", 2, "--prefix-size", 3, "--max-len-b", 8, "--tokens-per-sample", 16),
     )
     assert said.count("\nH-") == 2
+    store = own[own.index("--dstore-filename") + 1]
+    ours = ("--dstore", store, lab.data, "--path", checkpoint, "--cpu", *OUTPUT)
+    written = ("fairseq-knnlm", "generate", *ours, "--prompts", prompts, "--new-tokens", 4)
+    assert "w1 w2 w3" in must(*written, "--beam", 2)
+    refused = run(*written)
+    assert refused.code == 1
+    assert "pass --beam 2 or more" in refused.out
+    blocks = ("--gen-subset", "test", "--rows", "0:5", "--tokens-per-sample", 16)
+    assert "bits" in must("fairseq-knnlm", "explain", *ours, *blocks)
 
 
 def assert_same_weights(trained: Path, converted: Path) -> None:
