@@ -32,7 +32,7 @@ def watching(spot: Spot | None, into: list[Tensor]) -> Iterator[None]:
 
     def keep_input(_: nn.Module, given: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         # Some modules are called by name: fairseq's attention, and that of transformers.
-        found = given[0] if given else kwgiven.get("query", kwgiven.get("hidden_states"))
+        found = given[0] if given else kwargs.get("query", kwargs.get("hidden_states"))
         assert found is not None
         into.append(found)
 
