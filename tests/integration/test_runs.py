@@ -26,7 +26,9 @@ from fairseq_knnlm.runs.results import losses
 
 KNN = ["--k", 64, "--lmbda", 0.3, "--knn-temp", 2.0]
 CONTEXT = {
-    **{"tokens_per_sample": 8, "context_window": 8, "sample_break_mode": "none"},
+    "tokens_per_sample": 8,
+    "context_window": 8,
+    "sample_break_mode": "none",
     "precision": "float32",
 }
 
