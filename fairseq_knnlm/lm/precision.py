@@ -1,10 +1,9 @@
 """In which type a language model computes.
 
-On processors with instructions for it, matrix products of bfloat16 numbers are several times as
-fast. fairseq's own flag for that converts the whole model, and does nothing where a text is scored;
-PyTorch's autocast around the whole model fails in the adaptive input. So it is put around the
-decoder's layers, one by one: weights, the sums between layers, features and keys stay float32, in
-training too.
+Some processors have instructions for matrix products of bfloat16 numbers. fairseq's own flag for
+that converts the whole model, and does nothing where a text is scored; PyTorch's autocast around
+the whole model fails in the adaptive input. So it is put around the decoder's layers, one by one:
+weights, the sums between layers, features and keys stay float32, in training too.
 """
 
 from __future__ import annotations

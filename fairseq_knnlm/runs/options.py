@@ -23,9 +23,8 @@ class LanguageModelOptions:
 
     lm_dtype: str = flag(
         FLOAT32,
-        "what the language model's layers compute in, in training too: bfloat16 is several times "
-        "as fast on a CPU or GPU with instructions for it; weights, features and keys stay "
-        "float32",
+        "what the language model's layers compute in, in training too: bfloat16 is for a CPU or "
+        "GPU with instructions for it; weights, features and keys stay float32",
         choices=DTYPES,
     )
 
