@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ class Session:
     def longest(self) -> int | None:
         """Tokens that the model takes; None where there is no end to them."""
         most = self.models[0].max_positions()
-        return int(most[0] if isinstance(most, tuple) else most) if most else None
+        longest = (most[0] if isinstance(most, tuple) else most) if most else None
+        return int(longest) if longest and math.isfinite(longest) else None
 
     @property
     def device(self) -> torch.device:
