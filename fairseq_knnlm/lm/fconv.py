@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fairseq_knnlm.lm.output import (
-    OutputFamily,
-    OutputLM,
-    before_projection,
-    is_decoder,
-    projected_width,
-)
+from fairseq_knnlm.lm.output import ProjectedFamily, ProjectedLM, is_decoder
 
 
-class FConvLM(OutputLM):
-    """A decoder that goes on to logits in one pass, unless its softmax is adaptive."""
+class FConvLM(ProjectedLM):
+    """Its last layer is the third of full connections."""
 
-    def features(self, tokens: Tensor, state: dict[str, Any] | None) -> Tensor:
-        """The output at tokens; the last layer is given nothing to do."""
-        last = self.decoder.fc3
-        return before_projection(lambda: self.decoder(tokens, incremental_state=state), last)
-
-    @property
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """The last layer."""
-        found: nn.Module = self.decoder.fc3
-        return found
+    projection = "fc3"
 
 
-class FConvFamily(OutputFamily):
+class FConvFamily(ProjectedFamily):
     """``fconv_lm`` of every architecture."""
 
     name = "fconv_lm"
@@ -42,12 +26,6 @@ class FConvFamily(OutputFamily):
         decoder: Any = getattr(model, "decoder", None)
         ours = is_decoder(model, "fairseq.models.fconv.FConvDecoder")
         return ours and all(attention is None for attention in decoder.attention)
-
-    def width(self, model: nn.Module, key_type: str | None) -> int:
-        """C, numbers in the features, which are the keys."""
-        self.check_key(key_type)
-        decoder: Any = model.decoder
-        return projected_width(decoder.adaptive_softmax, decoder.fc3)
 
 
 FAMILY = FConvFamily()

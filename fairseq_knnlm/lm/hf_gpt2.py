@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fairseq_knnlm.lm import softmax
 from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
 from fairseq_knnlm.lm.contract import Reads
 from fairseq_knnlm.lm.keys import Spot, watching
 from fairseq_knnlm.lm.output import is_decoder
-from fairseq_knnlm.lm.transformer import first_column, log_softmax_at
+from fairseq_knnlm.lm.transformer import first_column
 
 #: The paper's choices of a key, in a GPT-2, whose norms stand before attention and MLP.
 SPOTS: dict[str, Callable[[Any], Spot]] = {
@@ -96,13 +97,12 @@ class WrappedGPT2:
     @torch.no_grad()
     def log_prob(self, features: Tensor, tokens: Tensor) -> Tensor:
         """log p of one token (N,) each, from features (N, C): (N,) float32, natural log."""
-        return log_softmax_at(self.decoder.model.lm_head, features, tokens)
+        return softmax.log_prob(self.decoder.model.lm_head, None, features, tokens)
 
     @torch.no_grad()
     def log_probs(self, features: Tensor) -> Tensor:
         """log p of every token, from features (N, C): (N, V) float32, natural log."""
-        found: Tensor = self.decoder.model.lm_head(features).float().log_softmax(dim=1)
-        return found
+        return softmax.log_probs(self.decoder.model.lm_head, None, features)
 
     def _run(
         self, tokens: Tensor, seen: Tensor, there: Tensor, state: dict[str, Any] | None = None

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
+from fairseq_knnlm.lm import softmax
 from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
 from fairseq_knnlm.lm.contract import Reads
-from fairseq_knnlm.lm.transformer import adaptive_log_softmax_at, first_column, log_softmax_at
+from fairseq_knnlm.lm.transformer import first_column
 
 #: The one key type that such a model has.
 OUTPUT = "decoder_output"
@@ -47,7 +48,7 @@ class OutputLM(ABC):
 
     @property
     @abstractmethod
-    def head(self) -> Callable[[Tensor], Tensor]:
+    def head(self) -> softmax.Layer:
         """From features (N, C) to logits (N, V), where the softmax is a plain one."""
 
     @property
@@ -93,25 +94,38 @@ class OutputLM(ABC):
     @torch.no_grad()
     def log_prob(self, features: Tensor, tokens: Tensor) -> Tensor:
         """log p of one token (N,) each, from features (N, C): (N,) float32, natural log."""
-        adaptive = self.decoder.adaptive_softmax
-        if adaptive is None:
-            return log_softmax_at(self.head, features, tokens)
-        return adaptive_log_softmax_at(adaptive, features, tokens)
+        return softmax.log_prob(self.head, self.decoder.adaptive_softmax, features, tokens)
 
     @torch.no_grad()
     def log_probs(self, features: Tensor) -> Tensor:
         """log p of every token, from features (N, C): (N, V) float32, natural log."""
-        adaptive = self.decoder.adaptive_softmax
-        if adaptive is None:
-            return self.head(features).float().log_softmax(dim=1)
-        found: Tensor = adaptive.get_log_prob(features[None], None)[0].float()
-        return found
+        return softmax.log_probs(self.head, self.decoder.adaptive_softmax, features)
 
     def _keys(self, features: Tensor) -> Tensor | None:
         return None if self.key_type is None else features
 
 
-def before_projection(run: Callable[[], Any], projection: nn.Module | None) -> Tensor:
+class ProjectedLM(OutputLM):
+    """One whose decoder goes on to logits in one pass, unless its softmax is adaptive.
+
+    Attributes:
+        projection: the name of the decoder's last layer, which is None of an adaptive one.
+    """
+
+    projection: ClassVar[str]
+
+    def features(self, tokens: Tensor, state: dict[str, Any] | None) -> Tensor:
+        """The output at tokens; the last layer is given nothing to do."""
+        return _before_projection(lambda: self.decoder(tokens, incremental_state=state), self.head)
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer."""
+        found: nn.Module = getattr(self.decoder, self.projection)
+        return found
+
+
+def _before_projection(run: Callable[[], Any], projection: nn.Module | None) -> Tensor:
     """What a decoder hands to its last layer, (B, T, C), which is given no position to work on.
 
     Args:
@@ -172,16 +186,23 @@ class OutputFamily(ABC):
         return self.reader(model, key_type)
 
 
+class ProjectedFamily(OutputFamily):
+    """A family of models whose decoder ends with a projection."""
+
+    reader: type[ProjectedLM]
+
+    def width(self, model: nn.Module, key_type: str | None) -> int:
+        """C, numbers in the features: what the head of an adaptive softmax, or the layer, takes."""
+        self.check_key(key_type)
+        decoder: Any = model.decoder
+        if decoder.adaptive_softmax is None:
+            return int(getattr(decoder, self.reader.projection).in_features)
+        head = decoder.adaptive_softmax.head
+        # Tied to the embeddings, the head is a module of two projections.
+        return int((head if isinstance(head, nn.Linear) else head.class_proj).in_features)
+
+
 def is_decoder(model: nn.Module, name: str) -> bool:
     """Whether a model's decoder is fairseq's class of this dotted name, or a subclass of it."""
     kinds = type(getattr(model, "decoder", None)).__mro__
     return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in kinds)
-
-
-def projected_width(adaptive: Any, projection: Any) -> int:
-    """C, numbers in the features: what the head of an adaptive softmax, or else a layer, takes."""
-    if adaptive is None:
-        return int(projection.in_features)
-    head = adaptive.head
-    # Tied to the embeddings, the head is a module of two projections.
-    return int((head if isinstance(head, nn.Linear) else head.class_proj).in_features)

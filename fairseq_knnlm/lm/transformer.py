@@ -1,28 +1,25 @@
 """fairseq's Transformer decoders as language models: features and keys in, log-probabilities out.
 
 The model runs unmodified, up to its features; a hook sees the representation that serves as key.
-Where one token is asked for, only the part of the vocabulary that holds it is computed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fairseq_knnlm.errors import ModelError
+from fairseq_knnlm.lm import softmax
 from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
 from fairseq_knnlm.lm.keys import KEY_TYPES, prenorm, watching
 from fairseq_knnlm.lm.products import FastProducts
 from fairseq_knnlm.lm.reading import Reading
 
-#: Logits held at a time, in numbers: bounds the memory of the output layer.
-LOGITS_AT_A_TIME = 2**22
 #: Positions that go through the layers at a time, on a CPU.
 POSITIONS_AT_A_TIME = 2048
 #: What every key type reads of a decoder's last layer.
@@ -78,16 +75,16 @@ class TransformerLM:
         features = torch.cat([part for part, _ in parts])
         before = tokens_before(inputs["src_tokens"])[mask]
         mask = mask[:, -features.shape[1] :]
-        keys = torch.cat([part for _, part in parts])[mask] if self.key_type else None
-        return Encoded(features[mask], keys, before, mask)
+        keys = [part for _, part in parts if part is not None]
+        return Encoded(features[mask], torch.cat(keys)[mask] if keys else None, before, mask)
 
-    def _encode(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Features and keys of some blocks, each (B, T, D); of no keys the features once more."""
+    def _encode(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Features and, where they are captured, keys of some blocks, each (B, T, D)."""
         captured: list[Tensor] = []
         with _reading(self.decoder, self.key_type, captured):
             features, _ = self.model(**inputs, features_only=True)
         if not captured:
-            return features, features
+            return features, None
         # fairseq's layers run time first: T x B x C. What lies before the last layer has all of T.
         return features, captured[-1][-features.shape[1] :].transpose(0, 1)
 
@@ -132,18 +129,17 @@ class TransformerLM:
     @torch.no_grad()
     def log_prob(self, features: Tensor, tokens: Tensor) -> Tensor:
         """log p of one token (N,) each, from features (N, C): (N,) float32, natural log."""
-        adaptive = self.decoder.adaptive_softmax
-        if adaptive is None:
-            return log_softmax_at(self.decoder.output_layer, features, tokens)
-        return adaptive_log_softmax_at(adaptive, features, tokens)
+        return softmax.log_prob(self._layer, self.decoder.adaptive_softmax, features, tokens)
 
     @torch.no_grad()
     def log_probs(self, features: Tensor) -> Tensor:
         """log p of every token, from features (N, C): (N, V) float32, natural log."""
-        adaptive = self.decoder.adaptive_softmax
-        if adaptive is None:
-            return self.decoder.output_layer(features).float().log_softmax(dim=1)
-        return adaptive.get_log_prob(features[None], None)[0].float()
+        return softmax.log_probs(self._layer, self.decoder.adaptive_softmax, features)
+
+    @property
+    def _layer(self) -> softmax.Layer | None:
+        """To logits; a decoder with an adaptive softmax may have none."""
+        return getattr(self.decoder, "output_layer", None)
 
 
 def _parts(inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -222,37 +218,6 @@ def _reading(decoder: Any, key_type: str | None, into: list[Tensor]) -> Iterator
     assert spot is not None or key_type is None  # TransformerFamily.width has seen to that
     with watching(spot, into):
         yield
-
-
-def log_softmax_at(layer: Callable[[Tensor], Tensor], inputs: Tensor, columns: Tensor) -> Tensor:
-    """log_softmax(layer(inputs)) at one column a row, (N,) float32, in bounded memory."""
-    out = torch.empty(len(inputs), dtype=torch.float32, device=inputs.device)
-    start, step = 0, 256  # the first slice tells how wide the layer is
-    while start < len(inputs):
-        part = slice(start, start + step)
-        logits = layer(inputs[part]).float()
-        out[part] = -cross_entropy(logits, columns[part], reduction="none")
-        start += step
-        step = max(1, LOGITS_AT_A_TIME // logits.shape[1])
-    return out
-
-
-def adaptive_log_softmax_at(adaptive: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The same for fairseq's AdaptiveSoftmax: the head, and the one tail that holds the target.
-
-    A target in tail i has log p = log p_head(tail i) + log p_tail(target) (Grave et al., 2017).
-    """
-    first = adaptive.cutoff[0]
-    edges = torch.tensor(adaptive.cutoff, device=targets.device)
-    tails = torch.bucketize(targets, edges, right=True) - 1  # -1: in the head
-    columns = torch.where(tails < 0, targets, first + tails)
-    out = log_softmax_at(adaptive.head, inputs, columns)
-    for number, tail in enumerate(adaptive.tail):
-        rows = (tails == number).nonzero().squeeze(1)
-        if len(rows):
-            inside = targets[rows] - adaptive.cutoff[number]
-            out[rows] += log_softmax_at(tail, inputs[rows], inside)
-    return out
 
 
 class TransformerFamily:

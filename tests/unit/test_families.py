@@ -16,25 +16,15 @@ import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.sequence_scorer import SequenceScorer
 from test_lm import PAD, VOCABULARY, WIDTH, batch, batch_with_context, dictionary
+from test_lm import SMALL as DECODER
 from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm.registry import check_model, family_of, is_supported, language_model
 from fairseq_knnlm.runs.scorer import KnnScorer
 
-#: Small enough to be made in no time, whatever the architecture's own sizes.
-SMALL = {
-    "decoder_embed_dim": WIDTH,
-    "decoder_input_dim": WIDTH,
-    "decoder_output_dim": WIDTH,
-    "decoder_ffn_embed_dim": 24,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 2,
-    "tokens_per_sample": 32,
-    "max_target_positions": 32,
-    "criterion": "cross_entropy",
-    "adaptive_softmax_cutoff": None,
-}
+#: The same for every family.
+SMALL = {**DECODER, "criterion": "cross_entropy", "adaptive_softmax_cutoff": None}
 ADAPTIVE = {"criterion": "adaptive_loss", "adaptive_softmax_cutoff": "20,40"}
 TIED = {"adaptive_input_cutoff": "20,40", **ADAPTIVE}
 LIGHT = {**SMALL, "decoder_kernel_size_list": [3, 4], "decoder_conv_dim": WIDTH}

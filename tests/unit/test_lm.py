@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.experts.lm import ShapeExpert
-from fairseq_knnlm.lm import transformer as module
+from fairseq_knnlm.lm import softmax, transformer
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts, Encoded
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint, model_fingerprint
 from fairseq_knnlm.lm.keys import KEY_TYPES
@@ -44,7 +44,7 @@ def features(rows: int, seed: int = 0) -> Tensor:
 @pytest.fixture(params=[1, 64 * 7, 2**25])
 def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row at a time, a few rows at a time, or all at once."""
-    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", request.param)
+    monkeypatch.setattr(softmax, "LOGITS_AT_A_TIME", request.param)
 
 
 @pytest.mark.usefixtures("_chunk")
@@ -145,20 +145,23 @@ def dictionary() -> Dictionary:
     return words
 
 
+#: Small enough to be made in no time, whatever the architecture's own sizes.
+SMALL = {
+    "decoder_embed_dim": WIDTH,
+    "decoder_input_dim": WIDTH,
+    "decoder_output_dim": WIDTH,
+    "decoder_ffn_embed_dim": 24,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "max_target_positions": 32,
+    "tokens_per_sample": 32,
+}
+
+
 def decoder(**how: Any) -> TransformerLanguageModel:
     """A tiny Transformer LM with random weights."""
     torch.manual_seed(6)
-    options = {
-        "decoder_embed_dim": WIDTH,
-        "decoder_input_dim": WIDTH,
-        "decoder_output_dim": WIDTH,
-        "decoder_ffn_embed_dim": 24,
-        "decoder_layers": 2,
-        "decoder_attention_heads": 2,
-        "max_target_positions": 32,
-        "tokens_per_sample": 32,
-    }
-    config = TransformerLanguageModelConfig(**{**options, **how})
+    config = TransformerLanguageModelConfig(**{**SMALL, **how})
     words = dictionary()
     task = SimpleNamespace(source_dictionary=words, target_dictionary=words)
     model = TransformerLanguageModel.build_model(config, task)
@@ -297,7 +300,7 @@ def test_the_last_layer_without_the_context_gives_the_same(
     )
     reader = TransformerLM(model, key_type)
     found = reader.encode(sample["net_input"], sample["target"].ne(PAD))
-    monkeypatch.setattr(module, "PLAIN_LAYERS", set())
+    monkeypatch.setattr(transformer, "PLAIN_LAYERS", set())
     expected = reader.encode(sample["net_input"], sample["target"].ne(PAD))
     assert worked_on == [6, 10]
     assert found.mask.shape == (3, 6)
