@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Rows from which on a product is worth the way there.
 LEAST_ROWS = 64
+#: Vectors that products are taken with at a time: oneDNN holds what it makes of them twice more.
+OTHERS_AT_A_TIME = 2048
 
 
 class FastProducts(TorchDispatchMode):
@@ -47,9 +49,13 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     """Of all pairs of (N, D) and (M, D) or of B such, float32: (N, M), or (B, N, M)."""
     if rows.dim() == 3 and len(rows) == 1:
         return inner_products(rows[0], others[0])[None]
-    if rows.dim() == 2 and _is_layer(rows, others.mT):
-        return _product(rows, others.mT)
-    return rows @ others.mT
+    if rows.dim() != 2 or not _is_layer(rows, others.mT):
+        return rows @ others.mT
+    found = rows.new_empty((len(rows), len(others)))
+    for start in range(0, len(others), OTHERS_AT_A_TIME):
+        part = slice(start, start + OTHERS_AT_A_TIME)
+        found[:, part] = _product(rows, others[part].mT)
+    return found
 
 
 def _is_layer(rows: Tensor, weights: Tensor) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_knnlm.lm.products import LEAST_ROWS, FastProducts, inner_products
+from fairseq_knnlm.lm.products import LEAST_ROWS, OTHERS_AT_A_TIME, FastProducts, inner_products
 
 
 @pytest.mark.parametrize("rows", [1, LEAST_ROWS - 1, LEAST_ROWS, 1000])
@@ -36,8 +36,9 @@ def test_other_products_are_left_alone():
 
 
 @pytest.mark.parametrize("texts", [1, 3])
-def test_inner_products_of_texts(texts):
-    rows, others = torch.randn(texts, 70, 16), torch.randn(texts, 90, 16)
+@pytest.mark.parametrize("length", [90, OTHERS_AT_A_TIME, 2 * OTHERS_AT_A_TIME + 1])
+def test_inner_products_of_texts(texts, length):
+    rows, others = torch.randn(texts, 70, 16), torch.randn(texts, length, 16)
     expected = torch.einsum("bnd,bmd->bnm", rows.double(), others.double())
     found = inner_products(rows, others)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
