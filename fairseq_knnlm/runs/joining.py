@@ -285,11 +285,14 @@ def _refuse_others(
 ) -> None:
     """Refuses a second file of which something differs from the first."""
     for name in sorted(then.keys() | now.keys()):
-        if then.get(name) != now.get(name):
+        one, other = then.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            _refuse_others(first, second, one, other)
+        elif one != other:
             raise TableError(
                 f"{first} and {second} are of different runs",
-                expected=f"{name} {_short(then.get(name))}, as in {first}",
-                found=f"{name} {_short(now.get(name))}",
+                expected=f"{name} {_short(one)}, as in {first}",
+                found=f"{name} {_short(other)}",
                 do="join the shares of one run: the same flags, but for --shard-id and the files "
                 "that are written",
             )
