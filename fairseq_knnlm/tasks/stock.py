@@ -254,12 +254,12 @@ def _loading(names: Mapping[str, Any], error: BaseException) -> KnnlmError | Non
     if isinstance(error, OSError) and text.startswith("Model file not found"):
         return _no_checkpoint(path)
     called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    if "Weights only load failed" in text:
-        named = re.search(r"GLOBAL (\S+)", text)
+    named = re.search(r"Weights only load failed.*GLOBAL (\S+)", text, re.DOTALL)
+    if named is not None:
         return ModelError(
             f"the checkpoint {path} holds objects, which PyTorch does not open without trust",
             expected="weights, numbers and text alone",
-            found=named[1] if named is not None else "what could run code",
+            found=named[1],
             do=f"fairseq-knnlm convert-checkpoint {path} NEW, which runs nothing of it; pass NEW",
         )
     if "load_checkpoint_to_cpu" in called or "Neither args nor cfg" in text:
