@@ -287,7 +287,8 @@ def _refuse_others(
     for name in sorted(then.keys() | now.keys()):
         one, other = then.get(name), now.get(name)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            _refuse_others(first, second, one, other)
+            parts = ({f"{name} {part}": x for part, x in each.items()} for each in (one, other))
+            _refuse_others(first, second, *parts)
         elif one != other:
             raise TableError(
                 f"{first} and {second} are of different runs",
