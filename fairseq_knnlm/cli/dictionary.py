@@ -42,7 +42,7 @@ def check_dictionary(path: Path | None) -> None:
     Raises:
         ConfigError: where there is none.
     """
-    if path is not None and not _file(path).is_file():
+    if path is not None and not dictionary_file(path).is_file():
         raise ConfigError(
             f"no dictionary at {path}",
             expected="--data DATA, a folder that fairseq-preprocess wrote, or its dict.txt",
@@ -57,9 +57,10 @@ def read_dictionary(path: Path) -> tuple[list[str], int]:
 
     from fairseq.data import Dictionary  # isort: skip
 
-    found = Dictionary.load(str(_file(path)))
+    found = Dictionary.load(str(dictionary_file(path)))
     return found.symbols, found.eos()
 
 
-def _file(path: Path) -> Path:
+def dictionary_file(path: Path) -> Path:
+    """The dictionary that a path names: itself, or the one in that folder."""
     return path / "dict.txt" if path.is_dir() else path

@@ -22,6 +22,7 @@ from fairseq_knnlm.cli.dictionary import (
     add_dictionary,
     check_dictionary,
     check_named,
+    dictionary_file,
     read_dictionary,
 )
 from fairseq_knnlm.cli.tables import show
@@ -142,6 +143,8 @@ def _join(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace) -> None:
     from fairseq_knnlm.calibration.report import GAINS, gains, measured
     from fairseq_knnlm.calibration.skipping import skipping_costs
+    from fairseq_knnlm.runs.receipt import sealed
+    from fairseq_knnlm.runs.replay_table import table_receipt
     from fairseq_knnlm.runs.report import comparable_lines
     from fairseq_knnlm.runs.table_figures import table_figures, text_of_table
     from fairseq_knnlm.runs.tune import calibration_of, check_table
@@ -164,7 +167,9 @@ def _measure(args: argparse.Namespace) -> None:
     for line in comparable_lines(figures):
         print(line)
     if args.results_json is not None:
-        write_json(args.results_json, figures)
+        dictionary = None if args.dictionary is None else dictionary_file(args.dictionary)
+        receipt = table_receipt(args.score_table, place, dictionary, args.raw_text)
+        write_json(args.results_json, sealed({**figures, "receipt": receipt}))
     print_skipping(skipping_costs(calibration, table))
 
 

@@ -35,6 +35,7 @@ DATA = "data"
 CHECKPOINT = "--path"
 RAW_TEXT = "--raw-text"
 INDEX = "--indexfile"
+TABLE, CALIBRATION, DICTIONARY = "--score-table", "--calibration", "--data"
 #: Where a thing lies and what computes differ from one machine to the next.
 OF_THE_MACHINE = {"path", "data", "processor", "threads"}
 
@@ -117,6 +118,26 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def of(self, name: str) -> list[SourceFile]:
         """The files that a flag names."""
         return [file for file in self.files if file.of == name]
+
+
+class TableReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What made the figures of a report on a score table.
+
+    Attributes:
+        table_files: that were read, by the flags that name them: the score table, the calibration,
+            and, where figures a word and a byte are told by them, dictionary and raw text.
+    """
+
+    table_files: Annotated[list[SourceFile], msgspec.Meta(min_length=2)]
+
+    def __post_init__(self) -> None:
+        """Refuses a receipt that names no table or no calibration.
+
+        Raises:
+            ValueError: saying so.
+        """
+        if not {TABLE, CALIBRATION} <= {file.of for file in self.table_files}:
+            raise ValueError(f"a receipt without {TABLE} and {CALIBRATION}")
 
 
 @dataclass(frozen=True)
@@ -222,8 +243,8 @@ def anywhere(receipt: Any) -> Any:
     return [anywhere(one) for one in receipt] if isinstance(receipt, list) else receipt
 
 
-def read_results(path: Path) -> tuple[dict[str, Any], Receipt]:
-    """Results of a whole run, and their receipt.
+def read_results(path: Path) -> tuple[dict[str, Any], Receipt | TableReceipt]:
+    """Results of a whole run, or of a report, and their receipt.
 
     Raises:
         ReceiptError: where they cannot be read, were altered, are of a share, or have no receipt.
@@ -238,7 +259,9 @@ def read_results(path: Path) -> tuple[dict[str, Any], Receipt]:
             raise ValueError("an altered file (its fingerprint differs)")
         if found.get("share") is not None:
             raise ValueError("results of a share, which `fairseq-knnlm report --join` joins")
-        return found, typed(found["receipt"], Receipt)
+        told = found["receipt"]
+        of_a_table = isinstance(told, dict) and "table_files" in told
+        return found, typed(told, TableReceipt) if of_a_table else typed(told, Receipt)
     except ValueError as error:
         raise ReceiptError(
             f"{path} cannot be replayed",

@@ -113,6 +113,54 @@ class Folder:
                 yield path
 
 
+class Finding:
+    """Finds things one by one, and keeps in mind what is not as it was.
+
+    Args:
+        search: folder in which to look for what is not where it was; None to look nowhere.
+
+    Attributes:
+        moved: things that were found elsewhere, in words, a line each.
+    """
+
+    def __init__(self, search: Path | None) -> None:
+        self.moved: list[str] = []
+        self._wrong: list[str] = []
+        self._search = search
+        self._folder = Folder(search) if search is not None else None
+
+    def settle(
+        self, what: str, place: Path, fault: str, elsewhere: Callable[[Folder], Iterator[Path]]
+    ) -> Path:
+        """Where a thing is: at its place if nothing is wrong there, else wherever it is found."""
+        if not fault:
+            return place
+        found = next(elsewhere(self._folder), None) if self._folder is not None else None
+        if found is None:
+            self._wrong.append(f"{what} {place}: {fault}")
+            return place
+        self.moved.append(f"{what} {place}: found at {found}")
+        return found
+
+    def file(self, wanted: SourceFile) -> Path:
+        """Where a file is."""
+        place = Path(wanted.path)
+        fault = _wrong_file(place, wanted)
+        return self.settle(wanted.of, place, fault, partial(Folder.file, wanted=wanted))
+
+    def check(self, path: Path) -> None:
+        """Refuses to go on where anything was not found as it was.
+
+        Args:
+            path: of the results, for words.
+
+        Raises:
+            ReceiptError: naming all that is gone, and all that is not as it was.
+        """
+        if self._wrong:
+            raise _not_as_they_were(path, self._wrong, self._search)
+
+
 def find_places(receipt: Receipt, path: Path, search: Path | None) -> Places:
     """Finds all that a receipt names.
 
@@ -124,43 +172,28 @@ def find_places(receipt: Receipt, path: Path, search: Path | None) -> Places:
     Raises:
         ReceiptError: naming all that is gone, and all that is not as it was.
     """
-    folder = Folder(search) if search is not None else None
-    wrong: list[str] = []
-    moved: list[str] = []
-
-    def settle(
-        what: str, place: Path, fault: str, elsewhere: Callable[[Folder], Iterator[Path]]
-    ) -> Path:
-        """Where a thing is: at its place if nothing is wrong there, else wherever it is found."""
-        if not fault:
-            return place
-        found = next(elsewhere(folder), None) if folder is not None else None
-        if found is None:
-            wrong.append(f"{what} {place}: {fault}")
-            return place
-        moved.append(f"{what} {place}: found at {found}")
-        return found
-
+    finding = Finding(search)
     places = Places(Path(receipt.data))
     texts = receipt.of(DATA)
     faults = "; ".join(filter(None, map(_wrong_in_data, texts)))
-    places = replace(places, data=settle(DATA, places.data, faults, partial(_data_folders, texts)))
+    places = replace(
+        places, data=finding.settle(DATA, places.data, faults, partial(_data_folders, texts))
+    )
     for file in receipt.files:
         if file.of != DATA:
-            fault = _wrong_file(Path(file.path), file)
-            at = settle(file.of, Path(file.path), fault, partial(Folder.file, wanted=file))
-            places.files.setdefault(file.of, []).append(at)
+            places.files.setdefault(file.of, []).append(finding.file(file))
     for store in receipt.datastores:
         fault = _wrong_store(Path(store.path), store)
-        at = settle("datastore", Path(store.path), fault, partial(Folder.store, wanted=store))
+        at = finding.settle(
+            "datastore", Path(store.path), fault, partial(Folder.store, wanted=store)
+        )
         places.datastores.append(at)
     if (index := receipt.index) is not None:
         fault = _wrong_index(Path(index.path), index.fingerprint)
-        at = settle(INDEX, Path(index.path), fault, partial(Folder.index, wanted=index))
+        at = finding.settle(INDEX, Path(index.path), fault, partial(Folder.index, wanted=index))
         places = replace(places, index=at)
-    if wrong:
-        raise _not_as_they_were(path, wrong, search)
-    return replace(places, moved=tuple(moved))
+    finding.check(path)
+    return replace(places, moved=tuple(finding.moved))
 
 
 def _not_as_they_were(path: Path, wrong: list[str], search: Path | None) -> ReceiptError:

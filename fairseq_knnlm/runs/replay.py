@@ -22,7 +22,10 @@ from fairseq_knnlm.calibration.settings import Finite
 from fairseq_knnlm.calibration.share import Count
 from fairseq_knnlm.errors import ReceiptError
 from fairseq_knnlm.files import typed
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
+from fairseq_knnlm.lm.precision import precision
 from fairseq_knnlm.lm.processor import processor
+from fairseq_knnlm.runs.conditions import conditions
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.joining import Text
 from fairseq_knnlm.runs.mixing import described
@@ -40,8 +43,8 @@ FEW = 1000
 NAMED = 5
 #: By how much figures that come of the same sums may differ, as a share.
 ROUNDING = 1e-9
-#: What a mixture is, in results; where it lies and how it was found is not.
-OF_THE_MIXTURE = {"datastore", "mixture_from"}
+#: Of what results say of a mixture: where it lies, which may be elsewhere now.
+PLACES = {"datastore"}
 
 
 class ToldSections(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,12 +75,14 @@ class Again(Protocol):
 
     Attributes:
         rows: (S + 1,) int64, where sections of the text begin, and where the last one ends.
+        left_out: tokens in blocks that fairseq drops because they are too long.
         text: what figures a word and a byte are taken over; None where nobody knows.
         whole: whether all that was scored so far was scored in the batches of the whole run.
         inputs: options, models and memory.
     """
 
     rows: np.ndarray
+    left_out: int
     text: RawText | None
     whole: bool
 
@@ -121,17 +126,24 @@ def check_figures(found: Mapping[str, Any], path: Path) -> None:
     """
     sections = told_sections(found, path).sections
     totals = float(math.fsum(sections.base)), float(math.fsum(sections.mixed))
-    tokens = int(sections.tokens.sum())
+    tokens, seconds = int(sections.tokens.sum()), found.get("seconds")
     known = losses(
-        tokens=tokens, base_log_prob=totals[0], log_prob=totals[1], seconds=0, sections=sections
+        tokens=tokens,
+        base_log_prob=totals[0],
+        log_prob=totals[1],
+        seconds=seconds if isinstance(seconds, float) else math.nan,
+        sections=sections,
     )
     if (text := found.get("text")) is not None:
         known |= text_figures(_text(text, path), *totals)
-    apart = {"seconds", "tokens_per_second", "tokens_left_out", "tokens_impossible"}
-    wrong = [
+    apart = {"tokens_left_out", "tokens_impossible"}  # which the sums do not tell
+    impossible = bool(np.isneginf(sections.mixed).any())
+    wrong = [f"tokens_impossible {found.get('tokens_impossible')}"]
+    wrong = wrong if impossible != bool(found.get("tokens_impossible", True)) else []
+    wrong += [
         f"{name} {found.get(name)}, in the place of {value}"
         for name, value in known.items()
-        if name not in apart and not _equal(found.get(name), value)
+        if name not in apart and not equal(found.get(name), value)
     ]
     if wrong:
         raise ReceiptError(
@@ -158,9 +170,15 @@ def _not_read(path: Path, error: ValueError) -> ReceiptError:
     )
 
 
-def _equal(told: Any, value: Any) -> bool:
+def equal(told: Any, value: Any, rounding: float = ROUNDING) -> bool:
+    """Whether JSON is the same, but for the rounding of numbers in it."""
+    if isinstance(told, dict) and isinstance(value, dict):
+        return told.keys() == value.keys() and all(equal(told[x], value[x], rounding) for x in told)
+    if isinstance(told, list) and isinstance(value, list):
+        same_length = len(told) == len(value)
+        return same_length and all(equal(x, y, rounding) for x, y in zip(told, value, strict=True))
     if isinstance(told, (int, float)) and isinstance(value, float):
-        return math.isclose(told, value, rel_tol=ROUNDING, abs_tol=ROUNDING)
+        return math.isclose(told, value, rel_tol=rounding, abs_tol=rounding)
     return bool(told == value)
 
 
@@ -180,7 +198,11 @@ def other_setup(found: Mapping[str, Any], receipt: Receipt, again: Again) -> lis
         "model": inputs.model,
         "calibration": calibration.fingerprint if calibration is not None else None,
         "datastores": seals,
+        "dictionary": dictionary_fingerprint(inputs.vocabulary.symbols),
+        "precision": precision(inputs.models[0]),
         "context": inputs.told_context,
+        "conditions": conditions(inputs, scorer),
+        "tokens left out": again.left_out,
         "rows of the sections": again.rows.tolist(),
         "text": asdict(again.text) if again.text is not None else None,
     }
@@ -188,13 +210,17 @@ def other_setup(found: Mapping[str, Any], receipt: Receipt, again: Again) -> lis
         "model": receipt.model,
         "calibration": receipt.calibration,
         "datastores": [store.fingerprint for store in receipt.datastores],
+        "dictionary": receipt.dictionary,
+        "precision": receipt.precision,
         "context": _told_context(found, receipt),
+        "conditions": found.get("conditions"),
+        "tokens left out": found.get("tokens_left_out"),
         "rows of the sections": found["sections"]["rows"],
         "text": found.get("text"),
     }
     if memory is not None:
         mixed = mixed_results(memory, scorer)
-        names = mixed.keys() - OF_THE_MIXTURE
+        names = mixed.keys() - PLACES
         now |= {name: mixed[name] for name in sorted(names)}
         then |= {name: found.get(name) for name in sorted(names)}
         now["experts as they were"] = described(memory.experts, inputs.loaded)

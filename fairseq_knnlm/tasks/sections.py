@@ -89,8 +89,8 @@ class TextAgain:
         self.rows = section_rows(self._sizes)
         self.whole = True
         most = self._session.cfg.dataset.max_tokens
-        left_out = task.left_out(self._dataset, self._longest, most)
-        self.text = text_of(self._session.cfg, task, self._dataset, split, left_out)
+        self.left_out: int = task.left_out(self._dataset, self._longest, most)
+        self.text = text_of(self._session.cfg, task, self._dataset, split, self.left_out)
 
     @property
     def inputs(self) -> Inputs:

@@ -147,6 +147,30 @@ def more_words(found: dict[str, Any]) -> None:
     found["text"]["words"] += 1
 
 
+def another_stride(found: dict[str, Any]) -> None:
+    found["conditions"]["stride"] += 1
+
+
+def another_dictionary(found: dict[str, Any]) -> None:
+    found["receipt"]["dictionary"] = "f" * 64
+
+
+def half_precision(found: dict[str, Any]) -> None:
+    found["receipt"]["precision"] = "float16"
+
+
+def more_left_out(found: dict[str, Any]) -> None:
+    found["tokens_left_out"] += 1
+
+
+def faster(found: dict[str, Any]) -> None:
+    found["tokens_per_second"] *= 2
+
+
+def something_impossible(found: dict[str, Any]) -> None:
+    found["tokens_impossible"] = 1
+
+
 def better_in_one_section(found: dict[str, Any]) -> None:
     """And all figures that follow from it, but for the standard errors."""
     from fairseq_knnlm.runs import replay as module
@@ -175,6 +199,12 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "another split": (another_split, "is not the text of valid"),
     "a better figure": (better, "do not fit together"),
     "more words": (more_words, "do not fit together"),
+    "another stride": (another_stride, "conditions "),
+    "another dictionary": (another_dictionary, "dictionary ffff"),
+    "half precision": (half_precision, "precision float16 then, float32 now"),
+    "more left out": (more_left_out, "tokens left out 1 then, 0 now"),
+    "faster": (faster, "do not fit together"),
+    "something impossible": (something_impossible, "tokens_impossible 1"),
     "a better section": (better_in_one_section, "section 7 (rows"),
 }
 
