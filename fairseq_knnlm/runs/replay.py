@@ -131,7 +131,7 @@ def check_figures(found: Mapping[str, Any], path: Path) -> None:
         tokens=tokens,
         base_log_prob=totals[0],
         log_prob=totals[1],
-        seconds=seconds if isinstance(seconds, float) else math.nan,
+        seconds=seconds if isinstance(seconds, (int, float)) else math.nan,
         sections=sections,
     )
     if (text := found.get("text")) is not None:

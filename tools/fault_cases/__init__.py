@@ -11,6 +11,7 @@ def cases() -> list[Case]:
         archives,
         blocks,
         changes,
+        columns,
         damage,
         disks,
         documents,
@@ -18,13 +19,14 @@ def cases() -> list[Case]:
         kills,
         models,
         outputs,
+        receipts,
         results,
         sharing,
     )
 
     modules = (
         *(results, documents, damage, archives, outputs, disks, kills, flags, models),
-        *(blocks, changes, sharing),
+        *(blocks, changes, sharing, columns, receipts),
     )
     found = [case for module in modules for case in module.cases()]
     names = [case.name for case in found]

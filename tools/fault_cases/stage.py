@@ -43,6 +43,7 @@ GROUPS = {
     "flags": "Flags",
     "models": "Memory, models, warnings",
     "blocks": "Datastores in blocks, changes, shares, Ray",
+    "figures": "Columns of others, raw text, receipts",
 }
 #: Seconds after which a command that has not ended is taken to hang.
 PATIENCE = 60.0

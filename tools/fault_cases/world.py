@@ -85,6 +85,12 @@ class World:
         return self.folder / "tables"
 
     @property
+    def receipts(self) -> Path:
+        """``fixed.json`` and ``fitted.json``, of ``MIX`` and of what was fitted, and what they are
+        of, by relative paths: ``data``, ``lm.pt``, ``dstore``, ``raw.txt``."""
+        return self.folder / "receipts"
+
+    @property
     def old(self) -> Path:
         """The prefix of the same entries in the files of urvashik/knnlm, float16."""
         return self.folder / "old" / "old"
@@ -183,8 +189,25 @@ def _remember(world: World, stage: Stage) -> None:
     world.shares.mkdir()
     for number in range(SHARES):
         _made(stage, world.share(number))
+    _make_receipts(world, stage)
     world.old.parent.mkdir()
     write_old(world.old, np.load(store / "keys.npy"), np.load(store / "values.npy"))
+
+
+def _make_receipts(world: World, stage: Stage) -> None:
+    """Evaluates from a folder in which all that figures come of lies."""
+    shutil.copytree(world.data, stage.folder / "data")
+    shutil.copytree(world.store, stage.folder / "dstore")
+    shutil.copy(world.checkpoint(), stage.folder / "lm.pt")
+    shutil.copy(world.folder / "test.txt", stage.folder / "raw.txt")
+    lm = ("fairseq-eval-lm", "data", *PLUGIN, "--path", "lm.pt", "--gen-subset", "test", *BLOCKS)
+    for name, flags in (
+        ("fixed", (*MIX, "--raw-text", "raw.txt")),
+        ("fitted", (*K, "--experts", "knn,cache,ngram")),
+    ):
+        memory = ("--knnlm", "--dstore-filename", "dstore", *flags)
+        _made(stage, [*lm, *memory, "--results-json", f"{name}.json"])
+    shutil.copytree(stage.folder, world.receipts)
 
 
 def write_old(prefix: Path, keys: np.ndarray, values: np.ndarray) -> None:
