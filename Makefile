@@ -8,7 +8,8 @@ export PYTHON
 # machine is shared that keeps it from the very threads they wait for (examples/demo.py).
 export GOMP_SPINCOUNT ?= 10000
 
-# Where `make bench` looks for WikiText-2 and a language model of it (benchmarks/bench.py).
+# Where `make bench` and `make receipts` look for WikiText-2 and a language model of it
+# (benchmarks/bench.py, tools/receipts.py).
 SHARED ?= ../shared
 
 # How long `make chaos` takes, and what it draws.
@@ -19,7 +20,7 @@ SEED ?= 1
 TESTS := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit check format faults chaos bench bench-scale bench-cluster clean
+.PHONY: help setup demo test test-unit check format faults chaos receipts bench bench-scale bench-cluster clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -52,6 +53,9 @@ faults: setup ## plant a thousand faults and check what happens (minutes)
 
 chaos: setup ## kill commands at their write steps, a thousand times (SECONDS=600 SEED=1)
 	@$(BIN)/python tools/chaos.py --seconds $(SECONDS) --seed $(SEED)
+
+receipts: setup ## make the receipts of README's figures (25 minutes)
+	@$(BIN)/python tools/receipts.py --shared "$(SHARED)"
 
 bench: setup ## measure speed, memory and disk against other searches and the stock scorer (40 minutes)
 	@env -u GOMP_SPINCOUNT $(BIN)/python benchmarks/bench.py --shared "$(SHARED)"

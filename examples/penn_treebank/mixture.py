@@ -80,6 +80,7 @@ def run_commands(folder: Path, out: Path, models: dict[str, str]) -> None:
     place = ["--calibration", out / "calibration.json"]
     for title, split in (("tune", "valid"), ("report", "test")):
         words = [title, *place, "--score-table", out / f"{split}.npz"]
+        words += ["--results-json", out / "report.json"] if title == "report" else []
         steps.run(f"{title} on {split}".capitalize(), ["fairseq-knnlm", *words], show=r"^\|")
 
 
