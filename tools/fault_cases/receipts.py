@@ -29,7 +29,7 @@ FIELDS = """
     base_bits_per_byte word_perplexity byte_perplexity bits_per_byte experts/-1 mixed/-1 mixer
     mixture mixture_from weights/-1/expert weights/-1/weight weights/-1/suffix weights/-1/k
     weights/-1/temperature k index distances entries split context/tokens_per_sample
-    context/context_window context/sample_break_mode conditions/stride
+    context/context_window context/sample_break_mode context/precision conditions/stride
     conditions/context_of_queries/-1 conditions/context_of_keys/-1/-1 conditions/datastores_of/-1
     conditions/fitted_on sections/tokens/-1 sections/base_log_prob/-1 sections/log_prob/-1
     sections/rows/-1 receipt/data receipt/reading/--gen-subset receipt/reading/--tokens-per-sample
