@@ -29,6 +29,8 @@ setup(
         "cpu": ["faiss-cpu>=1.8"],
         "gpu": ["faiss-gpu>=1.15"],
         "demo": ["sentencepiece"],
+        # Tried with transformers 5.24, tokenizers 0.23.
+        "hf": ["transformers>=5", "tokenizers"],
         "plot": ["matplotlib"],
         "cluster": ["ray>=2.40"],
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "selenium", "types-tqdm"],

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from torch import nn
 
 from fairseq_knnlm.errors import ModelError
-from fairseq_knnlm.lm import fconv, hf_gpt2, lightconv, lstm, transformer
+from fairseq_knnlm.lm import fconv, hf_causal, hf_gpt2, lightconv, lstm, transformer
 from fairseq_knnlm.lm.contract import Family, LanguageModel
 
 #: Families; the first that a model belongs to reads it.
 FAMILIES: Sequence[Family] = (
     transformer.FAMILY,
     hf_gpt2.FAMILY,
+    hf_causal.FAMILY,
     lightconv.FAMILY,
     fconv.FAMILY,
     lstm.FAMILY,

@@ -45,6 +45,7 @@ LIBRARIES = {
     "subprocess": {"index/trial", "runs/conversion"},
     "torch": WITH_TORCH,
     "tqdm": EVERYWHERE - {GROUND},
+    "transformers": {"lm/causal", "lm/hf_causal"},
 }
 #: A file is read in one sitting.
 LINES = 400

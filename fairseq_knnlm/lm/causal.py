@@ -1,0 +1,228 @@
+"""A causal language model of Hugging Face transformers as a module of PyTorch.
+
+It takes ids of a fairseq dictionary and hands back log-probabilities of them: the dictionary names
+the model's own ids, and fairseq's special symbols stand for those that the model has of each kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_knnlm.errors import ConfigError, ModelError
+
+#: By transformers' name of a family: the blocks, and in a block the module whose input is the key.
+#: The norm before the MLP has been applied there.
+FAMILIES = {
+    "gpt2": ("h", "mlp"),
+    "gpt_neox": ("layers", "mlp"),
+    "llama": ("layers", "mlp"),
+    "mistral": ("layers", "mlp"),
+    "qwen2": ("layers", "mlp"),
+    "qwen3": ("layers", "mlp"),
+    "opt": ("layers", "fc1"),
+}
+
+
+def library() -> Any:
+    """The library transformers.
+
+    Raises:
+        ConfigError: where it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "this language model is one of Hugging Face transformers, which is not installed",
+            expected="the extra hf of this package",
+            found=str(error),
+            do="pip install 'fairseq-knnlm[hf]'",
+        ) from error
+    return transformers
+
+
+def build(config: str, dtype: str) -> nn.Module:
+    """A model of a configuration, its weights yet to be loaded.
+
+    Args:
+        config: JSON, as in a folder's config.json.
+        dtype: of the weights, such as ``"bfloat16"``.
+
+    Raises:
+        ConfigError: where transformers is not installed.
+        ModelError: where it knows no such model.
+    """
+    transformers = library()
+    content = json.loads(config)
+    family = content.get("model_type")
+    if family not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            "transformers has no model of this configuration",
+            expected="a model_type that the installed transformers knows",
+            found=str(family),
+            do="install the transformers that the model was published for",
+        )
+    known = transformers.CONFIG_MAPPING[family].from_dict(content)
+    made: nn.Module = transformers.AutoModelForCausalLM.from_config(
+        known, dtype=getattr(torch, dtype), trust_remote_code=False
+    )
+    return made.eval()
+
+
+def key_module(model: nn.Module, name: str | None) -> nn.Module:
+    """The module whose input is the key.
+
+    Args:
+        model: transformers' causal language model.
+        name: of a module within it, as ``--knn-module`` has it; None for the family's.
+
+    Raises:
+        ModelError: where there is none.
+    """
+    if name is not None:
+        found = dict(model.named_modules()).get(name)
+        if found is None:
+            ending = name.rpartition(".")[2]
+            close = [one for one in dict(model.named_modules()) if one.endswith(ending)][-3:]
+            raise ModelError(
+                f"--knn-module {name} names no module of the model",
+                expected="a module whose input is (B, T, D)",
+                found=", ".join(close) or "none that ends so",
+            )
+        return found
+    config: Any = model.config
+    decoder = blocks_of(model)
+    if config.model_type not in FAMILIES or decoder is None:
+        raise ModelError(
+            "where this model's keys are read is not known",
+            expected=f"one of {', '.join(FAMILIES)}",
+            found=str(config.model_type),
+            do="name the MLP of the last block by --knn-module, such as model.layers.31.mlp",
+        )
+    found = getattr(decoder[-1], FAMILIES[config.model_type][1])
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def blocks_of(model: nn.Module) -> Any:
+    """The blocks of a model of a known family; None where they are not found."""
+    base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    base = getattr(base, "decoder", base)  # OPT's
+    family = getattr(model, "config").model_type
+    return getattr(base, FAMILIES[family][0], None) if family in FAMILIES else None
+
+
+def ids_of(symbols: Sequence[str], special: Mapping[str, int | None], size: int) -> Tensor:
+    """(V,) int64: the model's own id of each symbol of a fairseq dictionary; -1 of none.
+
+    Args:
+        symbols: of the dictionary.
+        special: fairseq's ``<s>``, ``</s>``, ``<unk>`` -> the id that each stands for.
+        size: ids of the model.
+
+    Raises:
+        ModelError: where the dictionary is of another model.
+    """
+    ids = [
+        special.get(symbol, -1) if not symbol.isdecimal() else int(symbol) for symbol in symbols
+    ]
+    found = torch.tensor([-1 if one is None else one for one in ids])
+    there = found[found >= 0]
+    if len(there.unique()) != size or len(there) != size or int(there.max()) >= size:
+        raise ModelError(
+            "the dictionary is not the one that was made for this model",
+            expected=f"{size:,} ids, each once",
+            found=f"{len(there.unique()):,} different ones of {len(there):,}",
+            do="use the dict.txt that `fairseq-knnlm wrap` wrote beside the checkpoint",
+        )
+    return found
+
+
+class Causal(nn.Module):
+    """The model, from ids of a dictionary to features, and from features to logits.
+
+    Args:
+        model: transformers' causal language model.
+        ids: (V,) int64, as ``ids_of`` makes them.
+        begin: the model's id in the place of symbols that it does not have, padding above all.
+        pad: the dictionary's padding.
+        key: name of the module whose input is the key; None for the family's.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, begin: int, pad: int, key: str | None):
+        super().__init__()
+        self.lm: Any = model
+        self.pad = pad
+        self.key = key
+        self.family = str(self.lm.config.model_type)
+        self.register_buffer("inputs", ids.clamp_min(0).where(ids >= 0, begin), persistent=False)
+        self.register_buffer("columns", ids, persistent=False)
+        body: Any = model.base_model
+        takes = inspect.signature(body.forward).parameters
+        #: What transformers calls its cache: version 5.20 and later, and before.
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model has positions for."""
+        return int(self.lm.config.max_position_embeddings)
+
+    @property
+    def key_spot(self) -> nn.Module:
+        """The module whose input is the key."""
+        return key_module(self.lm, self.key)
+
+    def features(
+        self,
+        tokens: Tensor,
+        *,
+        places: Tensor | None = None,
+        mask: Any = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """(B, n, C) of tokens (B, n) of the dictionary.
+
+        Args:
+            tokens: int64.
+            places: (B, n) int64, where they stand in their texts; None for where they do here.
+            mask: as transformers takes it: (B, t) of what is seen, or made already; None for all.
+            cache: of what was read before; is added to.
+
+        Raises:
+            ModelError: where the text is longer than the model has positions for.
+        """
+        ends = tokens.shape[1] if places is None else int(places.max()) + 1
+        if ends > self.longest:
+            raise ModelError(
+                "the text is longer than the model has positions for",
+                expected=f"at most {self.longest:,} tokens, those of --context-window included",
+                found=f"{ends:,}",
+                do="pass a smaller --tokens-per-sample",
+            )
+        more = {} if cache is None else {self.cache_name: cache}
+        known: Any = self.inputs
+        found: Tensor = self.lm.base_model(
+            input_ids=known[tokens],
+            attention_mask=mask,
+            position_ids=places,
+            use_cache=cache is not None,
+            **more,
+        ).last_hidden_state
+        return found
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(..., V) over the dictionary; -inf of symbols that the model does not have."""
+        own = self.own_logits(features)
+        columns: Any = self.columns
+        return own[..., columns.clamp_min(0)].masked_fill(columns < 0, -torch.inf)
+
+    def own_logits(self, features: Tensor) -> Tensor:
+        """(..., own ids) as the model orders them."""
+        found: Tensor = self.lm.get_output_embeddings()(features)
+        return found
