@@ -29,6 +29,7 @@ from fairseq_knnlm.cli import (
     save,
     tune,
     verify,
+    wrap,
 )
 from fairseq_knnlm.cli.common import add_commands
 from fairseq_knnlm.errors import ConfigError, told, wants_traceback
@@ -73,6 +74,7 @@ COMMANDS: dict[str, Command] = {
     "compact": compact,
     "import": import_,
     "convert-checkpoint": convert_checkpoint,
+    "wrap": wrap,
     "cluster": cluster,
 }
 

@@ -45,6 +45,7 @@ LIBRARIES = {
     "subprocess": {"index/trial", "runs/conversion"},
     "torch": WITH_TORCH,
     "tqdm": EVERYWHERE - {GROUND},
+    "tokenizers": {"tasks/hf_tokenizer"},
     "transformers": {"lm/causal", "lm/hf_causal"},
 }
 #: A file is read in one sitting.
