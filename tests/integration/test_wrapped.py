@@ -1,0 +1,205 @@
+"""Models of transformers, wrapped: fairseq's figures against transformers' own computation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+import fairseq_knnlm.tasks  # noqa: E402, F401
+
+from fairseq.checkpoint_utils import load_model_ensemble  # noqa: E402  # isort: skip
+from fairseq.data import Dictionary  # noqa: E402  # isort: skip
+
+from fairseq_knnlm.errors import KnnlmError  # noqa: E402
+from fairseq_knnlm.lm.registry import check_model, language_model  # noqa: E402
+from fairseq_knnlm.runs.wrapping import wrap  # noqa: E402
+
+SIZE, POSITIONS = 96, 48
+SMALL = {
+    "vocab_size": SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "n_inner": 48},
+    "gpt_neox": {},
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+#: The module whose input is the key, by the name that transformers gives it.
+KEYS = {
+    "gpt2": "transformer.h.1.mlp",
+    "gpt_neox": "gpt_neox.layers.1.mlp",
+    "opt": "model.decoder.layers.1.fc1",
+}
+
+
+def save_model(folder: Path, family: str, **more: Any) -> Any:
+    """A tiny model of random weights, and a tokenizer of fewer tokens than it has."""
+    torch.manual_seed(1)
+    keys = {} if family == "gpt2" else SMALL
+    base = {one: SMALL[one] for one in ("vocab_size", "bos_token_id", "eos_token_id")}
+    config = transformers.CONFIG_MAPPING[family](**{**base, **keys, **CONFIGS[family], **more})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # as peaked as a trained one
+        model.get_output_embeddings().weight.mul_(20)
+    model.save_pretrained(folder)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, SIZE - 6)}}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    fast.save_pretrained(folder)
+    return model
+
+
+class Task:
+    """As much of a task as building a model asks for."""
+
+    def __init__(self, dictionary: Any) -> None:
+        self.target_dictionary = self.source_dictionary = dictionary
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        from fairseq import models
+
+        return models.build_model(cfg, self, from_checkpoint)
+
+
+def opened(out: Path) -> tuple[Any, Any]:
+    dictionary = Dictionary.load(str(out / "dict.txt"))
+    (model,), _ = load_model_ensemble([str(out / "checkpoint.pt")], task=Task(dictionary))
+    return model, dictionary
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def wrapped(request: Any, tmp_path_factory: Any) -> tuple[str, Any, Any, Any]:
+    """Family, transformers' model, ours and its dictionary."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = save_model(folder / "hf", request.param)
+    wrap(folder / "hf", folder / "out", None, None)
+    return request.param, theirs, *opened(folder / "out")
+
+
+def some_ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, SIZE - 6, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def as_symbols(dictionary: Any, ids: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([[dictionary.index(str(one)) for one in row] for row in ids.tolist()])
+
+
+@torch.no_grad()
+def test_losses_are_those_of_transformers(wrapped: Any) -> None:
+    _, theirs, model, dictionary = wrapped
+    ids = some_ids(3, 24)
+    tokens = as_symbols(dictionary, ids)
+    expected = theirs(input_ids=ids).logits.log_softmax(-1)[:, :-1]
+    expected = expected.gather(2, ids[:, 1:, None])[..., 0].flatten()
+    lm = language_model(model)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, -1] = False
+    features = lm.encode({"src_tokens": tokens}, mask).features
+    targets = tokens[:, 1:].flatten()
+    assert torch.allclose(lm.log_prob(features, targets), expected, atol=1e-4)
+    every = lm.log_probs(features)
+    assert torch.allclose(every.gather(1, targets[:, None])[:, 0], expected, atol=1e-4)
+    assert torch.allclose(every.exp().sum(1), torch.ones(len(every)), atol=1e-4)
+
+
+@torch.no_grad()
+def test_keys_are_what_the_mlp_is_given(wrapped: Any) -> None:
+    family, theirs, model, dictionary = wrapped
+    ids, caught = some_ids(2, 20), []
+    module = theirs.get_submodule(KEYS.get(family, "model.layers.1.mlp"))
+    handle = module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    theirs(input_ids=ids)
+    handle.remove()
+    tokens = as_symbols(dictionary, ids)
+    lm = language_model(model, "last_ffn_input")
+    keys = lm.encode({"src_tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool)).keys
+    assert keys is not None
+    assert torch.allclose(keys, caught[0].view(-1, 32), atol=1e-5)
+    assert check_model(model, "last_ffn_input") == 32
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(wrapped: Any) -> None:
+    """On either side."""
+    _, _, model, dictionary = wrapped
+    tokens = as_symbols(dictionary, some_ids(1, 12))
+    lm, pad = language_model(model), torch.full((1, 5), dictionary.pad())
+    alone = lm.encode({"src_tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool)).features
+    for padded in (torch.cat([pad, tokens], 1), torch.cat([tokens, pad], 1)):
+        found = lm.encode({"src_tokens": padded}, padded.ne(dictionary.pad())).features
+        assert torch.allclose(found, alone, atol=1e-4)
+
+
+@torch.no_grad()
+def test_steps_are_the_whole(wrapped: Any) -> None:
+    """By the cache, and with texts that change places."""
+    _, _, model, dictionary = wrapped
+    tokens = as_symbols(dictionary, some_ids(2, 14))
+    lm, state = language_model(model, "last_ffn_input"), {}
+    whole = lm.encode({"src_tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool))
+    for end in range(1, 15):
+        found = lm.step(tokens[:, :end], state)
+        expected = whole.features.view(2, 14, -1)[:, end - 1]
+        assert torch.allclose(found.features, expected, atol=1e-4)
+        if end == 7:
+            lm.reorder(state, torch.tensor([1, 0]))
+            tokens = tokens.flip(0)
+            whole = lm.encode({"src_tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def test_a_longer_text_than_positions_is_refused(wrapped: Any) -> None:
+    _, _, model, dictionary = wrapped
+    tokens = as_symbols(dictionary, some_ids(1, POSITIONS + 1))
+    with pytest.raises(KnnlmError, match="longer than the model has positions"):
+        language_model(model).encode({"src_tokens": tokens}, tokens.ne(dictionary.pad()))
+
+
+def test_weights_in_bfloat16_stay_so(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", "llama")
+    wrap(tmp_path / "hf", tmp_path / "out", "bfloat16", None)
+    model, _ = opened(tmp_path / "out")
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+
+
+def spoilt_config(folder: Path, **more: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+def test_folders_that_are_refused(tmp_path: Path) -> None:
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    with pytest.raises(KnnlmError, match="holds no model"):
+        wrap(folder, out, None, None)
+    save_model(folder, "llama")
+    with pytest.raises(KnnlmError, match="names no module"):
+        wrap(folder, out, None, "model.layers.7.mlp")
+    (folder / "model.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(KnnlmError, match="no weights"):
+        wrap(folder, out, None, None)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(KnnlmError, match="could run code"):
+        wrap(folder, out, None, None)
+    spoilt_config(folder, auto_map={"AutoModel": "code.Model"})
+    with pytest.raises(KnnlmError, match="code of its own"):
+        wrap(folder, out, None, None)
+    assert not out.exists()
