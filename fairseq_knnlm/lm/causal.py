@@ -114,7 +114,7 @@ def blocks_of(model: nn.Module) -> Any:
     """The blocks of a model of a known family; None where they are not found."""
     base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
     base = getattr(base, "decoder", base)  # OPT's
-    family = getattr(model, "config").model_type
+    family = model.config.model_type
     return getattr(base, FAMILIES[family][0], None) if family in FAMILIES else None
 
 
@@ -129,9 +129,7 @@ def ids_of(symbols: Sequence[str], special: Mapping[str, int | None], size: int)
     Raises:
         ModelError: where the dictionary is of another model.
     """
-    ids = [
-        special.get(symbol, -1) if not symbol.isdecimal() else int(symbol) for symbol in symbols
-    ]
+    ids = [special.get(symbol, -1) if not symbol.isdecimal() else int(symbol) for symbol in symbols]
     found = torch.tensor([-1 if one is None else one for one in ids])
     there = found[found >= 0]
     if len(there.unique()) != size or len(there) != size or int(there.max()) >= size:
@@ -167,6 +165,14 @@ class Causal(nn.Module):
         takes = inspect.signature(body.forward).parameters
         #: What transformers calls its cache: version 5.20 and later, and before.
         self.cache_name = "cache" if "cache" in takes else "past_key_values"
+
+    @property
+    def identity(self) -> str:
+        """What the keys depend on besides weights: the configuration, and where they are read."""
+        config = self.lm.config.to_dict()
+        for name in ("transformers_version", "dtype", "architectures", "_name_or_path"):
+            config.pop(name, None)
+        return json.dumps([config, self.key], sort_keys=True, default=str)
 
     @property
     def longest(self) -> int:

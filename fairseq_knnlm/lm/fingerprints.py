@@ -13,7 +13,8 @@ from fairseq_knnlm.errors import ModelError
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the weights' names, shapes and values.
 
-    Values count as float16, so that a model evaluated with ``--fp16`` is the same model.
+    Values count as float16, so that a model evaluated with ``--fp16`` is the same model. Where a
+    module within it has an ``identity``, what else keys depend on, that counts too.
 
     Raises:
         ModelError: where a weight is NaN or infinite.
@@ -25,6 +26,9 @@ def model_fingerprint(model: nn.Module) -> str:
             _check_finite(name, weight)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(values.numpy().data)
+    for module in model.modules():
+        if isinstance(identity := getattr(module, "identity", None), str):
+            digest.update(identity.encode())
     return digest.hexdigest()
 
 

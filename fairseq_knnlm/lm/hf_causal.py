@@ -1,4 +1,4 @@
-"""``hf_causal_lm``: any causal language model of Hugging Face transformers, wrapped (``causal``)."""
+"""``hf_causal_lm``: a causal language model of Hugging Face transformers, wrapped."""
 
 from __future__ import annotations
 

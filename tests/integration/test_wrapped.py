@@ -18,6 +18,7 @@ from fairseq.checkpoint_utils import load_model_ensemble  # noqa: E402  # isort:
 from fairseq.data import Dictionary  # noqa: E402  # isort: skip
 
 from fairseq_knnlm.errors import KnnlmError  # noqa: E402
+from fairseq_knnlm.lm.fingerprints import model_fingerprint  # noqa: E402
 from fairseq_knnlm.lm.registry import check_model, language_model  # noqa: E402
 from fairseq_knnlm.runs.wrapping import wrap  # noqa: E402
 
@@ -203,3 +204,17 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(KnnlmError, match="code of its own"):
         wrap(folder, out, None, None)
     assert not out.exists()
+
+
+def test_where_keys_are_read_belongs_to_the_model(tmp_path: Path) -> None:
+    """The same weights, read elsewhere or by another configuration, are another model."""
+    found = set()
+    for name, module, more in (
+        ("plain", None, {}),
+        ("below", "model.layers.0.mlp", {}),
+        ("turned", None, {"rms_norm_eps": 1e-3}),
+    ):
+        save_model(tmp_path / name, "llama", **more)
+        wrap(tmp_path / name, tmp_path / f"{name}-out", None, module)
+        found.add(model_fingerprint(opened(tmp_path / f"{name}-out")[0]))
+    assert len(found) == 3
