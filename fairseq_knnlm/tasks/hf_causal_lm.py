@@ -3,7 +3,7 @@
 Registering it imports nothing of transformers; building it does.
 """
 
-from __future__ import annotations
+# Annotations are not postponed: fairseq makes flags of a dataclass's types.
 
 import json
 from dataclasses import dataclass, field
@@ -85,7 +85,7 @@ class HfCausalLanguageModel(FairseqLanguageModel):
     """A wrapped model."""
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> HfCausalLanguageModel:
+    def build_model(cls, args: Any, task: Any) -> "HfCausalLanguageModel":
         """Builds it; fairseq loads its weights.
 
         Raises:

@@ -1,6 +1,6 @@
 """``--bpe hf_tokenizer``: text to a model's token ids and back, by its tokenizer.json."""
 
-from __future__ import annotations
+# Annotations are not postponed: fairseq makes flags of a dataclass's types.
 
 from dataclasses import dataclass, field
 from typing import Any
