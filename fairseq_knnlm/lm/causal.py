@@ -112,7 +112,7 @@ def key_module(model: nn.Module, name: str | None) -> nn.Module:
 
 def blocks_of(model: nn.Module) -> Any:
     """The blocks of a model of a known family; None where they are not found."""
-    base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    base: Any = model.base_model
     base = getattr(base, "decoder", base)  # OPT's
     family = model.config.model_type
     return getattr(base, FAMILIES[family][0], None) if family in FAMILIES else None
@@ -161,7 +161,7 @@ class Causal(nn.Module):
         self.family = str(self.lm.config.model_type)
         self.register_buffer("inputs", ids.clamp_min(0).where(ids >= 0, begin), persistent=False)
         self.register_buffer("columns", ids, persistent=False)
-        body: Any = model.base_model
+        body: Any = self.lm.base_model
         takes = inspect.signature(body.forward).parameters
         #: What transformers calls its cache: version 5.20 and later, and before.
         self.cache_name = "cache" if "cache" in takes else "past_key_values"

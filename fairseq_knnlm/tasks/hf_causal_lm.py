@@ -93,7 +93,7 @@ class HfCausalLanguageModel(FairseqLanguageModel):
             ModelError: where the dictionary is of another model.
         """
         types, special = task.target_dictionary, json.loads(args.hf_special)
-        model = build(args.hf_config, args.hf_dtype)
+        model: Any = build(args.hf_config, args.hf_dtype)
         size = int(model.get_output_embeddings().weight.shape[0])
         ids = ids_of(types.symbols, {name: special.get(name) for name in SPECIAL}, size)
         causal = Causal(model, ids, special["</s>"], types.pad(), args.hf_knn_module or None)
