@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def key_module(model: nn.Module, name: str | None) -> nn.Module:
                 found=", ".join(close) or "none that ends so",
             )
         return found
-    config: Any = model.config
+    config = cast(Any, model.config)
     decoder = blocks_of(model)
     if config.model_type not in FAMILIES or decoder is None:
         raise ModelError(
@@ -158,7 +158,6 @@ class Causal(nn.Module):
         self.lm: Any = model
         self.pad = pad
         self.key = key
-        self.family = str(self.lm.config.model_type)
         self.register_buffer("inputs", ids.clamp_min(0).where(ids >= 0, begin), persistent=False)
         self.register_buffer("columns", ids, persistent=False)
         body: Any = self.lm.base_model
