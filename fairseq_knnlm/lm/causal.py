@@ -112,9 +112,9 @@ def key_module(model: nn.Module, name: str | None) -> nn.Module:
 
 def blocks_of(model: nn.Module) -> Any:
     """The blocks of a model of a known family; None where they are not found."""
-    base: Any = model.base_model
-    base = getattr(base, "decoder", base)  # OPT's
-    family = model.config.model_type
+    lm = cast(Any, model)
+    family = lm.config.model_type
+    base = getattr(lm.base_model, "decoder", lm.base_model)  # OPT's
     return getattr(base, FAMILIES[family][0], None) if family in FAMILIES else None
 
 
