@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,16 +17,31 @@ from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ConfigError, ModelError
 
-#: By transformers' name of a family: the blocks, and in a block the module whose input is the key.
-#: The norm before the MLP has been applied there.
+
+@dataclass(frozen=True)
+class Blocks:
+    """What is known of a family's decoder.
+
+    Attributes:
+        layers: name of the list of its blocks.
+        key: in a block, the module whose input is the key, the norm before it applied.
+        masked_by_kind: whether it takes a mask for each kind of layer, by name.
+    """
+
+    layers: str = "layers"
+    key: str = "mlp"
+    masked_by_kind: bool = False
+
+
+#: By transformers' name of a family. Their layers do nothing between positions but attend.
 FAMILIES = {
-    "gpt2": ("h", "mlp"),
-    "gpt_neox": ("layers", "mlp"),
-    "llama": ("layers", "mlp"),
-    "mistral": ("layers", "mlp"),
-    "qwen2": ("layers", "mlp"),
-    "qwen3": ("layers", "mlp"),
-    "opt": ("layers", "fc1"),
+    "gpt2": Blocks(layers="h"),
+    "gpt_neox": Blocks(),
+    "llama": Blocks(),
+    "mistral": Blocks(),
+    "qwen2": Blocks(masked_by_kind=True),
+    "qwen3": Blocks(masked_by_kind=True),
+    "opt": Blocks(key="fc1"),
 }
 
 
@@ -75,6 +91,15 @@ def build(config: str, dtype: str) -> nn.Module:
     return made.eval()
 
 
+def cache_of(config: Any) -> Any:
+    """transformers' cache of the keys and values of attention, empty.
+
+    Args:
+        config: of the model, for layers that keep a window of tokens only; None for all to be kept.
+    """
+    return library().DynamicCache(config=config)
+
+
 def key_module(model: nn.Module, name: str | None) -> nn.Module:
     """The module whose input is the key.
 
@@ -105,7 +130,7 @@ def key_module(model: nn.Module, name: str | None) -> nn.Module:
             found=str(config.model_type),
             do="name the MLP of the last block by --knn-module, such as model.layers.31.mlp",
         )
-    found = getattr(decoder[-1], FAMILIES[config.model_type][1])
+    found = getattr(decoder[-1], FAMILIES[config.model_type].key)
     assert isinstance(found, nn.Module)
     return found
 
@@ -115,7 +140,7 @@ def blocks_of(model: nn.Module) -> Any:
     lm = cast(Any, model)
     family = lm.config.model_type
     base = getattr(lm.base_model, "decoder", lm.base_model)  # OPT's
-    return getattr(base, FAMILIES[family][0], None) if family in FAMILIES else None
+    return getattr(base, FAMILIES[family].layers, None) if family in FAMILIES else None
 
 
 def ids_of(symbols: Sequence[str], special: Mapping[str, int | None], size: int) -> Tensor:

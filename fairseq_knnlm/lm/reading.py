@@ -1,8 +1,8 @@
 """Texts that a language model reads a few tokens at a time, each at its own pace.
 
-fairseq's incremental decoding reads one token of every text at a time, all in step. Its layers can
-do more: they attend to whatever their state holds. So a prompt is read at once, a draft is checked
-at once, and what a text took back is hidden from it.
+Layers that do nothing between positions but attend can read more than a token at a time: they
+attend to whatever their state holds. So a prompt is read at once, a draft is checked at once, and
+what a text took back is hidden from it.
 
 The state of a layer is columns, one for each token of a read. A column is hidden from texts that
 read fewer tokens then, or took theirs back.
@@ -10,6 +10,7 @@ read fewer tokens then, or took theirs back.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,25 +26,42 @@ SLACK = 1.25, 16
 STATE = 3
 
 
-class Reading:
+class InColumns(ABC):
     """B texts, of which a language model has read the beginnings; see ``contract.Reads``.
 
     Args:
-        lm: a ``TransformerLM``, and one that ``reads_ahead``.
+        model: whose layers are read into.
         texts: B.
         pad: the padding token's id.
     """
 
-    def __init__(self, lm: Any, texts: int, pad: int) -> None:
-        assert lm.reads_ahead
-        device = next(lm.model.parameters()).device
-        self.lm = lm
+    def __init__(self, model: nn.Module, texts: int, pad: int) -> None:
+        device = next(model.parameters()).device
         self.pad = pad
         self.lengths = torch.zeros(texts, dtype=torch.int64, device=device)
         self._tokens = torch.full((texts, 0), -1, device=device)
         self._hidden = torch.zeros((texts, 0), dtype=torch.bool, device=device)
-        self._state: dict[str, Any] = {}
-        self._table: Tensor | None = None
+
+    @abstractmethod
+    def _run(self, tokens: Tensor, places: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Has the layers read n more columns.
+
+        Args:
+            tokens: (B, n) int64, padding in columns that are hidden.
+            places: (B, n) int64, where they stand in their texts.
+            hidden: (B, C) bool, of all columns, these among them.
+
+        Returns:
+            Features (B, n, C) and keys (B, n, D); None where no keys are captured.
+        """
+
+    @abstractmethod
+    def _reorder(self, order: Tensor) -> None:
+        """Has text i go on where text ``order[i]`` stood, in the layers' state."""
+
+    @abstractmethod
+    def _move(self, order: Tensor) -> None:
+        """Has column i of each text be where column ``order[:, i]`` was, (B, C') int64."""
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Encoded:
@@ -59,15 +77,11 @@ class Reading:
         places = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         self._remember(tokens, places)
         hidden = torch.cat([self._hidden, ~there], dim=1)
-        with self._going_on(places, hidden), self.lm.reading_keys() as captured:
-            features, _ = self.lm.decoder(
-                tokens.where(there, self.pad), incremental_state=None, features_only=True
-            )
+        features, keys = self._run(tokens.where(there, self.pad), places, hidden)
         self._hidden = hidden
         self.lengths = self.lengths + there.sum(dim=1)
         self._tidy()
-        # fairseq's layers run time first.
-        keys = only(captured[-1].transpose(0, 1), there) if captured else None
+        keys = None if keys is None else only(keys, there)
         return Encoded(only(features, there), keys, only(self._before(places), there), there)
 
     def forget(self, counts: Tensor) -> None:
@@ -84,7 +98,7 @@ class Reading:
         """Has text i go on where text ``order[i]`` stood, (B',) int64."""
         self.lengths, self._tokens = self.lengths[order], self._tokens[order]
         self._hidden = self._hidden[order]
-        self.lm.reorder(self._state, order)
+        self._reorder(order)
 
     def _remember(self, tokens: Tensor, places: Tensor) -> None:
         """Writes the new tokens behind those of each text, and -1 behind its end."""
@@ -98,6 +112,43 @@ class Reading:
         wanted = (places[:, :, None] - steps).flatten(1)
         found = self._tokens.gather(1, wanted.clamp_min(0)).masked_fill(wanted < 0, -1)
         return found.view(*places.shape, CONTEXT)
+
+    def _tidy(self) -> None:
+        """Drops columns that are hidden from all texts, and closes gaps where there are many."""
+        seen = int((~self._hidden).sum(dim=1).max())
+        wide = self._hidden.shape[1]
+        if wide == seen:
+            return
+        if len(self._hidden) == 1 or wide > SLACK[0] * seen + SLACK[1]:
+            order = self._hidden.int().argsort(dim=1, stable=True)[:, :seen]
+            self._move(order)
+            self._hidden = self._hidden.gather(1, order)
+
+
+class Reading(InColumns):
+    """Of fairseq's plain Transformer layers.
+
+    Args:
+        lm: a ``TransformerLM``, and one that ``reads_ahead``.
+        texts: B.
+        pad: the padding token's id.
+    """
+
+    def __init__(self, lm: Any, texts: int, pad: int) -> None:
+        assert lm.reads_ahead
+        super().__init__(lm.model, texts, pad)
+        self.lm = lm
+        self._state: dict[str, Any] = {}
+        self._table: Tensor | None = None
+
+    def _run(self, tokens: Tensor, places: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        with self._going_on(places, hidden), self.lm.reading_keys() as captured:
+            features, _ = self.lm.decoder(tokens, incremental_state=None, features_only=True)
+        # fairseq's layers run time first.
+        return features, captured[-1].transpose(0, 1) if captured else None
+
+    def _reorder(self, order: Tensor) -> None:
+        self.lm.reorder(self._state, order)
 
     @contextmanager
     def _going_on(self, places: Tensor, hidden: Tensor) -> Iterator[None]:
@@ -153,19 +204,7 @@ class Reading:
                 buffer["prev_key_padding_mask"] = hidden
                 attention._set_input_buffer(self._state, buffer)
 
-    def _tidy(self) -> None:
-        """Drops columns that are hidden from all texts, and closes gaps where there are many."""
-        seen = int((~self._hidden).sum(dim=1).max())
-        wide = self._hidden.shape[1]
-        if wide == seen:
-            return
-        if len(self._hidden) == 1 or wide > SLACK[0] * seen + SLACK[1]:
-            order = self._hidden.int().argsort(dim=1, stable=True)[:, :seen]
-            self._move(order)
-            self._hidden = self._hidden.gather(1, order)
-
     def _move(self, order: Tensor) -> None:
-        """Has column i of each text be where column ``order[:, i]`` was, (B, C') int64."""
         for attention, buffer in self._buffers():
             for name in ("prev_key", "prev_value"):
                 held = buffer[name]

@@ -46,7 +46,7 @@ LIBRARIES = {
     "torch": WITH_TORCH,
     "tqdm": EVERYWHERE - {GROUND},
     "tokenizers": {"tasks/hf_tokenizer"},
-    "transformers": {"lm/causal", "lm/hf_causal"},
+    "transformers": {"lm/causal"},
 }
 #: A file is read in one sitting.
 LINES = 400
