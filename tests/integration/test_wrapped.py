@@ -8,84 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import CONFIGS, POSITIONS, as_symbols, opened, save_model, some_ids
 
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+from fairseq_knnlm.errors import KnnlmError
+from fairseq_knnlm.lm.fingerprints import model_fingerprint
+from fairseq_knnlm.lm.registry import check_model, language_model
+from fairseq_knnlm.runs.wrapping import wrap
 
-import fairseq_knnlm.tasks  # noqa: E402, F401
-
-from fairseq.checkpoint_utils import load_model_ensemble  # noqa: E402  # isort: skip
-from fairseq.data import Dictionary  # noqa: E402  # isort: skip
-
-from fairseq_knnlm.errors import KnnlmError  # noqa: E402
-from fairseq_knnlm.lm.fingerprints import model_fingerprint  # noqa: E402
-from fairseq_knnlm.lm.registry import check_model, language_model  # noqa: E402
-from fairseq_knnlm.runs.wrapping import wrap  # noqa: E402
-
-SIZE, POSITIONS = 96, 48
-SMALL = {
-    "vocab_size": SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": POSITIONS,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "n_inner": 48},
-    "gpt_neox": {},
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 8},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-}
 #: The module whose input is the key, by the name that transformers gives it.
 KEYS = {
     "gpt2": "transformer.h.1.mlp",
     "gpt_neox": "gpt_neox.layers.1.mlp",
     "opt": "model.decoder.layers.1.fc1",
 }
-
-
-def save_model(folder: Path, family: str, **more: Any) -> Any:
-    """A tiny model of random weights, and a tokenizer of fewer tokens than it has."""
-    torch.manual_seed(1)
-    keys = {} if family == "gpt2" else SMALL
-    base = {one: SMALL[one] for one in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = transformers.CONFIG_MAPPING[family](**{**base, **keys, **CONFIGS[family], **more})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # as peaked as a trained one
-        model.get_output_embeddings().weight.mul_(20)
-    model.save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, SIZE - 6)}}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
-    fast.save_pretrained(folder)
-    return model
-
-
-class Task:
-    """As much of a task as building a model asks for."""
-
-    def __init__(self, dictionary: Any) -> None:
-        self.target_dictionary = self.source_dictionary = dictionary
-
-    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        from fairseq import models
-
-        return models.build_model(cfg, self, from_checkpoint)
-
-
-def opened(out: Path) -> tuple[Any, Any]:
-    dictionary = Dictionary.load(str(out / "dict.txt"))
-    (model,), _ = load_model_ensemble([str(out / "checkpoint.pt")], task=Task(dictionary))
-    return model, dictionary
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
@@ -95,14 +30,6 @@ def wrapped(request: Any, tmp_path_factory: Any) -> tuple[str, Any, Any, Any]:
     theirs = save_model(folder / "hf", request.param)
     wrap(folder / "hf", folder / "out", None, None)
     return request.param, theirs, *opened(folder / "out")
-
-
-def some_ids(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(3, SIZE - 6, (rows, length), generator=torch.Generator().manual_seed(2))
-
-
-def as_symbols(dictionary: Any, ids: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([[dictionary.index(str(one)) for one in row] for row in ids.tolist()])
 
 
 @torch.no_grad()
