@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from fairseq_knnlm.runs.inputs import Vocabulary
 
@@ -17,8 +16,11 @@ WORD_GOES_ON = "@@"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 #: Part of a dictionary that ends or begins in a mark, from which on it is one of pieces.
 MARKED = 0.05
-#: Writes one symbol of a dictionary as text, given whether it begins a line.
-Join = Callable[[str, bool], str]
+#: Bytes that are no character, as Python holds them in text.
+LONE = re.compile("[\udc80-\udcff]")
+#: Writes one symbol of a dictionary as text in UTF-8, given whether it begins a line. Not every
+#: symbol is whole characters.
+Join = Callable[[str, bool], bytes]
 
 
 def pieces_of(symbols: Sequence[str]) -> str:
@@ -46,38 +48,39 @@ def line_spelling(symbols: Sequence[str]) -> Callable[[Iterable[int]], str]:
 
     def write(tokens: Iterable[int]) -> str:
         pieces = [join(symbols[token], not place) for place, token in enumerate(tokens)]
-        return joined(pieces, join).rstrip()
+        return joined(pieces).rstrip()
 
     return write
 
 
-def join_words(symbol: str, begins_line: bool) -> str:
+def join_words(symbol: str, begins_line: bool) -> bytes:
     """A word, with the space before it."""
-    return symbol if begins_line else f" {symbol}"
+    return (symbol if begins_line else f" {symbol}").encode()
 
 
-def join_pieces(symbol: str, begins_line: bool) -> str:
-    """A piece of sentencepiece, whose mark is the space before it."""
+def join_pieces(symbol: str, begins_line: bool) -> bytes:
+    """A piece of sentencepiece, whose mark is the space before it; or a byte."""
+    if BYTE.fullmatch(symbol):
+        return bytes([int(symbol[3:5], 16)])
     text = symbol.replace(WORD_BEGINS, " ")
-    return text.removeprefix(" ") if begins_line else text
+    return (text.removeprefix(" ") if begins_line else text).encode()
 
 
-def join_halves(symbol: str, _: bool) -> str:
+def join_halves(symbol: str, _: bool) -> bytes:
     """A piece of subword-nmt, with the space after it where it ends a word."""
-    return symbol.removesuffix(WORD_GOES_ON) if symbol.endswith(WORD_GOES_ON) else f"{symbol} "
+    goes_on = symbol.endswith(WORD_GOES_ON)
+    return (symbol.removesuffix(WORD_GOES_ON) if goes_on else f"{symbol} ").encode()
 
 
-def joined(pieces: Iterable[str], join: Join) -> str:
-    """Pieces as one text. Pieces of sentencepiece that are bytes make characters side by side."""
-    if join is not join_pieces:
-        return "".join(pieces)
-    runs = groupby(pieces, lambda piece: BYTE.fullmatch(piece) is not None)
-    return "".join(_characters(run) if are_bytes else "".join(run) for are_bytes, run in runs)
+def joined(pieces: Iterable[bytes]) -> str:
+    """Pieces as one text; what is no character is the sign that stands for one."""
+    return b"".join(pieces).decode(errors="replace")
 
 
-def _characters(pieces: Iterable[str]) -> str:
-    """Bytes of UTF-8 as text; what is no character is the sign that stands for one."""
-    return bytes(int(piece[3:5], 16) for piece in pieces).decode(errors="replace")
+def shown(piece: bytes) -> str:
+    """A piece alone, in which bytes that are no character have their numbers: ``<0xE2>``."""
+    text = piece.decode(errors="surrogateescape")
+    return LONE.sub(lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Spelling:
     Attributes:
         vocabulary: the dictionary.
         split: from a line of text to symbols of the dictionary.
-        join: from a symbol to text.
+        join: from a symbol to text in UTF-8.
         unknown: the id of what the dictionary does not have.
     """
 
@@ -107,18 +110,22 @@ class Spelling:
 
     def pieces(self, tokens: Iterable[int]) -> list[str]:
         """The text of each token; one after the other they are the whole text, but for bytes."""
-        vocabulary, found, begins_line = self.vocabulary, [], True
+        return list(map(shown, self._pieces(tokens)))
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """The text of all tokens."""
+        return joined(self._pieces(tokens))
+
+    def _pieces(self, tokens: Iterable[int]) -> list[bytes]:
+        vocabulary, begins_line = self.vocabulary, True
+        found: list[bytes] = []
         for token in tokens:
             if token == vocabulary.eos:
-                found.append("\n")
+                found.append(b"\n")
             elif token in (vocabulary.pad, vocabulary.bos):
-                found.append("")
+                found.append(b"")
                 continue
             else:
                 found.append(self.join(vocabulary.symbols[token], begins_line))
             begins_line = token == vocabulary.eos
         return found
-
-    def text(self, tokens: Iterable[int]) -> str:
-        """The text of all tokens."""
-        return joined(self.pieces(tokens), self.join)

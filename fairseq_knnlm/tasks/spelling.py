@@ -9,7 +9,7 @@ from typing import Any
 from fairseq.data.encoders import build_bpe, build_tokenizer
 from fairseq.tokenizer import tokenize_line
 
-from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.errors import ConfigError, KnnlmError
 from fairseq_knnlm.runs.inputs import Vocabulary
 from fairseq_knnlm.runs.spelling import (
     WORD_BEGINS,
@@ -20,6 +20,7 @@ from fairseq_knnlm.runs.spelling import (
     join_words,
     pieces_of,
 )
+from fairseq_knnlm.tasks.hf_tokenizer import HfTokenizer
 
 
 def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> Spelling:
@@ -31,9 +32,11 @@ def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> Spelling:
         unknown: the id of what it does not have.
 
     Raises:
-        ConfigError: where what ``--bpe`` needs cannot be opened.
+        ConfigError: where what ``--bpe`` needs cannot be opened, or is another model's.
     """
     bpe, tokenizer = _built(build_bpe, cfg.bpe), _built(build_tokenizer, cfg.tokenizer)
+    if isinstance(bpe, HfTokenizer):
+        bpe.check(vocabulary.symbols)
 
     def split(line: str) -> Sequence[str]:
         if bpe is None and (mark := pieces_of(vocabulary.symbols)):
@@ -47,23 +50,27 @@ def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> Spelling:
 
 def _join(bpe: Any, vocabulary: Vocabulary) -> Join:
     """What fits the dictionary, which tells more surely than a flag; else what ``--bpe`` says."""
+    if isinstance(bpe, HfTokenizer):
+        return bpe.piece
     mark = pieces_of(vocabulary.symbols)
     if mark:
         return join_pieces if mark == WORD_BEGINS else join_halves
     return join_words if bpe is None else partial(_decoded, bpe)
 
 
-def _decoded(bpe: Any, symbol: str, _: bool) -> str:
+def _decoded(bpe: Any, symbol: str, _: bool) -> bytes:
     """A symbol that only ``--bpe`` can read, such as the numbers of GPT-2's bytes."""
     try:
-        return str(bpe.decode(symbol))
+        return str(bpe.decode(symbol)).encode()
     except (KeyError, ValueError):  # one of fairseq's own, such as <unk>
-        return symbol
+        return symbol.encode()
 
 
 def _built(build: Any, cfg: Any) -> Any:
     try:
         return build(cfg)
+    except KnnlmError:
+        raise
     except ImportError as error:
         raise ConfigError(
             "what --bpe or --tokenizer asks for is not installed",
