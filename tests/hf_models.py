@@ -45,6 +45,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def configuration(family: str, **more: Any) -> Any:
+    """Of a tiny model."""
+    taken = ("vocab_size", "bos_token_id", "eos_token_id") if family == "gpt2" else tuple(SMALL)
+    settings = {name: SMALL[name] for name in taken} | CONFIGS[family] | more
+    return transformers.CONFIG_MAPPING[family](**settings)
+
+
 def save_model(folder: Path, family: str, *, trained: bool = False, **more: Any) -> Any:
     """A tiny model of random weights, and a tokenizer of fewer tokens than it has.
 
@@ -55,9 +62,7 @@ def save_model(folder: Path, family: str, *, trained: bool = False, **more: Any)
         more: settings.
     """
     torch.manual_seed(1)
-    keys = {} if family == "gpt2" else SMALL
-    base = {one: SMALL[one] for one in ("vocab_size", "bos_token_id", "eos_token_id")}
-    config = transformers.CONFIG_MAPPING[family](**{**base, **keys, **CONFIGS[family], **more})
+    config = configuration(family, **more)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1 if trained else 20)
@@ -94,3 +99,36 @@ def some_ids(rows: int, length: int) -> torch.Tensor:
 
 def as_symbols(dictionary: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.tensor([[dictionary.index(str(one)) for one in row] for row in ids.tolist()])
+
+
+def save_trained(folder: Path, family: str, text: str) -> Any:
+    """A tiny model trained on the lines of a text, with a tokenizer of bytes; the latter."""
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=letters,
+        show_progress=False,
+    )
+    raw.train_from_iterator(text.splitlines(), trainer)
+    end = "<|endoftext|>"
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, bos_token=end)
+    fast.save_pretrained(folder)
+    torch.manual_seed(1)
+    positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    more = {positions: 64, "vocab_size": len(fast) + 9, "bos_token_id": 0, "eos_token_id": 0}
+    config = configuration(family, **more)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids = [one for line in text.splitlines() for one in [*fast(line)["input_ids"], 0]]
+    blocks = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    for step in range(30):
+        batch = blocks[step * 16 % len(blocks) :][:16]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    return fast

@@ -103,10 +103,12 @@ class CausalLM:
         spot = Spot(self.causal.key_spot) if self.key_type == KEYS[0] else None
         with watching(spot, caught):
             features = self.causal.features(tokens, places=places, mask=mask, cache=cache)
-        if self.key_type == KEYS[1]:
-            return features, features
+        if self.key_type is None:
+            return features, None
         # Some versions of OPT's put all texts in a row before the MLP.
-        return features, caught[-1].view(*tokens.shape, -1) if caught else None
+        keys = caught[-1].view(*tokens.shape, -1) if caught else features
+        # NumPy has no bfloat16.
+        return features, keys.float() if keys.dtype is torch.bfloat16 else keys
 
 
 def seen(tokens: Tensor, pad: int) -> tuple[Tensor | None, Tensor | None]:

@@ -58,7 +58,8 @@ def compute_in(model: nn.Module, dtype: str) -> None:
             f"--lm-dtype {dtype} does not work with this model",
             expected="a language model with a Transformer decoder, such as transformer_lm",
             found=type(model).__name__,
-            do="leave --lm-dtype out",
+            do="leave --lm-dtype out; a model of transformers computes in the type that "
+            "`fairseq-knnlm wrap --dtype bfloat16` gave its weights",
         )
     decoder: Any = model.decoder
     for layer in decoder.layers:

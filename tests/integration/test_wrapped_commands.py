@@ -1,0 +1,182 @@
+"""A wrapped model given a memory, by the commands that people type; tiny ones, trained in seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_calls import Capture, call, refuse, say
+from conftest import eval_lm, must
+from hf_models import save_trained
+from tiny_world import BLOCKS, PLUGIN, preprocessing, write_corpus
+
+from fairseq_knnlm.datastore import open_datastore
+from fairseq_knnlm.errors import DatastoreError, ModelError
+
+#: Tokens of a block, of which the first half is context: as ``BLOCKS`` has it.
+BLOCK, CONTEXT = 16, 8
+
+
+@dataclass(frozen=True)
+class World:
+    """A corpus in a model's tokens, and models of it."""
+
+    folder: Path
+    tokenizer: Any
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "bin"
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / name / "checkpoint.pt"
+
+    def words(self, name: str, split: str, *flags: object) -> list[str]:
+        found = [self.data, *PLUGIN, "--path", self.checkpoint(name), "--gen-subset", split]
+        found += [*BLOCKS, "--max-tokens", 512, "--cpu", "--num-workers", 0, *flags]
+        return [str(word) for word in found]
+
+    def evaluate(self, name: str, split: str, *flags: object) -> float:
+        """Bits a token."""
+        return eval_lm(self.words(name, split, *flags))["loss"]
+
+    def ids(self, split: str) -> list[int]:
+        """What the model reads: an end of text behind each line."""
+        lines = (self.folder / f"{split}.txt").read_text().splitlines()
+        end = self.tokenizer.eos_token_id
+        return [one for line in lines for one in [*self.tokenizer(line)["input_ids"], end]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: Any) -> World:
+    """Two families over one vocabulary, wrapped, and the text as fairseq reads it."""
+    folder = tmp_path_factory.mktemp("world")
+    text = write_corpus(folder, held_out=20)
+    tokenizer = None
+    for family, name, more in (
+        ("gpt2", "gpt2", ()),
+        ("llama", "llama", ()),
+        ("llama", "bfloat16", ("--dtype", "bfloat16")),
+    ):
+        if not (hf := folder / f"{family}-hf").exists():
+            tokenizer = save_trained(hf, family, text["train"].read_text())
+        assert call("wrap", "--hf", hf, "--out", folder / name, *more) == 0
+    for path in text.values():
+        lines = [tokenizer(line)["input_ids"] for line in path.read_text().splitlines()]
+        ids = "".join(" ".join(map(str, line)) + "\n" for line in lines)
+        path.with_suffix(".ids").write_text(ids)
+    files = {split: path.with_suffix(".ids") for split, path in text.items()}
+    must(*preprocessing(files, folder / "bin"), "--srcdict", folder / "gpt2" / "dict.txt")
+    return World(folder, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def memory(world: World) -> Path:
+    """The training text, as gpt2 reads it."""
+    path = world.folder / "memory"
+    reading = (world.data, "--path", world.checkpoint("gpt2"), *BLOCKS, "--cpu")
+    assert call("save", *reading, "--dstore", path) == 0
+    assert call("build-index", "--dstore", path) == 0
+    return path
+
+
+def bits(model: Any, ids: list[int]) -> float:
+    """transformers' own loss over a text, in blocks of fairseq's kind: 8 tokens after 8 others."""
+    begin, total = model.config.eos_token_id, 0.0
+    size = BLOCK - CONTEXT
+    for start in range(0, len(ids), size):
+        known = [begin, *ids][max(start - CONTEXT, 0) : start + size]
+        targets = ids[start : start + size]
+        known = known[: len(known) if start + size <= len(ids) else len(known)]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([known])).logits[0, -len(targets) :]
+        found = logits.log_softmax(dim=1).gather(1, torch.tensor(targets)[:, None])
+        total -= float(found.sum())
+    return total / len(ids) / torch.tensor(2.0).log().item()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_loss_is_that_of_transformers(world: World, family: str) -> None:
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(world.folder / f"{family}-hf")
+    expected = bits(theirs.eval(), world.ids("test"))
+    assert world.evaluate(family, "test") == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_memory_wins(world: World, memory: Path, capsys: Capture) -> None:
+    """On text that neither the model nor the memory has seen."""
+    alone = world.evaluate("gpt2", "test")
+    knn = ("--knnlm", "--dstore-filename", memory, "--k", 32)
+    assert world.evaluate("gpt2", "test", *knn, "--lmbda", 0.3) < alone - 0.1
+    reading = (world.data, "--path", world.checkpoint("gpt2"), *BLOCKS, "--cpu")
+    say(capsys, "tune", "--dstore", memory, "--data", *reading, "--experts", "knn,cache")
+    assert world.evaluate("gpt2", "test", *knn[:3]) < alone - 0.1
+
+
+def test_bfloat16(world: World, tmp_path: Path, capsys: Capture) -> None:
+    """A checkpoint that was wrapped so is read so, and told so."""
+    alone = world.evaluate("bfloat16", "test")
+    assert alone == pytest.approx(world.evaluate("llama", "test"), abs=0.05)
+    assert alone != world.evaluate("llama", "test")
+    store = tmp_path / "store"
+    world.evaluate("bfloat16", "train", "--save-knnlm-dstore", "--dstore-mmap", store)
+    assert open_datastore(store).keys.dtype == "float16"
+    say(capsys, "build-index", "--dstore", store)
+    assert "bfloat16" in say(capsys, "info", "--dstore", store)
+    knn = ("--knnlm", "--dstore-filename", store, "--k", 32, "--lmbda", 0.3)
+    assert world.evaluate("bfloat16", "test", *knn) < alone - 0.1
+    with pytest.raises(ModelError, match="wrap --dtype bfloat16"):
+        world.evaluate("llama", "test", "--lm-dtype", "bfloat16")
+
+
+def test_families_refuse_the_datastores_of_others(world: World, memory: Path) -> None:
+    """Same vocabulary, same width of keys."""
+    with pytest.raises(DatastoreError, match="another checkpoint"):
+        world.evaluate("llama", "test", "--knnlm", "--dstore-filename", memory, "--k", 4)
+
+
+def test_text_is_written_and_explained(
+    world: World, memory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """From letters to letters."""
+    prompts, tokenizer = tmp_path / "prompts.txt", world.folder / "gpt2" / "tokenizer.json"
+    prompts.write_text("w1 w2 w3\nw4  w5 \u00e9\n")
+    spelling = ("--bpe", "hf_tokenizer", "--hf-tokenizer", tokenizer)
+    reading = (world.data, "--path", world.checkpoint("gpt2"), "--cpu", *spelling)
+    sources = tmp_path / "sources.jsonl"
+    command = ("generate", "--dstore", memory, *reading, "--lmbda", 0.3)
+    told = say(capsys, *command, "--prompts", prompts, "--new-tokens", 12, "--sources", sources)
+    first, second = (line for line in told.splitlines() if line.startswith("w"))
+    assert first.startswith("w1 w2 w3")
+    assert second.startswith("w4  w5 \u00e9")
+    assert "w1" in say(capsys, "explain", "--sources", sources)
+    explained = tmp_path / "explained.jsonl"
+    asked = ("--text", "w1 w2 \u00e9", "--json", explained, "--lmbda", 0.3)
+    say(capsys, "explain", "--dstore", memory, *reading, *asked)
+    head, record = map(json.loads, explained.read_text().splitlines())
+    text = "".join(token["text"] for token in record["tokens"])
+    assert text in ("w1 w2 \u00e9", "w1 w2 <0xC3><0xA9>")
+    assert head["versions"]
+    again = say(capsys, *command, "--prompts", prompts, "--new-tokens", 4, "--beam", 2)
+    assert "w1 w2 w3" in again
+    refused = refuse(capsys, *command, "--prompts", prompts, "--new-tokens", 80)
+    assert "too long for the model" in refused
+
+
+def test_fairseqs_own_commands(world: World, memory: Path, tmp_path: Path) -> None:
+    """``fairseq-interactive``, with text as people have it."""
+    prompts, tokenizer = tmp_path / "prompts.txt", world.folder / "gpt2" / "tokenizer.json"
+    prompts.write_text("w1 w2 w3\n")
+    said = must(
+        *("fairseq-interactive", world.data, *PLUGIN, "--path", world.checkpoint("gpt2"), "--cpu"),
+        *("--knnlm", "--dstore-filename", memory, "--lmbda", 0.3, "--input", prompts, "--beam", 2),
+        *("--bpe", "hf_tokenizer", "--hf-tokenizer", tokenizer, "--prefix-size", 3),
+        *("--max-len-b", 20, "--tokens-per-sample", 32),
+    )
+    assert "\nD-" in said
+    assert "w1 w2" in said[said.index("\nD-") :]
