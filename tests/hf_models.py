@@ -45,10 +45,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Of families that are not known; this is Bloom's.
+FURTHER: dict[str, Any] = {"n_layer": 2, "n_head": 4, "hidden_size": 32}
+
+
 def configuration(family: str, **more: Any) -> Any:
     """Of a tiny model."""
-    taken = ("vocab_size", "bos_token_id", "eos_token_id") if family == "gpt2" else tuple(SMALL)
-    settings = {name: SMALL[name] for name in taken} | CONFIGS[family] | more
+    named = ("vocab_size", "bos_token_id", "eos_token_id")
+    taken = named if family in {"gpt2", "bloom"} else tuple(SMALL)
+    settings = {name: SMALL[name] for name in taken} | CONFIGS.get(family, FURTHER) | more
     return transformers.CONFIG_MAPPING[family](**settings)
 
 

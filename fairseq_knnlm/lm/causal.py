@@ -45,6 +45,15 @@ FAMILIES = {
 }
 
 
+#: Of a configuration, what nothing that is computed depends on.
+UNSAID = {
+    *("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path"),
+    "use_cache",
+}
+#: Tokens of a text, where a model's positions have no end: as many as nobody reads at a time.
+NO_END = 2**20
+
+
 def library() -> Any:
     """The library transformers.
 
@@ -91,6 +100,11 @@ def build(config: str, dtype: str) -> nn.Module:
     return made.eval()
 
 
+def longest(config: Any) -> int:
+    """Tokens that a model of this configuration has positions for."""
+    return int(getattr(config, "max_position_embeddings", None) or NO_END)
+
+
 def cache_of(config: Any) -> Any:
     """transformers' cache of the keys and values of attention, empty.
 
@@ -135,6 +149,18 @@ def key_module(model: nn.Module, name: str | None) -> nn.Module:
     return found
 
 
+def taken(module: nn.Module, hidden: int) -> int:
+    """Numbers that a module takes a position.
+
+    Args:
+        module: of the model.
+        hidden: the model's width, which all but some layers take.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    return int(getattr(module, "nx", hidden))  # of GPT-2's own kind of layer
+
+
 def blocks_of(model: nn.Module) -> Any:
     """The blocks of a model of a known family; None where they are not found."""
     lm = cast(Any, model)
@@ -172,15 +198,19 @@ class Causal(nn.Module):
 
     Args:
         model: transformers' causal language model.
+        config: JSON, as in a folder's config.json.
         ids: (V,) int64, as ``ids_of`` makes them.
         begin: the model's id in the place of symbols that it does not have, padding above all.
         pad: the dictionary's padding.
         key: name of the module whose input is the key; None for the family's.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, begin: int, pad: int, key: str | None):
+    def __init__(
+        self, model: nn.Module, config: str, ids: Tensor, begin: int, pad: int, key: str | None
+    ) -> None:
         super().__init__()
         self.lm: Any = model
+        self.config = config
         self.pad = pad
         self.key = key
         self.register_buffer("inputs", ids.clamp_min(0).where(ids >= 0, begin), persistent=False)
@@ -192,16 +222,20 @@ class Causal(nn.Module):
 
     @property
     def identity(self) -> str:
-        """What the keys depend on besides weights: the configuration, and where they are read."""
-        config = self.lm.config.to_dict()
-        for name in ("transformers_version", "dtype", "architectures", "_name_or_path"):
-            config.pop(name, None)
-        return json.dumps([config, self.key], sort_keys=True, default=str)
+        """What the keys depend on besides weights: the configuration, and where they are read.
+
+        The configuration as it was published: each version of transformers adds to it.
+        """
+        config = json.loads(self.config)
+        said = {name: one for name, one in config.items() if name not in UNSAID}
+        spot = self.key_spot
+        name = next(name for name, module in self.lm.named_modules() if module is spot)
+        return json.dumps([said, name], sort_keys=True)
 
     @property
     def longest(self) -> int:
         """Tokens that the model has positions for."""
-        return int(self.lm.config.max_position_embeddings)
+        return longest(self.lm.config)
 
     @property
     def key_spot(self) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm import softmax
-from fairseq_knnlm.lm.causal import FAMILIES, Causal, cache_of
+from fairseq_knnlm.lm.causal import FAMILIES, Causal, cache_of, taken
 from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
 from fairseq_knnlm.lm.contract import Reads
 from fairseq_knnlm.lm.hf_reading import CausalReading
@@ -149,17 +149,12 @@ class CausalFamily:
                 do="leave --knn-keytype out; the paper's is last_ffn_input",
             )
         if key_type == KEYS[0]:
-            return _taken(causal.key_spot, int(causal.lm.config.hidden_size))
+            return taken(causal.key_spot, int(causal.lm.config.hidden_size))
         return int(causal.lm.get_output_embeddings().weight.shape[1])
 
     def open(self, model: nn.Module, key_type: str | None) -> CausalLM:
         """The model, read."""
         return CausalLM(model, key_type)
-
-
-def _taken(module: nn.Module, hidden: int) -> int:
-    """Numbers that a module takes a position: of a layer its own, of a block the model's."""
-    return int(module.in_features) if isinstance(module, nn.Linear) else hidden
 
 
 FAMILY = CausalFamily()

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
-from fairseq_knnlm.lm.causal import library
+from fairseq_knnlm.lm.causal import library, taken
 
 #: Ids in a row whose logits are computed in two ways.
 TRIED = 7
@@ -31,7 +32,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
             found="no config.json" if folder.is_dir() else "no such folder",
             do="name the folder that save_pretrained wrote, or a clone of the model's repository",
         )
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path} cannot be read", expected="a model's configuration, as JSON", found=str(error)
+        ) from error
     if "auto_map" in config:
         raise ModelError(
             f"the model in {folder} brings code of its own, which is not run",
@@ -70,25 +76,87 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"transformers cannot open the model in {folder}",
-            expected="a causal language model",
-            found=str(error).strip().splitlines()[0][:300],
+            expected="a causal language model, its files whole",
+            found=_first_line(error),
         ) from error
-    missing = sorted(told["missing_keys"])
+    missing = sorted({*told["missing_keys"], *(one[0] for one in told["mismatched_keys"])})
     if missing:
         raise ModelError(
             f"weights are missing in {folder}",
             expected="all weights of a causal language model",
-            found=f"none for {', '.join(missing[:3])}",
+            found=f"none, or of another shape, for {', '.join(missing[:3])}",
         )
     found: nn.Module = model.eval()
     return found
 
 
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, of the library ``tokenizers``.
+
+    Raises:
+        ConfigError: where transformers is not installed.
+        ModelError: where there is none, or one that runs in Python alone.
+    """
+    try:
+        found = library().AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"transformers cannot open the tokenizer in {folder}",
+            expected="tokenizer.json, or files of which it can be made",
+            found=_first_line(error),
+        ) from error
+    if getattr(found, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"the tokenizer in {folder} runs in Python alone",
+            expected="one that can be written as tokenizer.json",
+            found=type(found).__name__,
+        )
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 @torch.no_grad()
-def check_output(model: nn.Module) -> None:
+def check_key(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Refuses a module that is not given a vector for each token.
+
+    Args:
+        model: transformers' own.
+        module: whose input is the key.
+        name: of it, as it was typed.
+
+    Raises:
+        ModelError: where it is given something else, or nothing.
+    """
+    lm: Any = model
+    caught: list[Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, given, named: caught.extend([*given, *named.values()][:1]), with_kwargs=True
+    )
+    try:
+        lm.base_model(input_ids=torch.arange(TRIED)[None])
+    finally:
+        handle.remove()
+    shape = tuple(caught[-1].shape) if caught and isinstance(caught[-1], Tensor) else ()
+    width = taken(module, lm.config.hidden_size)
+    if shape not in ((1, TRIED, width), (TRIED, width)):
+        raise ModelError(
+            f"--knn-module {name} is not given a vector for each token",
+            expected="a module whose input is (B, T, D), such as the last block's MLP",
+            found=f"{shape} of {TRIED} tokens" if shape else "no input",
+        )
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module) -> None:
     """Refuses a model that does more behind its output layer than that layer.
 
     Raises:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fairseq_knnlm.errors import ModelError
-from fairseq_knnlm.files import publish
-from fairseq_knnlm.lm.causal import key_module, library
-from fairseq_knnlm.lm.hf_folder import check_folder, check_output, open_model
+from fairseq_knnlm.errors import ConfigError, ModelError
+from fairseq_knnlm.files import check_output, check_outputs, publish
+from fairseq_knnlm.lm.causal import key_module, longest
+from fairseq_knnlm.lm.hf_folder import (
+    check_folder,
+    check_key,
+    check_logits,
+    open_model,
+    open_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
 
 #: What `wrap` writes.
-CHECKPOINT, DICTIONARY, TOKENIZER = "checkpoint.pt", "dict.txt", "tokenizer.json"
+WRITTEN = CHECKPOINT, DICTIONARY, TOKENIZER = "checkpoint.pt", "dict.txt", "tokenizer.json"
 
 
 def wrap(folder: Path, out: Path, dtype: str | None, module: str | None) -> dict[str, Any]:
@@ -33,28 +42,22 @@ def wrap(folder: Path, out: Path, dtype: str | None, module: str | None) -> dict
     Raises:
         KnnlmError: of the kind that fits what is wrong; nothing is written then.
     """
+    check_places(folder, out)
     config = check_folder(folder)
-    tokenizer = library().AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(
-            f"the tokenizer in {folder} runs in Python alone",
-            expected="one that can be written as tokenizer.json",
-            found=type(tokenizer).__name__,
-        )
+    tokenizer = open_tokenizer(folder)
     model: Any = open_model(folder, dtype)
-    key_module(model, module)
-    check_output(model)
+    check_key(model, key_module(model, module), module or "")
+    check_logits(model)
     size = int(model.get_output_embeddings().weight.shape[0])
-    if len(tokenizer) > size:
+    last = max(tokenizer.get_vocab().values())
+    if last >= size:
         raise ModelError(
             f"the tokenizer in {folder} is another model's",
-            expected=f"at most {size:,} tokens, as the model has",
-            found=f"{len(tokenizer):,}",
+            expected=f"ids below {size:,}, as the model has them",
+            found=f"{last:,}",
         )
     special = special_ids(model.config, tokenizer)
+    check_end(special["</s>"], model.config, tokenizer)
     kind = str(model.dtype).removeprefix("torch.")
     settings = {
         "_name": "hf_causal_lm",
@@ -63,24 +66,56 @@ def wrap(folder: Path, out: Path, dtype: str | None, module: str | None) -> dict
         "hf_dtype": kind,
         "hf_knn_module": module or "",
     }
-    longest = int(model.config.max_position_embeddings)
+    most = longest(model.config)
     out.mkdir(parents=True, exist_ok=True)
     with publish(out / TOKENIZER) as path:
-        backend.save(str(path))
+        tokenizer.backend_tokenizer.save(str(path))
     with publish(out / DICTIONARY) as path:
         taken = set(special.values())
         path.write_text("".join(f"{one} 1\n" for one in range(size) if one not in taken))
     bpe = {"_name": "hf_tokenizer", "hf_tokenizer": str((out / TOKENIZER).absolute())}
     with publish(out / CHECKPOINT) as path:
-        torch.save(checkpoint(model, settings, bpe, longest), path)
+        torch.save(checkpoint(model, settings, bpe, most), path)
     count = sum(one.numel() for one in model.parameters())
     return {
         "family": model.config.model_type,
         "parameters": count,
         "vocabulary": size,
         "dtype": kind,
-        "longest": longest,
+        "longest": most,
     }
+
+
+def check_places(folder: Path, out: Path) -> None:
+    """Refuses a folder that cannot be written, before a model is opened.
+
+    Raises:
+        ConfigError: where that is the model's own.
+        OutputError: where it cannot be written.
+    """
+    if out.exists() and folder.exists() and out.samefile(folder):
+        raise ConfigError(
+            "--out would write into the folder of the model",
+            expected="another folder",
+            found=out,
+            do="name one that is new",
+        )
+    if out.exists():
+        check_outputs({f"--out {out}: {name}": out / name for name in WRITTEN})
+    else:
+        check_output("--out", out)
+
+
+def check_end(end: int, config: Any, tokenizer: Any) -> None:
+    """Says where the tokenizer has another end of a text than the model."""
+    theirs, ours = tokenizer.eos_token_id, config.eos_token_id
+    known = ours if isinstance(ours, list) else [end]
+    if theirs is not None and theirs not in known:
+        logger.warning(
+            "the model ends a text by id %d, its tokenizer by id %d, %s: is it this model's "
+            "tokenizer? The model's end is taken",
+            *(end, theirs, tokenizer.eos_token),
+        )
 
 
 def special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
@@ -106,10 +141,10 @@ def special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
 
 
 def checkpoint(
-    model: Any, settings: Mapping[str, Any], bpe: Mapping[str, Any], longest: int
+    model: Any, settings: Mapping[str, Any], bpe: Mapping[str, Any], most: int
 ) -> dict[str, Any]:
     """What fairseq loads, of plain values and tensors alone."""
-    task = {"_name": "language_modeling", "data": "", "tokens_per_sample": longest}
+    task = {"_name": "language_modeling", "data": "", "tokens_per_sample": most}
     weights = {f"decoder.causal.lm.{name}": one for name, one in model.state_dict().items()}
     history = {
         "criterion_name": "CrossEntropyCriterion",

@@ -96,5 +96,6 @@ class HfCausalLanguageModel(FairseqLanguageModel):
         model: Any = build(args.hf_config, args.hf_dtype)
         size = int(model.get_output_embeddings().weight.shape[0])
         ids = ids_of(types.symbols, {name: special.get(name) for name in SPECIAL}, size)
-        causal = Causal(model, ids, special["</s>"], types.pad(), args.hf_knn_module or None)
+        begin, key = special["</s>"], args.hf_knn_module or None
+        causal = Causal(model, args.hf_config, ids, begin, types.pad(), key)
         return cls(HfCausalDecoder(types, causal))

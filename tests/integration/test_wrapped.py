@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import CONFIGS, POSITIONS, as_symbols, opened, save_model, some_ids
+from hf_models import CONFIGS, POSITIONS, SIZE, as_symbols, opened, save_model, some_ids
 
 from fairseq_knnlm.errors import KnnlmError
 from fairseq_knnlm.lm.fingerprints import model_fingerprint
@@ -114,23 +115,106 @@ def spoilt_config(folder: Path, **more: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
+def refused(match: str, folder: Path, module: str | None = None, out: Path | None = None) -> None:
+    """``wrap`` says so, and leaves nothing behind."""
+    out = out or folder.parent / "out"
+    before = out.exists()
+    with pytest.raises(KnnlmError, match=match):
+        wrap(folder, out, None, module)
+    assert out.exists() == before
+
+
 def test_folders_that_are_refused(tmp_path: Path) -> None:
-    folder, out = tmp_path / "hf", tmp_path / "out"
-    with pytest.raises(KnnlmError, match="holds no model"):
-        wrap(folder, out, None, None)
+    folder = tmp_path / "hf"
+    refused("holds no model", folder)
     save_model(folder, "llama")
-    with pytest.raises(KnnlmError, match="names no module"):
-        wrap(folder, out, None, "model.layers.7.mlp")
-    (folder / "model.safetensors").rename(tmp_path / "kept")
-    with pytest.raises(KnnlmError, match="no weights"):
-        wrap(folder, out, None, None)
+    refused("into the folder of the model", folder, out=folder)
+    refused("cannot be written", folder, out=folder / "config.json")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    refused("cannot open the model", folder)
+    weights.write_bytes(b"x" * 100)
+    refused("cannot open the model", folder)
+    weights.unlink()
+    refused("found:    no weights", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(KnnlmError, match="could run code"):
-        wrap(folder, out, None, None)
+    refused("pytorch_model.bin, which could run code", folder)
+    weights.write_bytes(whole)
     spoilt_config(folder, auto_map={"AutoModel": "code.Model"})
-    with pytest.raises(KnnlmError, match="code of its own"):
-        wrap(folder, out, None, None)
-    assert not out.exists()
+    refused("code of its own", folder)
+    (folder / "config.json").write_text("{")
+    refused("config.json cannot be read", folder)
+
+
+def test_settings_that_do_not_fit_the_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    save_model(folder, "llama")
+    spoilt_config(folder, num_hidden_layers=3)
+    refused("weights are missing", folder)
+    spoilt_config(folder, num_hidden_layers=2, intermediate_size=40)
+    refused("another shape|cannot open the model", folder)
+    spoilt_config(folder, intermediate_size=48, model_type="t5")
+    refused("cannot open the model", folder)
+    spoilt_config(folder, model_type="never_heard_of")
+    refused("cannot open the", folder)
+
+
+def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any) -> None:
+    """With more tokens than the model has; or with another end of a text, which is said."""
+    folder = tmp_path / "hf"
+    save_model(folder, "llama")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] |= {f"w{number}": number for number in range(SIZE, SIZE + 3)}
+    path.write_text(json.dumps(tokenizer))
+    refused("tokenizer in .* is another model's", folder)
+    for one in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / one).unlink()
+    refused("cannot open the tokenizer", folder)
+    save_model(folder, "llama")
+    spoilt_config(folder, eos_token_id=5)
+    wrap(folder, tmp_path / "out", None, None)
+    assert "ends a text by id 5, its tokenizer by id 2, </s>" in caplog.text
+
+
+def test_where_keys_are_read_may_be_named(tmp_path: Path) -> None:
+    """Of a family that nobody here knows, it must be."""
+    folder = tmp_path / "hf"
+    save_model(folder, "bloom")
+    refused("--knn-module, such as", folder)
+    refused("names no module", folder, "transformer.h.7.mlp")
+    refused("not given a vector for each token", folder, "transformer.h")
+    refused("not given a vector for each token", folder, "transformer.word_embeddings")
+    wrap(folder, tmp_path / "out", None, "transformer.h.1.mlp.dense_4h_to_h")
+    model, dictionary = opened(tmp_path / "out")
+    assert check_model(model, "last_ffn_input") == 4 * 32
+    assert check_model(model, "decoder_output") == 32
+    tokens = as_symbols(dictionary, some_ids(2, 9))
+    lm = language_model(model, "last_ffn_input")
+    found = lm.encode({"src_tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool))
+    assert found.keys is not None
+    assert found.keys.shape == (18, 4 * 32)
+    assert not lm.reads_ahead
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: Any) -> None:
+    """To wrap a model, and to open one that was wrapped elsewhere."""
+    save_model(tmp_path / "hf", "gpt2")
+    wrap(tmp_path / "hf", tmp_path / "out", None, None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused(r"pip install 'fairseq-knnlm\[hf\]'", tmp_path / "hf", out=tmp_path / "another")
+    with pytest.raises(KnnlmError, match="is not installed"):
+        opened(tmp_path / "out")
+
+
+def test_the_dictionary_of_another_model(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", "gpt2")
+    wrap(tmp_path / "hf", tmp_path / "out", None, None)
+    path = tmp_path / "out" / "dict.txt"
+    path.write_text(path.read_text() + "96 1\n")
+    with pytest.raises(KnnlmError, match="dictionary is not the one"):
+        opened(tmp_path / "out")
 
 
 def test_where_keys_are_read_belongs_to_the_model(tmp_path: Path) -> None:
@@ -145,3 +229,5 @@ def test_where_keys_are_read_belongs_to_the_model(tmp_path: Path) -> None:
         wrap(tmp_path / name, tmp_path / f"{name}-out", None, module)
         found.add(model_fingerprint(opened(tmp_path / f"{name}-out")[0]))
     assert len(found) == 3
+    wrap(tmp_path / "plain", tmp_path / "named", None, "model.layers.1.mlp")
+    assert model_fingerprint(opened(tmp_path / "named")[0]) in found

@@ -1,4 +1,4 @@
-"""A wrapped model given a memory, by the commands that people type; tiny ones, trained in seconds."""
+"""Wrapped models given a memory, by the commands that people type; trained in seconds."""
 
 from __future__ import annotations
 
@@ -89,9 +89,8 @@ def bits(model: Any, ids: list[int]) -> float:
     begin, total = model.config.eos_token_id, 0.0
     size = BLOCK - CONTEXT
     for start in range(0, len(ids), size):
-        known = [begin, *ids][max(start - CONTEXT, 0) : start + size]
         targets = ids[start : start + size]
-        known = known[: len(known) if start + size <= len(ids) else len(known)]
+        known = [begin, *ids][max(start - CONTEXT, 0) : start + len(targets)]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([known])).logits[0, -len(targets) :]
         found = logits.log_softmax(dim=1).gather(1, torch.tensor(targets)[:, None])

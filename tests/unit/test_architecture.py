@@ -41,7 +41,7 @@ LIBRARIES = {
     "omegaconf": {"tasks", "cli"},
     "ray": {"cluster"},
     "rich": {"cli"},
-    "safetensors": {"calibration", "datastore", "files"},
+    "safetensors": {"calibration", "datastore", "files", "lm/hf_folder"},
     "subprocess": {"index/trial", "runs/conversion"},
     "torch": WITH_TORCH,
     "tqdm": EVERYWHERE - {GROUND},
