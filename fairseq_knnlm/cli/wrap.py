@@ -12,15 +12,30 @@ EXAMPLE = "--hf gpt2 --out gpt2-wrapped"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two folders, and how the model is read."""
-    parser.add_argument("--hf", required=True, type=Path, help="folder of the model and tokenizer")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--hf",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="of the model and its tokenizer, as save_pretrained writes it",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="to write: checkpoint.pt, dict.txt and tokenizer.json",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="type of the weights (default: as they are)",
     )
     parser.add_argument(
-        "--knn-module", help="module whose input is the key (default: the last block's MLP)"
+        "--knn-module",
+        metavar="NAME",
+        help="module whose input is the key, such as model.layers.31.mlp (default: the last "
+        "block's MLP, where the family is known)",
     )
 
 

@@ -25,6 +25,7 @@ SUBCOMMANDS = (
         "cluster",
         "columns",
         "convert-checkpoint",
+        "wrap",
     ),
 )
 
