@@ -216,9 +216,9 @@ class Causal(nn.Module):
         self.register_buffer("inputs", ids.clamp_min(0).where(ids >= 0, begin), persistent=False)
         self.register_buffer("columns", ids, persistent=False)
         body: Any = self.lm.base_model
-        takes = inspect.signature(body.forward).parameters
+        self.takes = set(inspect.signature(body.forward).parameters)
         #: What transformers calls its cache: version 5.20 and later, and before.
-        self.cache_name = "cache" if "cache" in takes else "past_key_values"
+        self.cache_name = "cache" if "cache" in self.takes else "past_key_values"
 
     @property
     def identity(self) -> str:
@@ -270,11 +270,12 @@ class Causal(nn.Module):
                 do="pass a smaller --tokens-per-sample",
             )
         more = {} if cache is None else {self.cache_name: cache}
+        if places is not None and "position_ids" in self.takes:  # others go by the mask
+            more["position_ids"] = places
         known: Any = self.inputs
         found: Tensor = self.lm.base_model(
             input_ids=known[tokens],
             attention_mask=mask,
-            position_ids=places,
             use_cache=cache is not None,
             **more,
         ).last_hidden_state

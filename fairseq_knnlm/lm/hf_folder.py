@@ -44,6 +44,13 @@ def check_folder(folder: Path) -> dict[str, Any]:
             expected="a model that transformers itself has",
             found=f"auto_map in config.json: {', '.join(config['auto_map'])}",
         )
+    if "quantization_config" in config:
+        raise ModelError(
+            f"the weights in {folder} are quantised",
+            expected="weights as numbers: float32, float16 or bfloat16",
+            found="quantization_config in config.json",
+            do="name the folder of the model that this one was made of",
+        )
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(one.name for one in folder.glob("*.bin"))
         raise ModelError(
@@ -76,7 +83,7 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"transformers cannot open the model in {folder}",
             expected="a causal language model, its files whole",

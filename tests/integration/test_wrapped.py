@@ -141,6 +141,8 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"")
     refused("pytorch_model.bin, which could run code", folder)
     weights.write_bytes(whole)
+    spoilt_config(folder, quantization_config={"quant_method": "gptq"})
+    refused("are quantised", folder)
     spoilt_config(folder, auto_map={"AutoModel": "code.Model"})
     refused("code of its own", folder)
     (folder / "config.json").write_text("{")
@@ -196,6 +198,9 @@ def test_where_keys_are_read_may_be_named(tmp_path: Path) -> None:
     assert found.keys is not None
     assert found.keys.shape == (18, 4 * 32)
     assert not lm.reads_ahead
+    padded = torch.nn.functional.pad(tokens, (4, 0), value=dictionary.pad())
+    alike = lm.encode({"src_tokens": padded}, padded.ne(dictionary.pad()))
+    assert torch.allclose(alike.features, found.features, atol=1e-4)
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: Any) -> None:

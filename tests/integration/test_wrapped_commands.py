@@ -107,6 +107,34 @@ def test_the_loss_is_that_of_transformers(world: World, family: str) -> None:
     assert world.evaluate(family, "test") == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_stock_scorer_reads_it_too(world: World) -> None:
+    words = world.words("llama", "test")
+    words[words.index("knn_lm")] = "language_modeling"
+    assert eval_lm(words)["loss"] == pytest.approx(world.evaluate("llama", "test"), abs=1e-5)
+
+
+def test_blocks_that_are_longer_than_the_positions(world: World, tmp_path: Path) -> None:
+    """With their context; whole blocks are fairseq's to leave out, as of any model."""
+    long = ("--tokens-per-sample", 80, "--context-window", 32)
+    with pytest.raises(ModelError, match="at most 64 tokens, those of --context-window included"):
+        world.evaluate("gpt2", "test", *long)
+    saving = ("--save-knnlm-dstore", "--dstore-mmap", tmp_path / "store")
+    with pytest.raises(ModelError, match="longer than the model has positions"):
+        world.evaluate("gpt2", "train", *long, *saving)
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_was_saved_is_computed_again(world: World, memory: Path, capsys: Capture) -> None:
+    """By ``verify --recompute`` and ``replay``, to the last digit."""
+    reading = ("--data", world.data, "--path", world.checkpoint("gpt2"), "--cpu")
+    again = say(capsys, "verify", "--dstore", memory, "--recompute", 0.2, *reading)
+    assert "bit for bit" in again
+    results = world.folder / "results.json"
+    knn = ("--knnlm", "--dstore-filename", memory, "--lmbda", 0.3)
+    world.evaluate("gpt2", "test", *knn, "--results-json", results)
+    assert "confirmed" in say(capsys, "replay", results)
+
+
 def test_a_memory_wins(world: World, memory: Path, capsys: Capture) -> None:
     """On text that neither the model nor the memory has seen."""
     alone = world.evaluate("gpt2", "test")
