@@ -41,11 +41,12 @@ LIBRARIES = {
     "omegaconf": {"tasks", "cli"},
     "ray": {"cluster"},
     "rich": {"cli"},
+    "sentencepiece": {"runs/tokenizer"},
     "safetensors": {"calibration", "datastore", "files", "lm/hf_folder"},
     "subprocess": {"index/trial", "runs/conversion"},
     "torch": WITH_TORCH,
     "tqdm": EVERYWHERE - {GROUND},
-    "tokenizers": {"tasks/hf_tokenizer"},
+    "tokenizers": {"runs/tokenizer", "tasks/hf_tokenizer"},
     "transformers": {"lm/causal"},
 }
 #: A file is read in one sitting.
