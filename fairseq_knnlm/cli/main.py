@@ -19,6 +19,7 @@ from fairseq_knnlm.cli import (
     compact,
     compress,
     convert_checkpoint,
+    encode,
     explain,
     forget,
     generate,
@@ -58,6 +59,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "encode": encode,
     "save": save,
     "build-index": build_index,
     "tune": tune,

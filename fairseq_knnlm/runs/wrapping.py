@@ -71,8 +71,7 @@ def wrap(folder: Path, out: Path, dtype: str | None, module: str | None) -> dict
     with publish(out / TOKENIZER) as path:
         tokenizer.backend_tokenizer.save(str(path))
     with publish(out / DICTIONARY) as path:
-        taken = set(special.values())
-        path.write_text("".join(f"{one} 1\n" for one in range(size) if one not in taken))
+        path.write_text("".join(f"{one} 1\n" for one in symbols_of(size, special)))
     bpe = {"_name": "hf_tokenizer", "hf_tokenizer": str((out / TOKENIZER).absolute())}
     with publish(out / CHECKPOINT) as path:
         torch.save(checkpoint(model, settings, bpe, most), path)
@@ -86,6 +85,7 @@ def wrap(folder: Path, out: Path, dtype: str | None, module: str | None) -> dict
     }
 
 
+<<<<<<< HEAD
 def check_places(folder: Path, out: Path) -> None:
     """Refuses a folder that cannot be written, before a model is opened.
 
@@ -116,6 +116,17 @@ def check_end(end: int, config: Any, tokenizer: Any) -> None:
             "tokenizer? The model's end is taken",
             *(end, theirs, tokenizer.eos_token),
         )
+=======
+def symbols_of(size: int, special: Mapping[str, int]) -> list[str]:
+    """The dictionary's symbols behind fairseq's own: ids, but for those that these stand for.
+
+    Args:
+        size: of the model's vocabulary.
+        special: as ``special_ids`` has it.
+    """
+    taken = set(special.values())
+    return [str(one) for one in range(size) if one not in taken]
+>>>>>>> ce6e130 (encode: raw text to fairseq's files (in work))
 
 
 def special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
