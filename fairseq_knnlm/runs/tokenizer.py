@@ -87,6 +87,7 @@ class Ids:
     def __init__(self, tokenizer: Any, special: dict[str, int]) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # a text is text, whatever is called like them
         self._tokenizer = tokenizer
         size = 1 + max([*tokenizer.get_vocab(with_added_tokens=True).values(), *special.values()])
         self.symbols = [str(one) for one in range(size)]
