@@ -102,7 +102,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
     check_prompts(prompts, args.new_tokens, session.longest)
     written = []
     for tokens in _written(args, session, prompts):
-        print(session.spelling.text(tokens).rstrip("\n"), end="\n\n" if args.lines else "\n")
+        text = session.spelling.text(_without_end(tokens, session.inputs.vocabulary.eos))
+        print(text, end="\n\n" if args.lines else "\n")
         sys.stdout.flush()
         written.append(tokens)
     if args.sources is not None:
@@ -121,6 +122,14 @@ def _lines(name: str) -> list[str]:
             expected="UTF-8, a prompt a line",
             found=str(error),
         ) from None
+
+
+def _without_end(tokens: Sequence[int], eos: int) -> Sequence[int]:
+    """A text without what ends it, which is none of its own."""
+    last = len(tokens)
+    while last and tokens[last - 1] == eos:
+        last -= 1
+    return tokens[:last]
 
 
 def _name_unknown(prompts: Sequence[Sequence[int]], unknown: int) -> None:

@@ -143,6 +143,8 @@ def _join(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace) -> None:
     from fairseq_knnlm.calibration.report import GAINS, gains, measured
     from fairseq_knnlm.calibration.skipping import skipping_costs
+    from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
+    from fairseq_knnlm.runs.encoded import NAME, read_encoded
     from fairseq_knnlm.runs.receipt import sealed
     from fairseq_knnlm.runs.replay_table import table_receipt
     from fairseq_knnlm.runs.report import comparable_lines
@@ -152,9 +154,13 @@ def _measure(args: argparse.Namespace) -> None:
     (store, place), table = calibration_place(args), read_table(args.score_table)
     check_table(table, store)
     calibration = calibration_of(place, table.card["datastores"])
-    text = None
+    text = encoded = None
     if args.dictionary is not None:
-        text = text_of_table(table, *read_dictionary(args.dictionary), args.raw_text)
+        symbols, eos = read_dictionary(args.dictionary)
+        if args.raw_text is None:
+            beside = dictionary_file(args.dictionary).with_name(NAME)
+            encoded = read_encoded(beside, dictionary_fingerprint(symbols))
+        text = text_of_table(table, symbols, eos, args.raw_text, encoded)
     found = measured(calibration, table)
     warn_of_own_text(table, store)
     fitted = calibration.fitted_on
@@ -168,7 +174,8 @@ def _measure(args: argparse.Namespace) -> None:
         print(line)
     if args.results_json is not None:
         dictionary = None if args.dictionary is None else dictionary_file(args.dictionary)
-        receipt = table_receipt(args.score_table, place, dictionary, args.raw_text)
+        encoding = None if encoded is None else encoded.path
+        receipt = table_receipt(args.score_table, place, dictionary, args.raw_text, encoding)
         write_json(args.results_json, sealed({**figures, "receipt": receipt}))
     print_skipping(skipping_costs(calibration, table))
 

@@ -133,5 +133,5 @@ def check_dictionary(store: Datastore, symbols: Sequence[str]) -> None:
 
 def shown_name(line: str) -> str:
     """The name of a document as it is shown, from the text of its first line."""
-    name = line.strip()
+    name = next(iter(line.strip().splitlines()), "")
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"

@@ -135,17 +135,16 @@ def write_encoding(folder: Path, encoding: Encoding) -> None:
     write_sealed(folder / NAME, FORMAT, VERSION, content)
 
 
-def read_encoded(folder: Path, dictionary: str) -> Encoded | None:
+def read_encoded(path: Path, dictionary: str) -> Encoded | None:
     """What a folder says of itself; None where fairseq-preprocess wrote it.
 
     Args:
-        folder: with fairseq's files.
+        path: of the record, ``NAME`` in that folder, which need not be there.
         dictionary: fingerprint of the symbols of the dictionary there.
 
     Raises:
         ConfigError: where the record is damaged, or of another dictionary.
     """
-    path = folder / NAME
     if not path.exists():
         return None
     try:
@@ -164,7 +163,7 @@ def read_encoded(folder: Path, dictionary: str) -> Encoded | None:
             found=f"{dictionary[:12]}...",
             do="encode the text again, or remove that file",
         )
-    return Encoded(folder, encoding)
+    return Encoded(path.parent, encoding)
 
 
 class Fingerprinting:

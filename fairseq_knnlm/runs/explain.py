@@ -26,7 +26,7 @@ from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.mixing import describe
 from fairseq_knnlm.runs.scorer import Blocks, KnnScorer
 from fairseq_knnlm.runs.sources import BEFORE, Asked, Sources
-from fairseq_knnlm.runs.spelling import Spelling
+from fairseq_knnlm.runs.token_spelling import AnySpelling
 from fairseq_knnlm.versions import versions
 
 #: Sources a token, unless told.
@@ -84,7 +84,7 @@ class SplitRows:
 
 
 def explain_rows(
-    inputs: Inputs, spelling: Spelling, rows: SplitRows, *, sources: int = SOURCES
+    inputs: Inputs, spelling: AnySpelling, rows: SplitRows, *, sources: int = SOURCES
 ) -> Record:
     """Explains rows of a split, with the probabilities that an evaluation of it gives them.
 
@@ -111,7 +111,7 @@ def explain_rows(
 
 def explain_texts(
     inputs: Inputs,
-    spelling: Spelling,
+    spelling: AnySpelling,
     sequences: Sequence[Sequence[int]],
     given: Sequence[int] | None = None,
     *,
@@ -223,9 +223,10 @@ class Watching:
     """
 
     scorer: KnnScorer
-    spelling: Spelling
+    spelling: AnySpelling
     sources: Sources
     _spans: Sequence[Span] = ()
+    _pieces: Sequence[Sequence[str]] = ()
     _tokens: dict[tuple[int, int], Token] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -237,6 +238,7 @@ class Watching:
     def begin(self, spans: Sequence[Span]) -> None:
         """What will be read next: spans of one text each, or of the one that is read."""
         self._spans = spans
+        self._pieces = [self.spelling.pieces(span.explained) for span in spans]
         self._tokens = {}
 
     def explained(self, text: int, name: str, given: int) -> Explained:
@@ -275,7 +277,7 @@ class Watching:
             voices, mixed = parts[place]
             sources = traced[place]
             self._tokens[text, row] = Token(
-                text=self._piece(self._spans[text], row),
+                text=self._pieces[text][row - self._spans[text].rows.start],
                 symbol=self.spelling.vocabulary.symbols[targets[place]],
                 lm=voices[0].log_prob,
                 mixture=mixed,
@@ -293,12 +295,6 @@ class Watching:
         texts = [0] * len(rows) if contexts.texts is None else contexts.texts.tolist()
         pairs = enumerate(zip(texts, rows, strict=True))
         return {place: (text, row) for place, (text, row) in pairs if row in self._spans[text].rows}
-
-    def _piece(self, span: Span, row: int) -> str:
-        """A token's text, such that those of all tokens are the whole text."""
-        place = row - span.start
-        first = place if row == span.rows.start else place - 1
-        return self.spelling.pieces(span.tokens[first : place + 1])[-1]
 
     def _guesses(self, log_probs: Tensor, contexts: Contexts) -> list[list[Guess]]:
         """The likeliest tokens of each of N contexts, from (N, V)."""

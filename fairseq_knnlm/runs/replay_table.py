@@ -10,6 +10,9 @@ import msgspec
 
 from fairseq_knnlm.calibration.report import measured
 from fairseq_knnlm.calibration.table import read_table
+from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
+from fairseq_knnlm.runs.encoded import NAME as ENCODING
+from fairseq_knnlm.runs.encoded import read_encoded
 from fairseq_knnlm.runs.receipt import (
     CALIBRATION,
     DICTIONARY,
@@ -28,15 +31,20 @@ ROUNDING = 1e-6
 
 
 def table_receipt(
-    table: Path, calibration: Path, dictionary: Path | None, raw_text: Path | None
+    table: Path,
+    calibration: Path,
+    dictionary: Path | None,
+    raw_text: Path | None,
+    encoding: Path | None = None,
 ) -> dict[str, Any]:
     """What makes the figures of a report: a ``TableReceipt``, as JSON.
 
     Args:
         table, calibration: files.
-        dictionary, raw_text: files, where figures a word and a byte are told by them.
+        dictionary, raw_text, encoding: files, where figures a word and a byte are told by them.
     """
     named = {TABLE: table, CALIBRATION: calibration, DICTIONARY: dictionary, RAW_TEXT: raw_text}
+    named[ENCODING] = encoding
     files = [source_file(of, path) for of, path in named.items() if path is not None]
     receipt = TableReceipt([file for file in files if file is not None])
     return dict(msgspec.to_builtins(receipt))
@@ -81,7 +89,9 @@ class ReportAgain:
         table = read_table(self._places[TABLE])
         calibration = calibration_of(self._places[CALIBRATION], table.card["datastores"])
         raw = self._places.get(RAW_TEXT)
-        text = text_of_table(table, symbols, eos, raw) if symbols else None
+        encoding = self._places.get(ENCODING)
+        encoded = read_encoded(encoding, dictionary_fingerprint(symbols)) if encoding else None
+        text = text_of_table(table, symbols, eos, raw, encoded) if symbols else None
         return table_figures(calibration, measured(calibration, table), table, text)
 
 

@@ -21,7 +21,7 @@ from fairseq_knnlm.mixture.shares import Found
 from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.runs.documents import shown_name
 from fairseq_knnlm.runs.opening import Memory as OpenedMemory
-from fairseq_knnlm.runs.spelling import Spelling
+from fairseq_knnlm.runs.token_spelling import AnySpelling
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Text:
     store: Datastore
     index: str
     documents: Documents | None
-    spelling: Spelling
+    spelling: AnySpelling
 
     @cached_property
     def _names(self) -> dict[int, str | None]:
@@ -168,7 +168,7 @@ class Sources:
         DatastoreError: where the beginnings of documents are damaged.
     """
 
-    def __init__(self, memory: OpenedMemory | None, spelling: Spelling, most: int) -> None:
+    def __init__(self, memory: OpenedMemory | None, spelling: AnySpelling, most: int) -> None:
         self._most = most
         experts = memory.experts if memory is not None else {}
         parts = {name: expert.parts for name, expert in experts.items()}
@@ -255,7 +255,7 @@ class Sources:
         return -1 if store.projection is None else entry.store
 
 
-def _text_of(name: str, retriever: LocalRetriever, spelling: Spelling) -> Text:
+def _text_of(name: str, retriever: LocalRetriever, spelling: AnySpelling) -> Text:
     store = retriever.store
     documents = None
     if store.manifest.merged:

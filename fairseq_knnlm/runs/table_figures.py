@@ -15,6 +15,7 @@ from fairseq_knnlm.calibration.stored import Calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.conditions import reach
+from fairseq_knnlm.runs.encoded import Encoded, tokens_fingerprint
 from fairseq_knnlm.runs.raw_text import (
     RawText,
     joined_text,
@@ -29,7 +30,11 @@ UNKNOWN = "<unk>"
 
 
 def text_of_table(
-    table: ScoreTable, symbols: Sequence[str], eos: int, raw: Path | None
+    table: ScoreTable,
+    symbols: Sequence[str],
+    eos: int,
+    raw: Path | None,
+    encoded: Encoded | None = None,
 ) -> RawText | None:
     """What figures a word and a byte are taken over; None where nobody knows.
 
@@ -39,6 +44,7 @@ def text_of_table(
         eos: the id that ends a line.
         raw: the text before it was cut into tokens; left out, the table's pieces of words are
             joined, where its dictionary is of these.
+        encoded: what `encode` left beside the data; None where that is another's work.
 
     Raises:
         ConfigError: where tokens of the text are left out, or it is another text, or the
@@ -60,8 +66,12 @@ def text_of_table(
             found="one that leaves tokens out",
             do="write it with --sample-break-mode none, or leave --raw-text out",
         )
-    if not whole or (raw is None and not pieces_of(symbols)):
+    if not whole or (raw is None and encoded is None and not pieces_of(symbols)):
         return None
+    if raw is None and encoded is not None:
+        text = encoded.text_of(table.card["split"], tokens_fingerprint(tokens))
+        if text is not None:
+            return text
     lines = spelled_lines(tokens, eos, line_spelling(symbols))
     unknown = int((tokens == symbols.index(UNKNOWN)).sum()) if UNKNOWN in symbols else 0
     if raw is None:

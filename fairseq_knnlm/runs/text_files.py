@@ -1,7 +1,7 @@
-"""Raw text as it lies in files: which split each is of, and parts that are cut into tokens alone.
+"""Raw text as it lies in files: which split each is of, and parts that are encoded one by one.
 
-A part begins where a line begins, so no character is cut. Within a document that is cut as a whole it
-begins only where the tokens are the same as without the cut.
+A part begins where a line begins, so no character is cut. Within a document that is encoded as a
+whole it begins only where the tokens are the same as without the cut.
 """
 
 from __future__ import annotations

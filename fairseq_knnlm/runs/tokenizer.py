@@ -42,9 +42,6 @@ class Tokenizer(Protocol):
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids; what is no character is the sign that stands for one."""
 
-    def name(self, one: int) -> str:
-        """What an id is called where it has no text of its own."""
-
 
 class Pieces:
     """A model of sentencepiece.
@@ -69,9 +66,6 @@ class Pieces:
     def text(self, ids: Sequence[int]) -> str:
         found: str = self._model.decode([*ids])
         return found
-
-    def name(self, one: int) -> str:
-        return str(self.symbols[one])
 
 
 class Ids:
@@ -101,9 +95,6 @@ class Ids:
     def text(self, ids: Sequence[int]) -> str:
         found: str = self._tokenizer.decode([*ids], skip_special_tokens=False)
         return found
-
-    def name(self, one: int) -> str:
-        return str(self._tokenizer.id_to_token(one))
 
 
 def text_of_each(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -163,7 +163,9 @@ class _Work:
         files = self.asked.splits[split]
         total = sum(path.stat().st_size for path in files)
         parts = (
-            part for path in files for part in parts_of(path, self.tokenizer, self.cutting.separator)
+            part
+            for path in files
+            for part in parts_of(path, self.tokenizer, self.cutting.separator)
         )
         with tqdm(
             total=total, desc=f"{what} {split}", unit="B", unit_scale=True, delay=2, leave=False

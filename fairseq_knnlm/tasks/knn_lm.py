@@ -35,6 +35,7 @@ from fairseq_knnlm.runs.save_blocks import ALONE, Worker
 from fairseq_knnlm.signals import end_on_request
 from fairseq_knnlm.tasks import host, loading, stock
 from fairseq_knnlm.tasks.checks import check
+from fairseq_knnlm.tasks.encoded import encoded_in, with_documents
 from fairseq_knnlm.tasks.flags import KnnlmConfig, options_of, whole_run
 from fairseq_knnlm.tasks.generation import MixtureEnsemble, MixtureGenerator
 from fairseq_knnlm.tasks.host import WithEnd, hand_over
@@ -71,6 +72,8 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         options = check(args)
         _check_run(args, options)
         task = super().setup_task(args, **kwargs)
+        encoded = encoded_in(args.data, task.target_dictionary.symbols)
+        task.options = options = with_documents(options, encoded)
         if options.mixing.evaluates:
             task.memory = open_memory(options, task.target_dictionary.symbols)
         name_ignored(args, options, task.memory)

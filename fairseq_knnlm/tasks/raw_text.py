@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.runs.encoded import tokens_fingerprint
 from fairseq_knnlm.runs.raw_text import RawText, joined_text, raw_text, spelled_lines
 from fairseq_knnlm.runs.spelling import pieces_of
+from fairseq_knnlm.tasks.encoded import encoded_in
 from fairseq_knnlm.tasks.spelling import spelling
 
 
@@ -24,9 +26,16 @@ def text_of(whole: Any, task: Any, dataset: Any, split: str, left_out: int) -> R
         left_out: tokens of it that nobody will score.
 
     Raises:
-        ConfigError: where ``--raw-text`` is another text, or a part of it is not scored.
+        ConfigError: where ``--raw-text`` is another text, or a part of it is not scored; or what
+            `encode` left beside the data is of another.
     """
     raw, vocabulary = task.options.writing.raw_text, task.vocabulary()
+    encoded = encoded_in(task.args.data, vocabulary.symbols) if raw is None else None
+    if encoded is not None and split in encoded.encoding.splits:
+        if left_out:
+            return None
+        tokens = tokens_of(dataset, added=vocabulary.bos is not None)
+        return encoded.text_of(split, tokens_fingerprint(tokens))
     cut = spelling(whole, vocabulary, task.target_dictionary.unk())
     known = bool(pieces_of(vocabulary.symbols)) or bool(getattr(whole, "bpe", None))
     if raw is None and not known:

@@ -19,7 +19,7 @@ from fairseq.dataclass.configs import EvalLMConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 
 from fairseq_knnlm.runs.inputs import Inputs
-from fairseq_knnlm.runs.spelling import Spelling
+from fairseq_knnlm.runs.token_spelling import AnySpelling
 from fairseq_knnlm.tasks.spelling import spelling
 
 
@@ -35,7 +35,7 @@ class Session:
 
     cfg: Any
     task: Any
-    spelling: Spelling
+    spelling: AnySpelling
 
     @cached_property
     def models(self) -> list[Any]:

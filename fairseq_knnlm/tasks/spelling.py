@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from fairseq.data.encoders import build_bpe, build_tokenizer
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
 from fairseq.tokenizer import tokenize_line
 
 from fairseq_knnlm.errors import ConfigError, KnnlmError
@@ -20,23 +21,33 @@ from fairseq_knnlm.runs.spelling import (
     join_words,
     pieces_of,
 )
+from fairseq_knnlm.runs.token_spelling import AnySpelling, TokenizerSpelling
+from fairseq_knnlm.runs.tokenizer import Pieces
+from fairseq_knnlm.tasks.encoded import encoded_in
 from fairseq_knnlm.tasks.hf_tokenizer import HfTokenizer
 
 
-def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> Spelling:
+def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> AnySpelling:
     """How text is cut, and what tokens are as text.
 
     Args:
-        cfg: fairseq's whole configuration, of which ``bpe`` and ``tokenizer`` are read.
+        cfg: fairseq's whole configuration, of which ``bpe``, ``tokenizer`` and the data are read.
         vocabulary: the dictionary.
         unknown: the id of what it does not have.
 
     Raises:
         ConfigError: where what ``--bpe`` needs cannot be opened, or is another model's.
     """
+    if cfg.bpe is None and cfg.tokenizer is None:
+        data = getattr(getattr(cfg, "task", None), "data", None)
+        if (encoded := encoded_in(data, vocabulary.symbols)) is not None:
+            return TokenizerSpelling(vocabulary, unknown, encoded.tokenizer())
     bpe, tokenizer = _built(build_bpe, cfg.bpe), _built(build_tokenizer, cfg.tokenizer)
     if isinstance(bpe, HfTokenizer):
         bpe.check(vocabulary.symbols)
+
+    if isinstance(bpe, SentencepieceBPE) and tokenizer is None and not bpe.enable_sampling:
+        return TokenizerSpelling(vocabulary, unknown, Pieces(bpe.sp))
 
     def split(line: str) -> Sequence[str]:
         if bpe is None and (mark := pieces_of(vocabulary.symbols)):

@@ -19,6 +19,8 @@ from fairseq.file_io import PathManager
 
 from fairseq_knnlm.bounds import check_range, check_seed
 from fairseq_knnlm.errors import MEMORY_WORDS, ConfigError, KnnlmError, ModelError
+from fairseq_knnlm.runs.encoded import NAME as ENCODING
+from fairseq_knnlm.runs.tokenizer import FILES
 
 MOST = 2**31 - 1
 MOST_WORKERS = 4096
@@ -177,7 +179,9 @@ def _unreadable(split: str, folder: object, found: str) -> ConfigError:
 
 def data_files(folders: str, split: str) -> list[str]:
     """Files that are read of a split."""
-    names = ("dict.txt", f"{split}.bin", f"{split}.idx", split)
+    names = ["dict.txt", f"{split}.bin", f"{split}.idx", split]
+    if (_first(folders) / ENCODING).is_file():
+        names += [ENCODING, *FILES.values()]
     return [str(_first(folders) / name) for name in names]
 
 
