@@ -218,13 +218,12 @@ def documents_of(text: str, separator: str | None) -> list[str]:
     if separator is None:
         return [text]
     found: list[list[str]] = [[]]
-    for line in text.split("\n"):
+    for line in text.removesuffix("\n").split("\n"):
         if is_separator(line, separator):
             found.append([])
         else:
             found[-1].append(line)
-    documents = ["\n".join(lines) for lines in found]
-    documents = [one.removesuffix("\n").removesuffix("\r") for one in documents]
+    documents = ["\n".join(lines).removesuffix("\r") for lines in found]
     return [one for one in documents if one.strip()]
 
 

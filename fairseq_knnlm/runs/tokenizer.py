@@ -54,10 +54,10 @@ class Pieces:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        size = model.get_piece_size()
-        self.symbols = [model.id_to_piece(one) for one in range(size)]
+        symbols = [str(model.id_to_piece(one)) for one in range(model.get_piece_size())]
         if (unknown := model.unk_id()) >= 0:
-            self.symbols[unknown] = "<unk>"
+            symbols[unknown] = "<unk>"
+        self.symbols: Sequence[str] = symbols
 
     def ids(self, text: str) -> list[int]:
         found: list[int] = self._model.encode(text)
@@ -84,9 +84,10 @@ class Ids:
         tokenizer.encode_special_tokens = True  # a text is text, whatever is called like them
         self._tokenizer = tokenizer
         size = 1 + max([*tokenizer.get_vocab(with_added_tokens=True).values(), *special.values()])
-        self.symbols = [str(one) for one in range(size)]
+        symbols = [str(one) for one in range(size)]
         for symbol, one in special.items():
-            self.symbols[one] = symbol
+            symbols[one] = symbol
+        self.symbols: Sequence[str] = symbols
 
     def ids(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -87,9 +87,9 @@ def encode(asked: Asked, out: Path) -> Encoding:
 
 
 def _opened(asked: Asked, folder: Path) -> tuple[Cutting, list[str] | None]:
-    """How the text is cut, once the tokenizer's file lies in a folder; and its dictionary's symbols.
+    """How the text is cut, once the tokenizer's file lies in a folder; and its symbols.
 
-    These are None where the text is to be counted first.
+    There are none of these where the text has to be counted first.
     """
     if asked.tokenizer.is_dir():
         from fairseq_knnlm.runs.tokenizer_folder import open_folder
@@ -160,13 +160,9 @@ class _Work:
         return counts
 
     def _cut(self, split: str, what: str) -> Any:
-        files = self.asked.splits[split]
+        files, separator = self.asked.splits[split], self.cutting.separator
         total = sum(path.stat().st_size for path in files)
-        parts = (
-            part
-            for path in files
-            for part in parts_of(path, self.tokenizer, self.cutting.separator)
-        )
+        parts = (part for path in files for part in parts_of(path, self.tokenizer, separator))
         with tqdm(
             total=total, desc=f"{what} {split}", unit="B", unit_scale=True, delay=2, leave=False
         ) as bar:
