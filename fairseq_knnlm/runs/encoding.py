@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
@@ -49,6 +49,14 @@ class Cut:
     words: int
     bytes: int
     changed: int
+
+    def of(self, places: np.ndarray) -> Cut:
+        """The same in other ids.
+
+        Args:
+            places: (S + 1,) int32, by the tokenizer's id; the last is that of ``END``.
+        """
+        return replace(self, ids=places[self.ids])
 
 
 @dataclass(frozen=True)

@@ -174,14 +174,16 @@ class _Work:
         Raises:
             ConfigError: where there is no word in it.
         """
-        places = np.array([types.index(one) for one in [*self.tokenizer.symbols, types.eos_word]])
+        symbols = [*self.tokenizer.symbols, types.eos_word]  # the end is the last of them
+        places = np.array([types.index(one) for one in symbols], np.int32)
         prefix = str(self.folder / split)
         builder = make_builder(data_file_path(prefix), "mmap", len(types))
-        made = _Split(builder, places.astype(np.int32), types)
-        for part, cut, items in whole_items(self._cut(split, "encoding")):
-            made.count(cut)
+        made = _Split(builder, types)
+        cuts = ((part, cut.of(places)) for part, cut in self._cut(split, "encoding"))
+        for part, cut, items in whole_items(cuts):
             if self.tokenizer.lines:
                 made.begin_file(part)
+            made.count(cut)
             for item in items:
                 made.add(item)
         builder.finalize(index_file_path(prefix))
@@ -195,40 +197,42 @@ class _Split:
 
     Args:
         builder: fairseq's, of its files.
-        places: (S + 1,) int32, the dictionary's id of each id of the tokenizer, and of the end.
         types: the dictionary.
     """
 
-    def __init__(self, builder: Any, places: np.ndarray, types: Dictionary) -> None:
+    def __init__(self, builder: Any, types: Dictionary) -> None:
         self._builder = builder
-        self._places = places
         self._unknown = types.unk()
+        self._empty_line = np.array([types.eos()], np.int32)
         self._fingerprint = Fingerprinting()
         self._file: Path | None = None
         self._last = 0
         self.tokens = self.words = self.bytes = self.items = self.unknown = self.changed = 0
 
-    def count(self, cut: Cut) -> None:
-        """Counts what was counted of a part."""
-        self.words += cut.words
-        self.bytes += cut.bytes
-        self.changed += cut.changed
-
     def begin_file(self, part: Part) -> None:
         """Puts an empty line between two files, unless there is one."""
         if self._file not in (None, part.path) and self._last > 1:
-            self.add(np.array([END], np.int32))
+            self._take(self._empty_line)
+            self.add(self._empty_line)
         self._file = part.path
 
-    def add(self, item: np.ndarray) -> None:
-        """Writes a line or document, (n,) int32 of the tokenizer's ids."""
-        tokens = self._places[item]  # the end is the last of them
-        self._builder.add_item(torch.from_numpy(tokens))
+    def count(self, cut: Cut) -> None:
+        """Counts a part, in ids of the dictionary."""
+        self.words += cut.words
+        self.bytes += cut.bytes
+        self.changed += cut.changed
+        self._take(cut.ids)
+
+    def _take(self, tokens: np.ndarray) -> None:
         self._fingerprint.take(tokens)
-        self._last = len(tokens)
         self.tokens += len(tokens)
-        self.items += 1
         self.unknown += int((tokens == self._unknown).sum())
+
+    def add(self, item: np.ndarray) -> None:
+        """Writes a line or document, (n,) int32."""
+        self._builder.add_item(torch.from_numpy(item))
+        self._last = len(item)
+        self.items += 1
 
     def told(self) -> Split:
         """What is known of it."""
