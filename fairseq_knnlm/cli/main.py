@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if wants_traceback():
             raise
+        heard()  # while it is in hand: behind this it could be made again
         text, code = told(_in_our_words(error))
         print(text, file=sys.stderr)
         return code

@@ -18,14 +18,7 @@ from cli_calls import Capture, call, refuse, say
 from conftest import ROOT, must
 from tokenizers_at_hand import ENGLISH, EXACT, byte_level, sentencepiece_model
 
-LINES = [
-    *ENGLISH,
-    "",
-    "= the bird =",
-    "",
-    "caf\u00e9  na\u00efve \u6f22\u5b57 \U0001f600",
-    " here ",
-]
+LINES = [*ENGLISH, "", "= the bird =", "", "caf\u00e9  na\u00efve \u6f22 \U0001f600", " here "]
 FILES = ("dict.txt", "train.bin", "train.idx", "valid.bin", "valid.idx")
 
 
@@ -139,7 +132,7 @@ def test_files_of_a_split_are_documents(model: Path, tmp_path: Path, capsys: Cap
     folder.mkdir()
     for name, text in {"a": "the cat\nhere", "b": "the dog\n\n", "c": "---\nthe bird\n"}.items():
         (folder / name).write_text(text)
-    flags = ["--tokenizer", model, "--document-separator", "---"]
+    flags = ["--tokenizer", model, "--document-separator=---"]
     say(capsys, "encode", folder, *flags, "--out", tmp_path / "data")
     from fairseq.data import Dictionary
 
@@ -202,23 +195,22 @@ def test_what_is_refused(
 ) -> None:
     """In one message each, and nothing is left of it."""
     for says, words in bad_input(tmp_path, texts, model).items():
-        before = {path for path in tmp_path.rglob("*")}
+        before = set(tmp_path.rglob("*"))
         said = refuse(capsys, "encode", *words)
         assert says in said and "expected:" in said and "found:" in said, (says, said)
-        assert {path for path in tmp_path.rglob("*")} == before
-    (tmp_path / "a b").write_text("the\n")
+        assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_end_in_the_middle_leaves_nothing(
-    model: Path, tmp_path: Path, number: int, capsys: Capture
+    texts: dict[str, Path], model: Path, tmp_path: Path, number: int, capsys: Capture
 ) -> None:
     """Nothing that has the folder's name; what a killed process left is removed by the next."""
-    text = tmp_path / "train.txt"
-    text.write_text("the cat was singing here and there\n" * 200_000)
-    out = tmp_path / "data"
-    words = ["encode", text, "--tokenizer", model, "--out", out, "--workers", 2]
+    text, out, small = tmp_path / "valid.txt", tmp_path / "data", tmp_path / "small"
+    text.write_text("the cat was singing here and there\n" * 100_000)
+    say(capsys, "encode", texts["train"], "--tokenizer", model, "--out", small)
+    words = ["encode", text, "--tokenizer", model, "--srcdict", small, "--out", out, "--workers", 2]
     begun = subprocess.Popen(
         [sys.executable, "-m", "fairseq_knnlm.cli", *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -226,7 +218,7 @@ def test_an_end_in_the_middle_leaves_nothing(
         stderr=subprocess.STDOUT,
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".data.partial-*/train.bin")):
+    while not list(tmp_path.glob(".data.partial-*/valid.bin")):
         assert begun.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     begun.send_signal(number)
@@ -234,11 +226,11 @@ def test_an_end_in_the_middle_leaves_nothing(
     assert begun.returncode == (143 if number == signal.SIGTERM else -number), said.decode()
     assert not out.exists()
     if number == signal.SIGTERM:
-        assert [path.name for path in tmp_path.iterdir()] == ["train.txt"]
+        assert {path.name for path in tmp_path.iterdir()} == {"valid.txt", "small"}
         assert "Traceback" not in said.decode()
     text.write_text("the cat\n")
     say(capsys, *words)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "train.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "small", "valid.txt"}
 
 
 # -- tokenizers of transformers -----------------------------------------------------------
