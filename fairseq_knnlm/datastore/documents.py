@@ -27,6 +27,8 @@ FORMAT = "fairseq-knnlm documents"
 VERSION = 2
 #: Characters of an expression at most.
 MOST_EXPRESSION = 1000
+#: The expression where each line is a document: it matches any letter, ends of lines too.
+EACH = "(?s)."
 #: Tokens that are looked at before ``first_line`` takes a line to be no more than empty.
 SEARCHED = 65_536
 
@@ -96,6 +98,8 @@ class Documents:
 
     def describe(self) -> str:
         """``"1,200, each from a line that matches '= [^=]' on"``."""
+        if self.boundary == EACH:
+            return f"{len(self):,}, each up to the token that ends it"
         if self.boundary is None:
             return f"{len(self):,}, with empty lines between them"
         return f"{len(self):,}, each from a line that matches {self.boundary!r} on"

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fairseq_knnlm.datastore.documents import EACH
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
 from fairseq_knnlm.runs.encoded import NAME, Encoded, read_encoded
 from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.tasks.stock import folder
-
-#: Matches the first letter of any line, line ends within it too: each is a document.
-ANY = "(?s)."
 
 
 def encoded_in(data: str | None, symbols: Sequence[str]) -> Encoded | None:
@@ -44,4 +42,4 @@ def with_documents(options: Options, encoded: Encoded | None) -> Options:
         return options
     if saving.document_boundary is not None:
         return options
-    return replace(options, saving=replace(saving, document_boundary=ANY))
+    return replace(options, saving=replace(saving, document_boundary=EACH))

@@ -42,7 +42,7 @@ class World:
 
     def evaluate(self, to: Path, *flags: object) -> dict[str, Any]:
         """What a run tells."""
-        words = [self.data, *PLUGIN, "--path", self.checkpoint, "--gen-subset", "valid", *BLOCKS]
+        words = [self.data, *PLUGIN, "--path", self.checkpoint, "--gen-subset", "test", *BLOCKS]
         words += ["--sample-break-mode", "none", "--max-tokens", 64, "--cpu", "--num-workers", 0]
         eval_lm([str(word) for word in [*words, "--results-json", to, *flags]])
         found: dict[str, Any] = json.loads(to.read_text())
@@ -65,9 +65,9 @@ def pieces(tmp_path_factory: Any) -> Iterator[World]:
     """By a model of sentencepiece that alters nothing."""
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "sentencepiece.model").write_bytes(sentencepiece_model(**EXACT))
-    for split, number in (("train", 24), ("valid", 5)):
+    for split, number in (("train", 24), ("test", 5)):
         (folder / f"{split}.txt").write_text(text_of(number, 3) + "\n", encoding="utf-8")
-    texts = (folder / "train.txt", folder / "valid.txt")
+    texts = (folder / "train.txt", folder / "test.txt")
     tokenizer = ("--tokenizer", folder / "sentencepiece.model")
     assert call("encode", *texts, *tokenizer, "--out", folder / "data") == 0
     flags = ["--task", "language_modeling", "--arch", "transformer_lm", *TINY, "--max-update", 30]
@@ -79,7 +79,7 @@ def pieces(tmp_path_factory: Any) -> Iterator[World]:
 def test_figures_a_word_and_a_byte_come_of_themselves(pieces: World, tmp_path: Path) -> None:
     """Those that ``--raw-text`` gets; and where it is named, it is what is asked."""
     ours = pieces.evaluate(tmp_path / "ours.json")
-    raw = pieces.folder / "valid.txt"
+    raw = pieces.folder / "test.txt"
     theirs = pieces.evaluate(tmp_path / "theirs.json", "--raw-text", raw)
     assert ours["text"]["source"] == "raw text, counted by encode"
     assert theirs["text"]["source"] == "raw text"
@@ -93,12 +93,12 @@ def test_figures_a_word_and_a_byte_come_of_themselves(pieces: World, tmp_path: P
 
 @pytest.mark.slow
 def test_counts_of_another_text_are_refused(pieces: World, tmp_path: Path, capsys: Capture) -> None:
-    """Another split in its place, another dictionary, an altered record; without it, all goes on."""
+    """Another split in its place, another dictionary, an altered record; without it all goes on."""
     other = World(tmp_path, pieces.checkpoint)
     shutil.copytree(pieces.data, other.data)
     for end in (".bin", ".idx"):
-        shutil.copy(pieces.data / f"train{end}", other.data / f"valid{end}")
-    with pytest.raises(ConfigError, match="is of another text than the split valid"):
+        shutil.copy(pieces.data / f"train{end}", other.data / f"test{end}")
+    with pytest.raises(ConfigError, match="is of another text than the split test"):
         other.evaluate(tmp_path / "results.json")
     record = other.data / "encoding.json"
     told = record.read_text()
@@ -106,7 +106,7 @@ def test_counts_of_another_text_are_refused(pieces: World, tmp_path: Path, capsy
     with pytest.raises(ConfigError, match="altered"):
         other.evaluate(tmp_path / "results.json")
     record.unlink()
-    assert other.evaluate(tmp_path / "results.json")["text"]["source"] != "raw text"
+    assert "text" not in other.evaluate(tmp_path / "results.json")
     record.write_text(told)
     with (other.data / "sentencepiece.model").open("ab") as file:
         file.write(b"\0")
@@ -151,10 +151,10 @@ def test_texts_are_written_and_explained_as_they_are(
     assert text.startswith(ODD)
     (one,) = read_record(sources).texts
     assert "".join(token.text for token in one.tokens).removesuffix("\n") == text[:-1]
-    rows = ("--gen-subset", "valid", "--rows", "0:120", *BLOCKS)
+    rows = ("--gen-subset", "test", "--rows", "0:120", *BLOCKS)
     say(capsys, "explain", *words, *rows, "--json", tmp_path / "told.jsonl", *flags)
     (split,) = read_record(tmp_path / "told.jsonl").texts
-    whole = (pieces.folder / "valid.txt").read_text(encoding="utf-8")
+    whole = (pieces.folder / "test.txt").read_text(encoding="utf-8")
     found = "".join(token.text for token in split.tokens)
     assert whole.startswith(found) and len(found) > 60
     sources_of = [source for token in split.tokens for source in token.sources]
@@ -178,8 +178,8 @@ def documents(tmp_path_factory: Any) -> World:
     (folder / "train").mkdir()
     for number in range(6):
         (folder / f"train/{number}.txt").write_text(text_of(1, number), encoding="utf-8")
-    (folder / "valid.txt").write_text(f"{ODD}\n\nand {ODD}\n", encoding="utf-8")
-    texts = (folder / "train", folder / "valid.txt")
+    (folder / "test.txt").write_text(f"{ODD}\n\nand {ODD}\n", encoding="utf-8")
+    texts = (folder / "train", folder / "test.txt")
     assert call("encode", *texts, "--tokenizer", folder / "wrapped", "--out", folder / "data") == 0
     return World(folder, folder / "wrapped" / "checkpoint.pt")
 
@@ -192,7 +192,7 @@ def test_bits_a_byte_are_those_of_transformers(documents: World, tmp_path: Path)
 
     whole = ("--tokens-per-sample", 256, "--context-window", 0, "--max-tokens", 256)
     found = documents.evaluate(tmp_path / "results.json", *whole)
-    text = (documents.folder / "valid.txt").read_bytes().decode()
+    text = (documents.folder / "test.txt").read_bytes().decode()
     tokenizer = transformers.AutoTokenizer.from_pretrained(documents.folder / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(documents.folder / "hf")
     ids = torch.tensor([[0, *tokenizer(text)["input_ids"], 0]])
@@ -209,9 +209,11 @@ def test_bits_a_byte_are_those_of_transformers(documents: World, tmp_path: Path)
 def test_documents_are_those_of_the_text(documents: World, tmp_path: Path, capsys: Capture) -> None:
     """Empty lines within them or not; and texts are told byte by byte, ends of lines too."""
     store = documents.dstore()
-    assert "documents: 6" in " ".join(say(capsys, "info", "--dstore", store).split())
+    assert "documents 6, each up to the token that ends it" in " ".join(
+        say(capsys, "info", "--dstore", store).split()
+    )
     words = ("--dstore", store, documents.data, "--path", documents.checkpoint, "--cpu", *KNN)
-    rows = ("--gen-subset", "valid", "--rows", "0:40", "--tokens-per-sample", 64)
+    rows = ("--gen-subset", "test", "--rows", "0:40", "--tokens-per-sample", 64)
     say(capsys, "explain", *words, *rows, "--json", tmp_path / "told.jsonl")
     (one,) = read_record(tmp_path / "told.jsonl").texts
     told = "".join(token.text for token in one.tokens)
