@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fairseq_knnlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fairseq_knnlm.runs.encoded import Encoded
 
 
 def add_dictionary(parser: argparse.ArgumentParser, what: str) -> None:
@@ -49,6 +54,35 @@ def check_dictionary(path: Path | None) -> None:
             found="a folder without dict.txt" if path.is_dir() else "no such file",
             do="check the path",
         )
+
+
+def read_encoded_data(path: Path, symbols: Sequence[str]) -> Encoded | None:
+    """What `encode` left beside a dictionary of these symbols; None where that is another's work.
+
+    Raises:
+        ConfigError: where it is damaged, or of another dictionary.
+    """
+    from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
+    from fairseq_knnlm.runs.encoded import NAME, read_encoded
+
+    beside = dictionary_file(path).with_name(NAME)
+    return read_encoded(beside, dictionary_fingerprint(symbols))
+
+
+def read_spelling(path: Path) -> Callable[[Sequence[int]], str] | None:
+    """What writes tokens as text by the tokenizer that cut them; None where that is not known."""
+    import fairseq_knnlm.tasks  # noqa: F401  before fairseq, of which it keeps noise off the screen
+
+    from fairseq.data import Dictionary  # isort: skip
+    from fairseq_knnlm.runs.inputs import Vocabulary
+    from fairseq_knnlm.runs.token_spelling import TokenizerSpelling
+
+    types = Dictionary.load(str(dictionary_file(path)))
+    encoded = read_encoded_data(path, types.symbols)
+    if encoded is None:
+        return None
+    vocabulary = Vocabulary(types.symbols, types.pad(), types.eos(), types.bos())
+    return TokenizerSpelling(vocabulary, types.unk(), encoded.tokenizer()).text
 
 
 def read_dictionary(path: Path) -> tuple[list[str], int]:

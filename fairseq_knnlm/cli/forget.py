@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_knnlm.cli.common import check_ours
-from fairseq_knnlm.cli.dictionary import add_dictionary, check_dictionary, read_dictionary
+from fairseq_knnlm.cli.dictionary import (
+    add_dictionary,
+    check_dictionary,
+    read_dictionary,
+    read_spelling,
+)
 from fairseq_knnlm.errors import ConfigError
 
 HELP = "forget documents or rows of a datastore"
@@ -74,8 +79,14 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Says what went, and what is left to do."""
     from fairseq_knnlm.runs.changing import forget_parts
 
-    symbols = read_dictionary(args.dictionary)[0] if args.document else ()
-    found = forget_parts(args.dstore, args.document, args.rows, symbols, try_only=args.dry_run)
+    symbols: Sequence[str] = ()
+    spell = None
+    if args.document:
+        symbols, _ = read_dictionary(args.dictionary)
+        spell = read_spelling(args.dictionary)
+    found = forget_parts(
+        args.dstore, args.document, args.rows, symbols, spell, try_only=args.dry_run
+    )
     for part in found.parts:
         print(part.describe())
     does = "would forget" if args.dry_run else "forgot"

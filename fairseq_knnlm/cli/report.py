@@ -24,6 +24,7 @@ from fairseq_knnlm.cli.dictionary import (
     check_named,
     dictionary_file,
     read_dictionary,
+    read_encoded_data,
 )
 from fairseq_knnlm.cli.tables import show
 from fairseq_knnlm.datastore import Datastore
@@ -143,8 +144,6 @@ def _join(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace) -> None:
     from fairseq_knnlm.calibration.report import GAINS, gains, measured
     from fairseq_knnlm.calibration.skipping import skipping_costs
-    from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
-    from fairseq_knnlm.runs.encoded import NAME, read_encoded
     from fairseq_knnlm.runs.receipt import sealed
     from fairseq_knnlm.runs.replay_table import table_receipt
     from fairseq_knnlm.runs.report import comparable_lines
@@ -158,8 +157,7 @@ def _measure(args: argparse.Namespace) -> None:
     if args.dictionary is not None:
         symbols, eos = read_dictionary(args.dictionary)
         if args.raw_text is None:
-            beside = dictionary_file(args.dictionary).with_name(NAME)
-            encoded = read_encoded(beside, dictionary_fingerprint(symbols))
+            encoded = read_encoded_data(args.dictionary, symbols)
         text = text_of_table(table, symbols, eos, args.raw_text, encoded)
     found = measured(calibration, table)
     warn_of_own_text(table, store)

@@ -14,6 +14,7 @@ from fairseq_knnlm.cli.dictionary import (
     check_dictionary,
     check_named,
     read_dictionary,
+    read_encoded_data,
 )
 from fairseq_knnlm.datastore.boundaries import check_expression
 from fairseq_knnlm.datastore.legacy import is_legacy
@@ -146,6 +147,7 @@ def _computing(args: argparse.Namespace, rest: Sequence[str]) -> Iterator[Findin
 
 def _add_documents(args: argparse.Namespace) -> None:
     from fairseq_knnlm.runs.documents import EOS, add_documents
+    from fairseq_knnlm.runs.encoded import boundary_of
 
     store = opened(args, load_keys=False)
     check_outputs({"--documents": store.documents_path})
@@ -153,4 +155,5 @@ def _add_documents(args: argparse.Namespace) -> None:
         add_documents(store, None, None, EOS)
         return
     symbols, eos = read_dictionary(args.dictionary)
-    add_documents(store, args.document_boundary, symbols, eos)
+    boundary = boundary_of(args.document_boundary, read_encoded_data(args.dictionary, symbols))
+    add_documents(store, boundary, symbols, eos)

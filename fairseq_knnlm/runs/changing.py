@@ -77,6 +77,7 @@ def forget_parts(
     names: Sequence[str],
     ranges: Sequence[Range],
     symbols: Sequence[str] = (),
+    spell: Callable[[Sequence[int]], str] | None = None,
     *,
     try_only: bool = False,
 ) -> Forgotten:
@@ -87,6 +88,7 @@ def forget_parts(
         names: of documents, as ``explain`` shows them.
         ranges: rows, as (first, behind the last).
         symbols: the dictionary, which only names need.
+        spell: as ``named_documents`` has it.
         try_only: say what would be forgotten, and change nothing.
 
     Raises:
@@ -101,7 +103,7 @@ def forget_parts(
             claims.enter_context(Claim(outline(path).index_path.resolve()))
         store = open_datastore(path, load_keys=False)
         check_uncompressed(path, store.manifest)
-        parts = [*named_documents(store, names, symbols), *(Part(*each) for each in ranges)]
+        parts = [*named_documents(store, names, symbols, spell), *(Part(*each) for each in ranges)]
         gone = [(part.start, part.stop) for part in parts]
         check_rows(store, gone)
         left = len(store) - sum(stop - start for start, stop in joined(gone))
@@ -119,13 +121,19 @@ def _reach(store: Datastore) -> int | None:
     return size + window if isinstance(size, int) and isinstance(window, int) else None
 
 
-def named_documents(store: Datastore, names: Sequence[str], symbols: Sequence[str]) -> list[Part]:
+def named_documents(
+    store: Datastore,
+    names: Sequence[str],
+    symbols: Sequence[str],
+    spell: Callable[[Sequence[int]], str] | None = None,
+) -> list[Part]:
     """The documents of these names.
 
     Args:
         store: the datastore, with its values.
         names: as ``explain`` shows them, or the whole first lines.
         symbols: its dictionary.
+        spell: writes tokens as text; by the dictionary alone where left out.
 
     Raises:
         DatastoreError: where the dictionary is another, it is not known where documents begin, no
@@ -142,7 +150,7 @@ def named_documents(store: Datastore, names: Sequence[str], symbols: Sequence[st
             found="none",
             do=f"find them: fairseq-knnlm verify --dstore {store.path} --documents",
         )
-    spell, numbers = line_spelling(symbols), range(len(documents))
+    spell, numbers = spell or line_spelling(symbols), range(len(documents))
     lines = [spell(first_line(store, documents, number).tolist()).strip() for number in numbers]
     known = [shown_name(line) for line in lines]
     parts = []

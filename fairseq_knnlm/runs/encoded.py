@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from fairseq_knnlm.datastore.documents import EACH
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.files import Fingerprint, read_sealed, write_sealed
 from fairseq_knnlm.runs.raw_text import RawText
@@ -127,6 +128,28 @@ class Encoded:
                 do="encode the text again, or remove that file",
             )
         return RawText(COUNTED, one.words, one.bytes, one.unknown)
+
+
+def boundary_of(typed: str | None, encoded: Encoded | None) -> str | None:
+    """What the first line of each document of a text matches.
+
+    Args:
+        typed: what a flag says; None where it was not given.
+        encoded: what `encode` left beside the text; None where that is another's work.
+
+    Raises:
+        ConfigError: where a flag says something of a text in which a token ends each document.
+    """
+    if encoded is None or not encoded.encoding.by_documents:
+        return typed
+    if typed not in (None, EACH):
+        raise ConfigError(
+            "the documents of the data are known, and no line of it is looked at",
+            expected=f"no --document-boundary: a token ends each document of {encoded.folder}",
+            found=f"--document-boundary {typed!r}",
+            do="leave it out; `encode --document-separator` says what stands between documents",
+        )
+    return EACH
 
 
 def write_encoding(folder: Path, encoding: Encoding) -> None:

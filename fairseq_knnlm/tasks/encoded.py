@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fairseq_knnlm.datastore.documents import EACH
 from fairseq_knnlm.lm.fingerprints import dictionary_fingerprint
-from fairseq_knnlm.runs.encoded import NAME, Encoded, read_encoded
+from fairseq_knnlm.runs.encoded import NAME, Encoded, boundary_of, read_encoded
 from fairseq_knnlm.runs.options import Options
 from fairseq_knnlm.tasks.stock import folder
 
@@ -36,10 +35,12 @@ def with_documents(options: Options, encoded: Encoded | None) -> Options:
     Args:
         options: as they were typed.
         encoded: what `encode` left beside the data.
+
+    Raises:
+        ConfigError: where they are to begin elsewhere.
     """
     saving = options.saving
-    if encoded is None or not encoded.encoding.by_documents or not saving.save_knnlm_dstore:
+    if not saving.save_knnlm_dstore:
         return options
-    if saving.document_boundary is not None:
-        return options
-    return replace(options, saving=replace(saving, document_boundary=EACH))
+    boundary = boundary_of(saving.document_boundary, encoded)
+    return replace(options, saving=replace(saving, document_boundary=boundary))

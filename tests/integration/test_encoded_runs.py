@@ -111,6 +111,7 @@ def test_counts_of_another_text_are_refused(pieces: World, tmp_path: Path, capsy
     with (other.data / "sentencepiece.model").open("ab") as file:
         file.write(b"\0")
     words = ("--dstore", pieces.dstore(), other.data, "--path", other.checkpoint, "--cpu")
+    capsys.readouterr()
     assert "is not what cut the text" in refuse(capsys, "explain", *words, "--text", "the cat")
     lines = (other.data / "dict.txt").read_text().splitlines()
     (other.data / "dict.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
@@ -219,6 +220,14 @@ def test_documents_are_those_of_the_text(documents: World, tmp_path: Path, capsy
     assert "".join(token.text for token in one.tokens) == f"{ODD}\n\nand {ODD}\n"
     names = {source.document for token in one.tokens for source in token.sources}
     assert names and names <= {f"= the {number} =" for number in range(6)}
+    gone = ("--dry-run", "--document", "= the 4 =", "--data", documents.data)
+    assert "= the 4 =" in say(capsys, "forget", "--dstore", store, *gone)
+    (store / "documents.npz").unlink()
+    say(capsys, "verify", "--dstore", store, "--documents", "--data", documents.data)
+    said = " ".join(say(capsys, "info", "--dstore", store).split())
+    assert "documents 6, each up to the token that ends it" in said
+    other = ("--documents", "--document-boundary", "= ", "--data", documents.data)
+    assert "a token ends each document" in refuse(capsys, "verify", "--dstore", store, *other)
     text = f"{ODD}\nthe cat"
     say(capsys, "explain", *words, "--text", text, "--json", tmp_path / "text.jsonl")
     (one,) = read_record(tmp_path / "text.jsonl").texts
