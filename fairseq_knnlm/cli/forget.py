@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
     symbols: Sequence[str] = ()
     spell = None
     if args.document:
-        symbols, _ = read_dictionary(args.dictionary)
+        symbols = read_dictionary(args.dictionary)[0]
         spell = read_spelling(args.dictionary)
     found = forget_parts(
         args.dstore, args.document, args.rows, symbols, spell, try_only=args.dry_run

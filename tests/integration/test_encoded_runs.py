@@ -221,7 +221,7 @@ def test_documents_are_those_of_the_text(documents: World, tmp_path: Path, capsy
     names = {source.document for token in one.tokens for source in token.sources}
     assert names and names <= {f"= the {number} =" for number in range(6)}
     gone = ("--dry-run", "--document", "= the 4 =", "--data", documents.data)
-    assert "= the 4 =" in say(capsys, "forget", "--dstore", store, *gone)
+    assert "= the 4 =" in say(capsys, "forget", store, *gone)
     (store / "documents.npz").unlink()
     say(capsys, "verify", "--dstore", store, "--documents", "--data", documents.data)
     said = " ".join(say(capsys, "info", "--dstore", store).split())

@@ -13,8 +13,9 @@ from conftest import ROOT
 
 #: Libraries that take seconds to load, are not everywhere, or only print what takes long itself.
 HEAVY = {"faiss", "fairseq", "fairseq_cli", "matplotlib", "omegaconf", "ray", "rich", "torch"}
-HEAVY |= {"tokenizers", "transformers"}
+HEAVY |= {"sentencepiece", "tokenizers", "transformers"}
 SUBCOMMANDS = (
+    "encode",
     *("save", "build-index", "tune", "report", "replay", "explain", "info", "verify"),
     *(
         "compress",
