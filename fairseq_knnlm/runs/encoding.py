@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
+from signal import SIG_IGN, SIG_UNBLOCK, SIGINT, SIGTERM, pthread_sigmask, signal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from fairseq_knnlm.runs.text_files import (
     read_part,
 )
 from fairseq_knnlm.runs.tokenizer import Tokenizer, open_tokenizer
+from fairseq_knnlm.signals import undisturbed
 
 #: The place of the end of a line or document among a tokenizer's ids.
 END = -1
@@ -135,7 +136,8 @@ def cut_parts(
             yield part, cut_part(tokenizer, cutting.separator, part)
             told(part.stop - part.start)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (cutting,))
+    with undisturbed():
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (cutting,))
     try:
         for part, cut in _in_order(pool, parts, workers * AHEAD):
             yield part, cut
@@ -156,7 +158,8 @@ def _in_order(
 ) -> Iterator[tuple[Part, Cut]]:
     waiting: deque[tuple[Part, Future[Cut]]] = deque()
     for part in parts:
-        waiting.append((part, pool.submit(_do, part)))
+        with undisturbed():  # it may start processes and a thread, which are there or not
+            waiting.append((part, pool.submit(_do, part)))
         if len(waiting) >= most:
             first, future = waiting.popleft()
             yield first, future.result()
@@ -171,6 +174,7 @@ _mine: list[tuple[Tokenizer, str | None]] = []
 def _begin(cutting: Cutting) -> None:
     """Begins a process of the pool, which ends with the one that asks, whatever ends that."""
     signal(SIGINT, SIG_IGN)  # of the terminal, which the process that asks hears too
+    pthread_sigmask(SIG_UNBLOCK, {SIGINT, SIGTERM})  # blocked as it was begun
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _mine.append((cutting.opened(), cutting.separator))
 
