@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm.causal import library
+from fairseq_knnlm.lm.hf_folder import open_tokenizer
 from fairseq_knnlm.runs.wrapping import CHECKPOINT, DICTIONARY, TOKENIZER, special_ids, symbols_of
 
 
@@ -42,8 +44,6 @@ def open_folder(folder: Path) -> Found:
 
 
 def _wrapped(folder: Path) -> Found:
-    import json
-
     path = folder / CHECKPOINT
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -56,24 +56,19 @@ def _wrapped(folder: Path) -> Found:
 
 
 def _of_transformers(folder: Path) -> Found:
-    transformers = library()
+    tokenizer = open_tokenizer(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(
+        config = library().AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # of many kinds
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _none(folder, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise _none(folder, f"{type(tokenizer).__name__}, which runs in Python alone")
     special = special_ids(config, tokenizer)
     size = int(config.get_text_config().vocab_size)
-    if len(tokenizer) > size:
-        raise _none(folder, f"one of {len(tokenizer):,} tokens, for a model of {size:,}")
-    return Found(backend.to_str(), special, symbols_of(size, special))
+    last = max(tokenizer.get_vocab().values())
+    if last >= size:
+        raise _none(folder, f"ids up to {last:,}, for a model of {size:,}")
+    return Found(tokenizer.backend_tokenizer.to_str(), special, symbols_of(size, special))
 
 
 def _none(folder: Path, found: str) -> ModelError:

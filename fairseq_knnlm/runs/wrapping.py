@@ -85,7 +85,6 @@ def wrap(folder: Path, out: Path, dtype: str | None, module: str | None) -> dict
     }
 
 
-<<<<<<< HEAD
 def check_places(folder: Path, out: Path) -> None:
     """Refuses a folder that cannot be written, before a model is opened.
 
@@ -116,7 +115,8 @@ def check_end(end: int, config: Any, tokenizer: Any) -> None:
             "tokenizer? The model's end is taken",
             *(end, theirs, tokenizer.eos_token),
         )
-=======
+
+
 def symbols_of(size: int, special: Mapping[str, int]) -> list[str]:
     """The dictionary's symbols behind fairseq's own: ids, but for those that these stand for.
 
@@ -126,7 +126,6 @@ def symbols_of(size: int, special: Mapping[str, int]) -> list[str]:
     """
     taken = set(special.values())
     return [str(one) for one in range(size) if one not in taken]
->>>>>>> ce6e130 (encode: raw text to fairseq's files (in work))
 
 
 def special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
