@@ -17,7 +17,7 @@ are the running sums over rings.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.contract import Distribution
+from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
 
 
 class SparseSetting(NamedTuple):
@@ -40,50 +41,6 @@ class SparseSetting(NamedTuple):
     suffix: int
     extent: int
     sharpness: float
-
-
-class Extents:
-    """Nested parts of K columns: each is the one before it and a ring of further columns.
-
-    Args:
-        rings: disjoint, together all columns.
-    """
-
-    def __init__(self, rings: Sequence[slice]) -> None:
-        self.rings = list(rings)
-        columns = max(ring.stop for ring in rings)
-        self._ring_of = torch.empty(columns, dtype=torch.int64)
-        for number, ring in enumerate(self.rings):
-            self._ring_of[ring] = number
-
-    def __len__(self) -> int:
-        return len(self.rings)
-
-    def ring_of(self, device: torch.device) -> Tensor:
-        """(K,) int64, the ring of each column."""
-        self._ring_of = self._ring_of.to(device)
-        return self._ring_of
-
-
-@dataclass(frozen=True)
-class Entries:
-    """What N contexts have to go by, K entries each.
-
-    Attributes:
-        tokens: (N, K) ids; anything where an entry does not count.
-        scores: (N, K) float32, the larger the likelier.
-        shared: (N, K) bool for 0, 1, ... tokens: the entry counts, and comes after the same last
-            tokens as the context.
-        extents: of the columns.
-        log_weights: (N, K) float32, natural log of the entries that each stands for, 0 or more;
-            None where each is one.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    shared: Sequence[Tensor]
-    extents: Extents
-    log_weights: Tensor | None = None
 
 
 class SparsePrediction:
@@ -107,9 +64,9 @@ class SparsePrediction:
         self.settings = settings
         self.features = dict(features or {})
         self._suffixes = {setting.suffix for setting in settings}
-        sums: dict[int, Sums] = {}
-        if after := self._suffixes - {0}:
-            sums |= _few(entries, entries.shared[min(after)], after)
+        sums: dict[int, Sums] = {
+            suffix: Few.of(entries, entries.sharing[suffix - 1]) for suffix in self._suffixes - {0}
+        }
         if 0 in self._suffixes:
             sums[0] = Many.of(entries) if every is None else every
         self._totals = _columns(settings, sums)
@@ -119,16 +76,26 @@ class SparsePrediction:
 
         -inf where no entry that counts has the token, NaN where none counts.
         """
-        entries = self.entries
         if not self.settings:
-            return entries.scores.new_empty((len(tokens), 0))
-        same = entries.tokens == tokens[:, None]
-        found = _columns(self.settings, _few(entries, same, self._suffixes))
+            return self.entries.scores.new_empty((len(tokens), 0))
+        found = _columns(self.settings, self._with_tokens(tokens))
         columns = [
             (one - total).where(~total.isneginf(), torch.nan)
             for one, total in zip(found, self._totals, strict=True)
         ]
         return torch.stack(columns, dim=1)
+
+    def _with_tokens(self, tokens: Tensor) -> dict[int, Sums]:
+        """For each suffix, of the entries with the token (N,) of their context."""
+        entries, found = self.entries, dict[int, Sums]()
+        for suffix in self._suffixes:
+            if suffix:  # few share a suffix, so these are few to look through
+                pairs = entries.sharing[suffix - 1]
+                pairs = pairs.among(entries.tokens[pairs] == tokens[pairs.rows])
+            else:
+                pairs = entries.with_tokens(tokens)
+            found[suffix] = Few.of(entries, pairs)
+        return found
 
     def log_probs(self, setting: int) -> Distribution:
         """log p of the entries' tokens, an entry each, which add up where tokens are the same."""
@@ -136,9 +103,7 @@ class SparsePrediction:
         shares = entries.scores * sharpness - self._totals[setting][:, None]
         if entries.log_weights is not None:
             shares += entries.log_weights
-        counted = entries.shared[suffix] & (
-            entries.extents.ring_of(shares.device) <= extent
-        )  # (N, K)
+        counted = entries.after(suffix) & (entries.extents.ring_of(shares.device) <= extent)
         shares = shares.masked_fill(~counted, -torch.inf)
         nobody = self._totals[setting].isneginf()[:, None]
         return Distribution(self._tokens, shares.masked_fill(nobody, torch.nan))
@@ -146,7 +111,8 @@ class SparsePrediction:
     @cached_property
     def _tokens(self) -> Tensor:
         """(N, K) ids, in every setting."""
-        return self.entries.tokens.where(self.entries.shared[0], 0)
+        tokens, counted = self.entries.tokens, self.entries.counted
+        return tokens if counted is None else tokens.where(counted, 0)
 
 
 class Sums:
@@ -189,9 +155,11 @@ class Many(Sums):
     @classmethod
     def of(cls, entries: Entries) -> Many:
         """Of all that count."""
-        counted = entries.shared[0]
-        rings, weights = entries.extents.rings, entries.log_weights
-        scores = entries.scores.masked_fill(~counted, -torch.inf)
+        counted, scores, weights = entries.counted, entries.scores, entries.log_weights
+        if counted is not None:
+            scores = scores.masked_fill(~counted, -torch.inf)
+            weights = None if weights is None else weights.masked_fill(~counted, 0.0)
+        rings = entries.extents.rings
         nobody = scores.new_full((len(scores),), -torch.inf)  # of a ring without columns
         tops = torch.stack(
             [scores[:, ring].amax(dim=1) if ring.start < ring.stop else nobody for ring in rings],
@@ -199,11 +167,10 @@ class Many(Sums):
         )
         best = tops.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0)
         tops = tops.where(~tops.isneginf(), best)
+        relative = torch.empty(scores.shape, device=scores.device)
         for ring, top in zip(rings, tops.unbind(1), strict=True):
-            scores[:, ring] -= top[:, None]
-        if weights is not None:
-            weights = weights.masked_fill(~counted, 0.0)
-        return cls(scores, tops, entries.extents, weights)
+            torch.sub(scores[:, ring], top[:, None], out=relative[:, ring])
+        return cls(relative, tops, entries.extents, weights)
 
     def log_sums(self, sharpness: float, extents: int) -> Tensor:
         """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
@@ -244,18 +211,18 @@ class Few(Sums):
     log_weights: Tensor | None
 
     @classmethod
-    def of(cls, entries: Entries, rows: Tensor, places: Tensor) -> Few:
-        """Of P of them, (P,) int64 each: of which context, and which column."""
+    def of(cls, entries: Entries, pairs: Pairs) -> Few:
+        """Of P of them."""
         contexts, rings = len(entries.scores), len(entries.extents)
-        cells = rows * rings + entries.extents.ring_of(rows.device)[places]
-        values, weights = entries.scores[rows, places], entries.log_weights
+        cells = pairs.rows * rings + entries.extents.ring_of(pairs.rows.device)[pairs.places]
+        values, weights = entries.scores[pairs], entries.log_weights
         nothing = values.new_full((contexts * rings,), -torch.inf)
         tops = nothing.scatter_reduce(0, cells, values, "amax").nan_to_num_(neginf=0.0)
         return cls(
             values - tops[cells],
             cells,
             tops.view(-1, rings),
-            None if weights is None else weights[rows, places],
+            None if weights is None else weights[pairs],
         )
 
     def log_sums(self, sharpness: float, extents: int) -> Tensor:
@@ -268,14 +235,3 @@ class Few(Sums):
         sums = torch.zeros_like(tops).index_add_(0, self.cells, weights.exp_())
         rings = (sums.log_() + tops).view_as(self.tops) + sharpness * self.tops
         return rings[:, :extents].logcumsumexp(dim=1)
-
-
-def _few(entries: Entries, counted: Tensor, suffixes: Collection[int]) -> dict[int, Sums]:
-    """Of those that are ``counted``, (N, K) bool, for each suffix; they are looked for once."""
-    rows, places = counted.nonzero(as_tuple=True)
-    found: dict[int, Sums] = {}
-    for suffix in sorted(suffixes):  # who shares more is among those who share less
-        here = entries.shared[suffix][rows, places]
-        rows, places = rows[here], places[here]
-        found[suffix] = Few.of(entries, rows, places)
-    return found
