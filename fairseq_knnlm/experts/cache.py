@@ -33,7 +33,7 @@ from fairseq_knnlm.experts.recent import (
     alike,
     in_order,
 )
-from fairseq_knnlm.experts.sparse import Many, SparsePrediction, SparseSetting
+from fairseq_knnlm.experts.sparse import Many, SparsePrediction, SparseSetting, asked_of
 from fairseq_knnlm.experts.windows import WindowEntries, Windows
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.files.sizes import available_memory
@@ -298,7 +298,10 @@ class CacheExpert:
         at = [self.windows.index(window) for window in FEATURE_WINDOWS]
         best = every.tops.amax(dim=1, keepdim=True)
         thetas = [over_root(theta, width) for theta in FEATURE_THETAS]
-        sizes = [(every.log_sums(theta, at[-1] + 1) - theta * best)[:, at] for theta in thetas]
+        asked = asked_of(self._columns, suffix=0)  # so that all is summed up at once
+        asked |= {theta: max(at[-1] + 1, asked.get(theta, 0)) for theta in thetas}
+        sums = every.log_sums(asked)
+        sizes = [sums[theta][:, at] - theta * best for theta in thetas]
         return {
             "cache_size": torch.cat(sizes, dim=1).clamp_min(math.log(1e-6)),
             "cache_shared": entries.counts().float().log1p(),

@@ -41,7 +41,7 @@ class Extents:
     """Nested parts of K columns: each is the one before it and a ring of further columns.
 
     Args:
-        rings: disjoint, together all columns.
+        rings: disjoint, together all columns; each beside the one before it.
     """
 
     def __init__(self, rings: Sequence[slice]) -> None:
@@ -58,6 +58,11 @@ class Extents:
         """(K,) int64, the ring of each column."""
         self._ring_of = self._ring_of.to(device)
         return self._ring_of
+
+    def span(self, extents: int) -> slice:
+        """The columns of so many of the extents."""
+        rings = self.rings[:extents]
+        return slice(min(ring.start for ring in rings), max(ring.stop for ring in rings))
 
 
 @dataclass(frozen=True)

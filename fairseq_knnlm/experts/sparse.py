@@ -17,7 +17,7 @@ are the running sums over rings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -118,21 +118,31 @@ class SparsePrediction:
 class Sums:
     """Sums over entries at any sharpness."""
 
-    def log_sums(self, sharpness: float, extents: int) -> Tensor:
-        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
+    def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
+        """log of the sum of exp(sharpness score) over each of the first extents.
+
+        Args:
+            asked: by the sharpness, over how many of the extents.
+
+        Returns:
+            By the sharpness, (N, extents); more than were asked for where there are.
+        """
         raise NotImplementedError
+
+
+def asked_of(settings: Sequence[SparseSetting], suffix: int) -> dict[float, int]:
+    """What settings of a suffix ask sums for: by the sharpness, over how many extents."""
+    asked: dict[float, int] = {}
+    for one in settings:
+        if one.suffix == suffix:
+            asked[one.sharpness] = max(one.extent + 1, asked.get(one.sharpness, 0))
+    return asked
 
 
 def _columns(settings: Sequence[SparseSetting], sums: Mapping[int, Sums]) -> list[Tensor]:
     """(N,) for each setting; those of a suffix and sharpness share their sums."""
-    extents: dict[tuple[int, float], int] = {}
-    for suffix, extent, sharpness in settings:
-        extents[suffix, sharpness] = max(extent + 1, extents.get((suffix, sharpness), 0))
-    found = {
-        (suffix, sharpness): sums[suffix].log_sums(sharpness, wanted).unbind(1)
-        for (suffix, sharpness), wanted in extents.items()
-    }
-    return [found[one.suffix, one.sharpness][one.extent] for one in settings]
+    found = {suffix: of.log_sums(asked_of(settings, suffix)) for suffix, of in sums.items()}
+    return [found[one.suffix][one.sharpness][:, one.extent] for one in settings]
 
 
 @dataclass(frozen=True)
@@ -172,26 +182,55 @@ class Many(Sums):
             torch.sub(scores[:, ring], top[:, None], out=relative[:, ring])
         return cls(relative, tops, entries.extents, weights)
 
-    def log_sums(self, sharpness: float, extents: int) -> Tensor:
-        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
-        known = self._known.get(sharpness)
-        if known is None or known.shape[1] < extents:
-            rings = [self._log_sum(sharpness, ring) for ring in self.extents.rings[:extents]]
-            tops = sharpness * self.tops[:, :extents]
-            known = self._known[sharpness] = (torch.stack(rings, dim=1) + tops).logcumsumexp(dim=1)
-        return known[:, :extents]
+    def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
+        """As ``Sums`` has it; one exponential serves every sharpness that is twice another."""
+        new = {
+            sharpness: extents
+            for sharpness, extents in asked.items()
+            if sharpness not in self._known or self._known[sharpness].shape[1] < extents
+        }
+        for doubled in _doubled(new):
+            most = [max(new[later] for later in doubled[place:]) for place in range(len(doubled))]
+            span = self.extents.span(most[0])
+            weights = self._weights(doubled[0], span)
+            for sharpness, extents in zip(doubled, most, strict=True):
+                if sharpness != doubled[0]:
+                    narrow = self.extents.span(extents)
+                    weights = weights[:, narrow.start - span.start : narrow.stop - span.start]
+                    span, weights = narrow, weights.square_()
+                self._known[sharpness] = self._log_sums(weights, sharpness, span, extents)
+        return {sharpness: self._known[sharpness] for sharpness in asked}
 
-    def _log_sum(self, sharpness: float, ring: slice) -> Tensor:
-        """(N,) of one ring, relative to its best."""
-        scores = self.scores[:, ring]
+    def _weights(self, sharpness: float, span: slice) -> Tensor:
+        """exp(sharpness score) of some columns, relative to the best of each ring."""
+        scores = self.scores[:, span]
         if sharpness == 0:  # times -inf is no number
-            weights = torch.zeros_like(scores).where(~scores.isneginf(), -torch.inf)
-        else:
-            weights = scores * sharpness
-        if self.log_weights is None:
-            return weights.exp_().sum(dim=1).log_()
-        # Then the best need not be the heaviest.
-        return weights.add_(self.log_weights[:, ring]).logsumexp(dim=1)
+            return (~scores.isneginf()).float()
+        return (scores * sharpness).exp_()
+
+    def _log_sums(self, weights: Tensor, sharpness: float, span: slice, extents: int) -> Tensor:
+        """log of their sums over each of the extents."""
+        if self.log_weights is not None:
+            weights = weights * self.log_weights[:, span].exp()
+        rings = [
+            weights[:, ring.start - span.start : ring.stop - span.start].sum(dim=1)
+            for ring in self.extents.rings[:extents]
+        ]
+        return (torch.stack(rings, dim=1).log_() + sharpness * self.tops[:, :extents]).logcumsumexp(
+            dim=1
+        )
+
+
+def _doubled(numbers: Iterable[float]) -> Iterator[list[float]]:
+    """The numbers, in runs in which each is twice the one before."""
+    left = set(numbers)
+    for number in sorted(left):
+        run = [number]
+        while run[-1] in left:
+            left.remove(run[-1])
+            run.append(2 * run[-1])
+        if len(run) > 1:
+            yield run[:-1]
 
 
 @dataclass(frozen=True)
@@ -225,13 +264,14 @@ class Few(Sums):
             None if weights is None else weights[pairs],
         )
 
-    def log_sums(self, sharpness: float, extents: int) -> Tensor:
-        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
-        weights, tops = self.scores * sharpness, torch.zeros_like(self.tops).view(-1)
-        if self.log_weights is not None:  # then the best need not be the heaviest
-            weights += self.log_weights
-            tops = tops.scatter_reduce(0, self.cells, weights, "amax", include_self=False)
-            weights -= tops[self.cells]
-        sums = torch.zeros_like(tops).index_add_(0, self.cells, weights.exp_())
-        rings = (sums.log_() + tops).view_as(self.tops) + sharpness * self.tops
+    def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
+        """As ``Sums`` has it."""
+        return {sharpness: self._log_sums(sharpness, n) for sharpness, n in asked.items()}
+
+    def _log_sums(self, sharpness: float, extents: int) -> Tensor:
+        weights = (self.scores * sharpness).exp_()
+        if self.log_weights is not None:
+            weights *= self.log_weights.exp()
+        sums = torch.zeros_like(self.tops).view(-1).index_add_(0, self.cells, weights)
+        rings = sums.log_().view_as(self.tops) + sharpness * self.tops
         return rings[:, :extents].logcumsumexp(dim=1)
