@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Pairs(NamedTuple):
-    """P of the (N, K) entries of N contexts.
+    """P of the (N, K) entries of N contexts, in the order of these and then of columns.
 
     Attributes:
         rows: (P,) int64, of which context.
@@ -37,6 +37,36 @@ class Pairs(NamedTuple):
         return mask
 
 
+@dataclass(frozen=True)
+class Cells:
+    """Of P entries, those that belong together: of one context and one ring.
+
+    Attributes:
+        numbers: (P,) int64, context and ring in one.
+        starts: (N, rings) int64, where those of each begin among the P, by the place of the ring.
+        rings: where each ring is in that order.
+    """
+
+    numbers: Tensor
+    starts: Tensor
+    rings: Sequence[int]
+
+    def most(self, values: Tensor) -> Tensor:
+        """The most of (P,) values, (N, rings); 0 where there is none."""
+        nothing = values.new_full((self.starts.numel(),), -torch.inf)
+        most = nothing.scatter_reduce(0, self.numbers, values, "amax").nan_to_num_(neginf=0.0)
+        return most.view(self.starts.shape)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sums of (P, S) values, (N, rings, S)."""
+        if not len(values):
+            return values.new_zeros((*self.starts.shape, values.shape[1]))
+        every = torch.arange(len(values), device=values.device)
+        # PyTorch's fastest sum of rows that lie side by side.
+        found = nn.functional.embedding_bag(every, values, self.starts.view(-1), mode="sum")
+        return found.view(*self.starts.shape, -1)[:, self.rings]
+
+
 class Extents:
     """Nested parts of K columns: each is the one before it and a ring of further columns.
 
@@ -58,6 +88,18 @@ class Extents:
         """(K,) int64, the ring of each column."""
         self._ring_of = self._ring_of.to(device)
         return self._ring_of
+
+    def cells(self, pairs: Pairs, contexts: int) -> Cells:
+        """Which of some entries, of N contexts, belong together."""
+        columns = len(self._ring_of)
+        # One without columns begins where another does, and comes before that.
+        ends = [(ring.start, ring.stop) for ring in self.rings]
+        placed = sorted(range(len(ends)), key=lambda number: ends[number])
+        firsts = pairs.rows.new_tensor([self.rings[number].start for number in placed])
+        rows = torch.arange(contexts, device=firsts.device)[:, None]
+        starts = torch.searchsorted(pairs.rows * columns + pairs.places, rows * columns + firsts)
+        numbers = pairs.rows * len(self.rings) + self.ring_of(firsts.device)[pairs.places]
+        return Cells(numbers, starts, [placed.index(number) for number in range(len(placed))])
 
     def span(self, extents: int) -> slice:
         """The columns of so many of the extents."""

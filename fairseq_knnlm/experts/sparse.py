@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.contract import Distribution
-from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
+from fairseq_knnlm.experts.entries import Cells, Entries, Extents, Pairs
 
 
 class SparseSetting(NamedTuple):
@@ -238,40 +238,36 @@ class Few(Sums):
     """Of few of the entries: those of one token, or after the same tokens as the context.
 
     Attributes:
-        scores: (P,) float32, each less the best of its ring.
-        cells: (P,) int64, context and ring in one number.
+        scores: (P,) float32, each less the best of its ring, those of a context's ring side by
+            side.
+        cells: of these: which are of a context's ring.
         tops: (N, rings) float32; 0 where there are none.
         log_weights: (P,) float32; None where each is one.
     """
 
     scores: Tensor
-    cells: Tensor
+    cells: Cells
     tops: Tensor
     log_weights: Tensor | None
 
     @classmethod
     def of(cls, entries: Entries, pairs: Pairs) -> Few:
         """Of P of them."""
-        contexts, rings = len(entries.scores), len(entries.extents)
-        cells = pairs.rows * rings + entries.extents.ring_of(pairs.rows.device)[pairs.places]
-        values, weights = entries.scores[pairs], entries.log_weights
-        nothing = values.new_full((contexts * rings,), -torch.inf)
-        tops = nothing.scatter_reduce(0, cells, values, "amax").nan_to_num_(neginf=0.0)
+        cells = entries.extents.cells(pairs, len(entries.scores))
+        scores, weights = entries.scores[pairs], entries.log_weights
+        tops = cells.most(scores)
         return cls(
-            values - tops[cells],
+            scores - tops.view(-1)[cells.numbers],
             cells,
-            tops.view(-1, rings),
+            tops,
             None if weights is None else weights[pairs],
         )
 
     def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
         """As ``Sums`` has it."""
-        return {sharpness: self._log_sums(sharpness, n) for sharpness, n in asked.items()}
-
-    def _log_sums(self, sharpness: float, extents: int) -> Tensor:
-        weights = (self.scores * sharpness).exp_()
+        sharpness = self.scores.new_tensor(list(asked))
+        weights = (self.scores[:, None] * sharpness).exp_()
         if self.log_weights is not None:
-            weights *= self.log_weights.exp()
-        sums = torch.zeros_like(self.tops).view(-1).index_add_(0, self.cells, weights)
-        rings = sums.log_().view_as(self.tops) + sharpness * self.tops
-        return rings[:, :extents].logcumsumexp(dim=1)
+            weights *= self.log_weights.exp()[:, None]
+        rings = self.cells.sums(weights).log_() + self.tops[:, :, None] * sharpness
+        return dict(zip(asked, rings.logcumsumexp(dim=1).unbind(2), strict=True))
