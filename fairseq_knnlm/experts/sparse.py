@@ -189,17 +189,33 @@ class Many(Sums):
             for sharpness, extents in asked.items()
             if sharpness not in self._known or self._known[sharpness].shape[1] < extents
         }
-        for doubled in _doubled(new):
-            most = [max(new[later] for later in doubled[place:]) for place in range(len(doubled))]
-            span = self.extents.span(most[0])
-            weights = self._weights(doubled[0], span)
-            for sharpness, extents in zip(doubled, most, strict=True):
-                if sharpness != doubled[0]:
-                    narrow = self.extents.span(extents)
-                    weights = weights[:, narrow.start - span.start : narrow.stop - span.start]
-                    span, weights = narrow, weights.square_()
-                self._known[sharpness] = self._log_sums(weights, sharpness, span, extents)
+        if self.log_weights is None:
+            for run in _doubled(new):
+                self._sum_up(run, [new[sharpness] for sharpness in run])
+        else:
+            for sharpness, extents in new.items():
+                self._keep(sharpness, [self._weighted(sharpness, n) for n in range(extents)])
         return {sharpness: self._known[sharpness] for sharpness in asked}
+
+    def _sum_up(self, run: Sequence[float], extents: Sequence[int]) -> None:
+        """Sums at sharpnesses of which each is twice the one before."""
+        span = self.extents.span(max(extents))
+        weights = self._weights(run[0], span)
+        for number, sharpness in enumerate(run):
+            if number:
+                narrow = self.extents.span(max(extents[number:]))
+                weights = weights[:, narrow.start - span.start : narrow.stop - span.start]
+                span, weights = narrow, weights.square_()
+            rings = [
+                weights[:, ring.start - span.start : ring.stop - span.start].sum(dim=1).log_()
+                for ring in self.extents.rings[: extents[number]]
+            ]
+            self._keep(sharpness, rings)
+
+    def _keep(self, sharpness: float, rings: Sequence[Tensor]) -> None:
+        """Adds up the log sums of rings, (N,) each, relative to the best of each."""
+        tops = sharpness * self.tops[:, : len(rings)]
+        self._known[sharpness] = (torch.stack(list(rings), dim=1) + tops).logcumsumexp(dim=1)
 
     def _weights(self, sharpness: float, span: slice) -> Tensor:
         """exp(sharpness score) of some columns, relative to the best of each ring."""
@@ -208,17 +224,13 @@ class Many(Sums):
             return (~scores.isneginf()).float()
         return (scores * sharpness).exp_()
 
-    def _log_sums(self, weights: Tensor, sharpness: float, span: slice, extents: int) -> Tensor:
-        """log of their sums over each of the extents."""
-        if self.log_weights is not None:
-            weights = weights * self.log_weights[:, span].exp()
-        rings = [
-            weights[:, ring.start - span.start : ring.stop - span.start].sum(dim=1)
-            for ring in self.extents.rings[:extents]
-        ]
-        return (torch.stack(rings, dim=1).log_() + sharpness * self.tops[:, :extents]).logcumsumexp(
-            dim=1
-        )
+    def _weighted(self, sharpness: float, number: int) -> Tensor:
+        """(N,) of one ring of entries that stand for several: the best need not be the heaviest."""
+        assert self.log_weights is not None
+        ring = self.extents.rings[number]
+        scores, weights = self.scores[:, ring], self.log_weights[:, ring]
+        counted = ~scores.isneginf()
+        return (scores * sharpness + weights).where(counted, -torch.inf).logsumexp(dim=1)
 
 
 def _doubled(numbers: Iterable[float]) -> Iterator[list[float]]:
@@ -266,8 +278,11 @@ class Few(Sums):
     def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
         """As ``Sums`` has it."""
         sharpness = self.scores.new_tensor(list(asked))
-        weights = (self.scores[:, None] * sharpness).exp_()
-        if self.log_weights is not None:
-            weights *= self.log_weights.exp()[:, None]
-        rings = self.cells.sums(weights).log_() + self.tops[:, :, None] * sharpness
+        weights, tops = self.scores[:, None] * sharpness, self.tops[:, :, None] * sharpness
+        if self.log_weights is not None:  # then the best need not be the heaviest
+            weights += self.log_weights[:, None]
+            most = torch.stack([self.cells.most(one) for one in weights.unbind(1)], dim=2)
+            weights -= most.flatten(0, 1)[self.cells.numbers]
+            tops += most
+        rings = self.cells.sums(weights.exp_()).log_() + tops
         return dict(zip(asked, rings.logcumsumexp(dim=1).unbind(2), strict=True))
