@@ -13,7 +13,7 @@ from measure import Figure, Rates, Ratio, interleaved, summary
 from memory import peaks
 from perplexity import Perplexities
 from rivals import UNEXAMINED, Searches
-from speeds import Speeds
+from speeds import MIXED, Speeds
 from writers import Texts, Writing
 
 from fairseq_knnlm.errors import KnnlmError
@@ -29,8 +29,22 @@ FIGURES = {
         "search", "ours_exact", "published", "queries/s", ("ours_exact", "exact")
     ),
     "base_over_stock": Figure("command", "base", "stock", "tokens/s"),
-    "knn_over_stock_base": Figure("command", "knn", "stock", "tokens/s", ("ours", "exact")),
+    "knn_over_stock_base": Figure(
+        "command", "knn", "stock", "tokens/s", ("ours", "exact"), least=1.7
+    ),
+    "mixture_over_stock": Figure("command", "mixture", "stock", "tokens/s", least=1.2),
+    "skipping_over_searching": Figure("command", "skipping", "mixture", "tokens/s", least=1),
+    "table_over_stock": Figure("command", "stock", "table", "tokens/s", most=0.9),
     "saving_over_forward": Figure("command", "save", "base", "tokens/s"),
+    "bfloat16_base_over_stock": Figure("command", "base_bfloat16", "stock", "tokens/s", least=4),
+    "bfloat16_knn_over_stock": Figure("command", "knn_bfloat16", "stock", "tokens/s", least=2.8),
+    "bfloat16_mixture_over_stock": Figure(
+        "command", "mixture_bfloat16", "stock", "tokens/s", least=2
+    ),
+    "bfloat16_saving_over_stock": Figure(
+        "command", "save_bfloat16", "stock", "tokens/s", least=3.5
+    ),
+    "tune_over_stock": Figure("tuning", "tune", "stock", "seconds", most=0.6),
     "generate_over_stock": Figure("writing", "plain_16", "stock_16", "tokens/s"),
     "speculate_over_stock": Figure("writing", "speculating_1", "stock_1", "tokens/s"),
     "build_over_paper": Figure("build", "auto", "paper", "seconds"),
@@ -101,6 +115,7 @@ class Bench:
             "search": self._searches,
             "command": self._commands,
             "writing": self._writing,
+            "tuning": self._tuning,
             "build": self._builds,
             "size": self._sizes,
             "memory": self._memory,
@@ -135,8 +150,10 @@ class Bench:
 
     def _commands(self, names: Sequence[str]) -> Rates:
         """Tokens a second, as ``fairseq-eval-lm`` reports them."""
-        if "knn" in names:
+        if {"knn", "knn_bfloat16"} & set(names):
             self.speeds.fitted = self.perplexities.of("ours")
+        if any(name.startswith(MIXED) for name in names):
+            self.material.calibrated()
         if "save" in names:
             names = [*names, "forward"]
         return self.speeds.measure(names, self.repeats.rounds)
@@ -151,8 +168,8 @@ class Bench:
             "lines": self.material.choice.lines or "all",
             "tokens": self.speeds.tokens,
         }
-        if figure.over == "knn":
-            found["perplexity_of_run"] = self.speeds.knn_perplexity
+        if figure.over in self.speeds.perplexities:
+            found["perplexity_of_run"] = self.speeds.perplexities[figure.over]
         if figure.over == "save":
             features = Ratio.of(rates["save"], rates["forward"])
             found["over_features_alone"] = {
@@ -161,6 +178,12 @@ class Bench:
                 "rates": {"features": summary(rates["forward"])},
             }
         return found
+
+    def _tuning(self, names: Sequence[str]) -> Rates:
+        """Seconds that fitting takes, and those of the stock scorer on the same tokens, once."""
+        self.material.calibrated()
+        took = {"tune": self.material.tune, "stock": lambda: self.speeds.seconds("stock", "valid")}
+        return {name: [took[name]()] for name in names}
 
     def _writing(self, names: Sequence[str]) -> Rates:
         """Tokens a second that follow prompts."""

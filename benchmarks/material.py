@@ -36,6 +36,10 @@ PLUGIN: list[object] = ["--user-dir", ROOT / "fairseq_knnlm", "--task", "knn_lm"
 READING = """
     --max-tokens 2048 --tokens-per-sample 256 --context-window 192 --sample-break-mode none --cpu
 """.split()
+#: Keys that an index is examined with, where the build does not say otherwise.
+EXAMINED = BuildOptions().queries
+#: The index's own distances.
+FROM_INDEX = "do_not_recomp_l2"
 #: Sampled tokens that follow one another, as those of a batch do.
 STRETCH = 256
 
@@ -223,6 +227,39 @@ class Material:
             tokens=torch.from_numpy(queries.values[rows].astype(np.int64)),
             lm=read_table(table)["lm"][rows],
         )
+
+    # -- the mixture of all experts -----------------------------------------------------
+
+    def neighbours(self) -> list[object]:
+        """Flags: neighbours in the automatic index, by its own distances."""
+        store = ["--knnlm", "--dstore-filename", self.store.path, "--k", self.choice.k]
+        index = ["--indexfile", self.index_file("auto", EXAMINED)]
+        return [*store, *index, "--knn-sim-func", FROM_INDEX]
+
+    def every_expert(self) -> list[object]:
+        """Flags: the neighbours, the cache and n-grams."""
+        return [*self.neighbours(), "--experts", "knn,cache,ngram"]
+
+    def table_flags(self, table: Path) -> list[object]:
+        """Flags: every column that a mixture can be fitted over."""
+        return [*self.every_expert(), "--mixer", "none", "--score-table", table]
+
+    @property
+    def _table(self) -> Path:
+        return self.folder / "mixed-valid.npz"
+
+    def calibrated(self) -> None:
+        """Fits the mixture on valid, and leaves it in the datastore."""
+        if not self._table.is_file():
+            command = self.evaluation("valid", *self.table_flags(self._table))
+            self.shell.prepare("table-valid", command)
+        if not (self.store.path / "calibration.json").is_file():
+            self.tune()
+
+    def tune(self) -> float:
+        """Seconds that fitting takes, once the table is there."""
+        command = ["fairseq-knnlm", "tune", "--dstore", self.store.path]
+        return self.shell.seconds("tune", [*command, "--score-table", self._table])
 
     # -- indexes ------------------------------------------------------------------------
 

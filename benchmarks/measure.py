@@ -70,6 +70,8 @@ class Figure:
         under: whom it is compared with; empty for nobody.
         unit: of what is measured.
         led_to: two searches, the perplexities that they lead to being compared.
+        least: what the figure should be at least.
+        most: what it should be at most.
     """
 
     kind: str
@@ -77,6 +79,8 @@ class Figure:
     under: str
     unit: str
     led_to: tuple[str, str] | None = None
+    least: float | None = None
+    most: float | None = None
 
     def entry(self, rates: Rates) -> dict[str, Any]:
         """What ``results.json`` says of it, perplexities aside."""
@@ -88,7 +92,18 @@ class Figure:
             "spread": [ratio.low, ratio.high],
             "unit": self.unit,
             "rates": {name: summary(rates[name]) for name in rivals},
+            **self._aim(ratio.value),
         }
+
+    def _aim(self, value: float) -> dict[str, Any]:
+        """What the figure should be, where that was said, and whether it is."""
+        if self.least is None and self.most is None:
+            return {}
+        above = self.least is None or value >= self.least
+        below = self.most is None or value <= self.most
+        aims = {"least": self.least, "most": self.most}
+        said = {name: aim for name, aim in aims.items() if aim is not None}
+        return {"target": said, "reached": above and below}
 
 
 def summary(rounds: Sequence[float]) -> dict[str, Any]:
@@ -154,14 +169,19 @@ def _lasting(part: Any) -> Any:
 def show_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints what was measured: the ratio, or the one figure, and the medians that it is of."""
     rows = [[name, *_cells(entry)] for name, entry in entries.items()]
-    show(["figure", "value", "spread", "medians", "unit", "perplexity"], rows)
+    titles = ["figure", "value", "target", "spread", "medians", "unit", "perplexity"]
+    show(titles, rows)
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
     if entry["value"] is None:
-        return ["failed", "", "", "", ""]
+        return ["failed", "", "", "", "", ""]
     medians = (f"{rival} {rate['median']:,.4g}" for rival, rate in entry["rates"].items())
     found = entry.get("perplexity")
+    signs = {"least": "≥", "most": "≤"}
+    target = " ".join(f"{signs[n]} {aim:g}" for n, aim in entry.get("target", {}).items())
+    if target:
+        target += "" if entry["reached"] else ", missed"
     excess = f"{found['excess']:+.2%} over {found['over']}" if found and "over" in found else ""
     spread = "{:.3g} to {:.3g}".format(*entry["spread"])
-    return [f"{entry['value']:.3g}", spread, ", ".join(medians), entry["unit"], excess]
+    return [f"{entry['value']:.3g}", target, spread, ", ".join(medians), entry["unit"], excess]

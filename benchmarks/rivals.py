@@ -8,24 +8,19 @@ from typing import Protocol
 import numpy as np
 import torch
 from common.commands import RunError
-from material import Material, load
+from material import EXAMINED, FROM_INDEX, Material, load
 from torch import Tensor
 
 from fairseq_knnlm.datastore import Datastore, open_datastore
-from fairseq_knnlm.index.build import BuildOptions
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.retrieval.local import LocalRetriever
 from fairseq_knnlm.retrieval.neighbours import Neighbours
 
 Search = Callable[[Tensor, int], Neighbours]
-#: Keys that an index is examined with, where the build does not say otherwise.
-EXAMINED = BuildOptions().queries
 #: For an index whose nprobe is known.
 UNEXAMINED = 0
 #: Share of the true neighbours that the lists visited should hold where distances are exact.
 RECALL_FOR_EXACT = 0.95
-#: The index's own distances.
-FROM_INDEX = "do_not_recomp_l2"
 #: Tokens that the paper's evaluation scores in a batch. The keys of all their neighbours are
 #: gathered at once.
 AT_A_TIME = 512

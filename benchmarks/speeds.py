@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,18 @@ from common.commands import RunError
 from material import PLUGIN, ROOT, Material
 from measure import Rates, interleaved
 from perplexity import Fitted
-from rivals import EXAMINED, FROM_INDEX
 from shell import Report
 
 #: Lines that warm the caches up, and show that losses agree.
 WARM_UP = 50
 #: Of the fourth decimal of a loss, which is the last that fairseq prints.
 ONE_DIGIT = 1.001e-4
+#: By how much of a bit the loss may change where the layers compute in bfloat16.
+BFLOAT16_COSTS = 5e-4
+#: At the end of a name: the layers compute in bfloat16.
+BFLOAT16 = "_bfloat16"
+#: How names of runs begin that ask all experts, once the mixture is fitted.
+MIXED = ("mixture", "skipping", "table")
 
 
 class Speeds:
@@ -34,13 +39,16 @@ class Speeds:
         self.warm_up: dict[str, list[Report]] = {}
         #: The mixture of ``knn``, which must be set before that runs.
         self.fitted: Fitted | None = None
-        self.knn_perplexity = 0.0
+        #: Of the mixture in the last run of a name.
+        self.perplexities: dict[str, float] = {}
 
     def measure(self, names: Sequence[str], rounds: int) -> Rates:
         """Tokens a second of some of these, round by round, once their losses are known to agree:
 
         ``stock``, the stock scorer; ``base``, the plugin's; ``knn``; ``save``, a datastore;
-        ``forward``, the model up to its features.
+        ``forward``, the model up to its features; ``mixture``, the one that was fitted over all
+        experts; ``skipping``, the same with half of the searches left out; ``table``, all columns
+        of a score table. With ``_bfloat16``: that is what the layers compute in.
         """
         for name in names:
             self._run(name, min(WARM_UP, self.material.choice.lines or WARM_UP))
@@ -78,11 +86,11 @@ class Speeds:
     def _run(self, name: str, lines: int) -> Report:
         command = self._command(name, lines)
         report = self.material.shell.evaluate(name, command)
-        if name == "save":
+        if name.startswith("save"):
             shutil.rmtree(self._saved)
-        if name == "knn":  # fairseq's own line is of the mixture
+        if "--results-json" in command:  # fairseq's own line is of the mixture
             found = json.loads(self._results.read_text())
-            self.knn_perplexity = found["perplexity"]
+            self.perplexities[name] = found["perplexity"]
             report = Report(**vars(report) | {"loss": f"{found['base_loss']:.4f}"})
         self.reports.setdefault(name, []).append(report)
         return report
@@ -93,13 +101,16 @@ class Speeds:
         Raises:
             RunError: where losses differ by more than the fourth decimal's rounding, or tokens.
         """
-        reports = [
-            report for name, runs in self.reports.items() if name != "forward" for report in runs
-        ]
-        losses = [float(report.loss) for report in reports]
-        tokens = {report.tokens for report in reports}
-        if max(losses) - min(losses) > ONE_DIGIT or len(tokens) > 1:
-            raise RunError(f"the evaluations differ: losses {set(losses)}, tokens {tokens}")
+        reports = {
+            name: run for name, runs in self.reports.items() if name != "forward" for run in runs
+        }
+        tokens = {report.tokens for report in reports.values()}
+        expected = next(r.loss for name, r in reports.items() if not name.endswith(BFLOAT16))
+        for name, report in reports.items():
+            allowed = BFLOAT16_COSTS if name.endswith(BFLOAT16) else ONE_DIGIT
+            if abs(float(report.loss) - float(expected)) > allowed or len(tokens) > 1:
+                losses = {name: report.loss for name, report in reports.items()}
+                raise RunError(f"the evaluations differ: losses {losses}, tokens {tokens}")
 
     def _command(self, name: str, lines: int) -> list[object]:
         stock = self.material.stock("test", lines)
@@ -107,15 +118,29 @@ class Speeds:
             return stock
         if name == "forward":
             return [sys.executable, ROOT / "benchmarks/forward.py", *stock[1:]]
-        options: dict[str, list[Any]] = {
-            "base": [],
-            "save": ["--save-knnlm-dstore", "--dstore-mmap", self._saved],
+        plain = name.removesuffix(BFLOAT16)
+        options: dict[str, Callable[[], list[object]]] = {
+            "base": list,
+            "save": lambda: ["--save-knnlm-dstore", "--dstore-mmap", self._saved],
+            "knn": self._neighbours,
+            "mixture": self._mixture,
+            "skipping": lambda: [*self._mixture(), "--skip-searches", 0.5],
+            "table": lambda: self.material.table_flags(self.material.folder / "timed.npz"),
         }
-        return [*stock, *PLUGIN, *(self._neighbours() if name == "knn" else options[name])]
+        precision = ["--lm-dtype", "bfloat16"] if name.endswith(BFLOAT16) else []
+        return [*stock, *PLUGIN, *precision, *options[plain]()]
 
     def _neighbours(self) -> list[object]:
         assert self.fitted is not None
         return [*fixed_mixture(self.material, self.fitted), "--results-json", self._results]
+
+    def _mixture(self) -> list[object]:
+        return [*self.material.every_expert(), "--mixer", "gate", "--results-json", self._results]
+
+    def seconds(self, name: str, split: str) -> float:
+        """Seconds that a run takes on a whole split, once."""
+        report = self.material.shell.evaluate(f"{name}-{split}", self.material.stock(split))
+        return report.tokens / report.rate
 
     @property
     def _results(self) -> Any:
@@ -128,7 +153,4 @@ class Speeds:
 
 def fixed_mixture(material: Material, fitted: Fitted) -> list[object]:
     """The flags of a kNN-LM with the automatic index, the same weight everywhere."""
-    store = ["--knnlm", "--dstore-filename", material.store.path]
-    index = ["--indexfile", material.index_file("auto", EXAMINED), "--k", material.choice.k]
-    mixture = ["--lmbda", fitted.lmbda, "--knn-temp", fitted.temperature]
-    return [*store, *index, "--knn-sim-func", FROM_INDEX, *mixture]
+    return [*material.neighbours(), "--lmbda", fitted.lmbda, "--knn-temp", fitted.temperature]

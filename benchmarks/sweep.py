@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import faiss
 import torch
-from material import ROOT, Choice, Material, find_source
+from material import EXAMINED, FROM_INDEX, ROOT, Choice, Material, find_source
 from measure import Ratio, default_threads, interleaved
 from msgspec.structs import replace
 from perplexity import Perplexities
-from rivals import EXAMINED, FROM_INDEX, UNEXAMINED, Search
+from rivals import UNEXAMINED, Search
 from shell import Shell
 
 from fairseq_knnlm.cli.tables import show

@@ -10,7 +10,7 @@ the text begins.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from fairseq_knnlm.bounds import check_count
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.contract import Joined, reordered
+from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
 from fairseq_knnlm.experts.recent import (
@@ -32,7 +33,8 @@ from fairseq_knnlm.experts.recent import (
     alike,
     in_order,
 )
-from fairseq_knnlm.experts.sparse import Entries, Extents, Many, SparsePrediction, SparseSetting
+from fairseq_knnlm.experts.sparse import Many, SparsePrediction, SparseSetting, asked_of
+from fairseq_knnlm.experts.windows import WindowEntries, Windows
 from fairseq_knnlm.files import human_bytes
 from fairseq_knnlm.files.sizes import available_memory
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
@@ -88,7 +90,8 @@ def cache_bytes(settings: Sequence[CacheSetting], width: int, *, features: bool 
     """Bytes that a cache of these settings will need, for features of D = ``width``.
 
     The window's keys, tokens and contexts, twice while it moves on; for each context its scores (4
-    bytes each) and masks (1 byte each), and for those that are worked on copies of them.
+    bytes each) and masks (1 byte each), and for those that are worked on copies of them. A text
+    that says little but one token needs more.
     """
     window = max(
         [setting.window for setting in settings] + [*(FEATURE_WINDOWS if features else ())]
@@ -247,31 +250,41 @@ class CacheExpert:
         """What follows the positions of pieces that have as many each."""
         queries = Recent.stacked([piece.queries for piece in pieces])
         text = Recent.stacked([piece.text for piece in pieces])
-        length = text.tokens.shape[1] - queries.tokens.shape[1]
-        wide = min(self.windows[-1], length)
-
-        def windows(whole: Tensor) -> Tensor:
-            """(B, n, length + n) to (B n, wide): what stands before each query, the latest last."""
-            size, columns = whole.shape[1:]
-            strides = (size * columns, columns + 1, 1)
-            before = whole.as_strided((len(whole), size, length), strides)
-            return before[:, :, length - wide :].flatten(0, 1)
-
-        known = (text.documents[:, None] == queries.documents[:, :, None]) & (
-            text.tokens[:, None] >= 0
+        texts, size = queries.tokens.shape
+        length = text.tokens.shape[1]
+        windows = Windows(texts, length, size, wide=min(self.windows[-1], length - size))
+        counted = _counted(windows, queries, text)
+        entries = WindowEntries(
+            tokens=windows.around(text.tokens),
+            scores=windows.of(inner_products(queries.keys, text.keys)),
+            counted=counted,
+            sharing=list(self._sharing(windows, queries, text, counted)),
+            extents=self._extents(windows.wide),
+            windows=windows,
+            text=text.tokens,
         )
-        scores = windows(inner_products(queries.keys, text.keys))
-        shared = [windows(known)]
-        for steps in range(self._suffix):
-            theirs, ours = text.before[:, None, :, steps], queries.before[:, :, None, steps]
-            shared.append(shared[-1] & windows((theirs == ours) & (ours >= 0)))
-        tokens = text.tokens.unfold(1, length, 1)[:, :-1, length - wide :].flatten(0, 1)
-        entries = Entries(tokens, scores, shared, self._extents(wide))
         if not self.features:
             return SparsePrediction(entries, self._columns)
         every = Many.of(entries)
-        features = self._features(every, shared, text.keys.shape[2])
+        features = self._features(entries, every, text.keys.shape[2])
         return SparsePrediction(entries, self._columns, features, every)
+
+    def _sharing(
+        self, windows: Windows, queries: Recent, text: Recent, counted: Tensor | None
+    ) -> Iterator[Pairs]:
+        """For 1, 2, ... tokens: who counts, and comes after the same last tokens as a query."""
+        if not self._suffix:
+            return
+        pairs = windows.alike(text.before[..., 0], queries.before[..., 0])
+        if counted is not None:
+            pairs = pairs.among(counted[pairs])
+        yield pairs
+        theirs, ours = text.before.flatten(0, 1), queries.before.flatten(0, 1)
+        for steps in range(1, self._suffix):
+            before = ours[pairs.rows, steps]
+            same = theirs[windows.positions(pairs), steps] == before
+            pairs = pairs.among(same & (before >= 0))
+            yield pairs
 
     def _extents(self, wide: int) -> Extents:
         """The windows, as parts of so many columns, the latest last.
@@ -281,16 +294,27 @@ class CacheExpert:
         ends = [min(window, wide) for window in self.windows]
         return Extents([slice(wide - far, wide - near) for near, far in pairwise([0, *ends])])
 
-    def _features(self, every: Many, shared: Sequence[Tensor], width: int) -> dict[str, Tensor]:
+    def _features(self, entries: Entries, every: Many, width: int) -> dict[str, Tensor]:
         at = [self.windows.index(window) for window in FEATURE_WINDOWS]
         best = every.tops.amax(dim=1, keepdim=True)
         thetas = [over_root(theta, width) for theta in FEATURE_THETAS]
-        sizes = [(every.log_sums(theta, at[-1] + 1) - theta * best)[:, at] for theta in thetas]
-        counts = torch.stack([there.sum(dim=1) for there in shared], dim=1)
+        asked = asked_of(self._columns, suffix=0)  # so that all is summed up at once
+        asked |= {theta: max(at[-1] + 1, asked.get(theta, 0)) for theta in thetas}
+        sums = every.log_sums(asked)
+        sizes = [sums[theta][:, at] - theta * best for theta in thetas]
         return {
             "cache_size": torch.cat(sizes, dim=1).clamp_min(math.log(1e-6)),
-            "cache_shared": counts.float().log1p(),
+            "cache_shared": entries.counts().float().log1p(),
         }
+
+
+def _counted(windows: Windows, queries: Recent, text: Recent) -> Tensor | None:
+    """Which entries count: those of the query's document, where there is one; None where all do."""
+    same = text.documents == text.documents[:, -1:]
+    if bool(same.all()) and bool((text.tokens[:, :-1] >= 0).all()):
+        return None
+    known = text.tokens[:, None] >= 0
+    return windows.of(known & (text.documents[:, None] == queries.documents[:, :, None]))
 
 
 def _followed(rows: Tensor, before: Tensor) -> Tensor:

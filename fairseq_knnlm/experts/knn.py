@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.contract import Timeless
-from fairseq_knnlm.experts.sparse import Entries, Extents, SparsePrediction, SparseSetting
+from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
+from fairseq_knnlm.experts.ordering import in_order
+from fairseq_knnlm.experts.sparse import SparsePrediction, SparseSetting
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.retrieval.neighbours import Neighbours, Retriever
 
@@ -77,27 +79,30 @@ def recalled(near: Neighbours, keys: Tensor, tokens: Tensor) -> int:
     return int((same & (near.values[rows] == tokens[rows, None])).any(dim=1).sum())
 
 
-def entries_of(near: Neighbours, shared: Sequence[Tensor], fewer: Sequence[int] = ()) -> Entries:
+def entries_of(
+    near: Neighbours, sharing: Sequence[Pairs] = (), fewer: Sequence[int] = ()
+) -> Entries:
     """Neighbours as a prediction has them; scores are relative to the nearest.
 
     So small differences stay exact where distances are large.
 
     Args:
         near: K for each of N queries, the nearest first where fewer than all of them can count.
-        shared: (N, K) bool for 0, 1, ... tokens: the neighbour's last ones are those of the query.
+        sharing: for 1, 2, ... tokens: those whose last ones are those of the query.
         fewer: ascending numbers of nearest neighbours that may count alone.
     """
     columns = near.ids.shape[1]
     ends = [min(k, columns) for k in fewer] + [columns]
     extents = Extents([slice(*pair) for pair in pairwise([0, *ends])])
     nearest = near.distances.amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
-    return Entries(near.values, nearest - near.distances, shared, extents, near.log_weights)
+    scores, counted = nearest - near.distances, None if near.all_found else near.valid
+    return Entries(near.values, scores, counted, sharing, extents, near.log_weights)
 
 
 def vote(near: Neighbours, temperatures: Sequence[float]) -> SparsePrediction:
     """p_kNN of all neighbours, a setting for each temperature."""
     settings = [SparseSetting(0, 0, 1 / temperature) for temperature in temperatures]
-    return SparsePrediction(entries_of(near, [near.valid]), settings)
+    return SparsePrediction(entries_of(near), settings)
 
 
 class KnnPrediction(SparsePrediction):
@@ -185,16 +190,12 @@ class KnnExpert(Timeless):
         self.search_seconds += time.perf_counter() - started
         if self.features or self._fewer:
             near = near.nearest_first()
-        shared = self._shared(near, contexts.before)
+        entries = entries_of(near, list(self._sharing(near, contexts.before)), self._fewer)
         self.asked += len(contexts)
         if self.retriever.measures_l2:
             self._last = near, contexts.keys
-        return KnnPrediction(
-            near,
-            entries_of(near, shared, self._fewer),
-            self._columns,
-            self._features(near, shared, contexts.before) if self.features else None,
-        )
+        features = self._features(near, entries, contexts.before) if self.features else None
+        return KnnPrediction(near, entries, self._columns, features)
 
     def ahead(self, contexts: Contexts) -> None:
         """Has the candidates looked for, if others do that, of contexts that come soon."""
@@ -212,33 +213,37 @@ class KnnExpert(Timeless):
         assert contexts.keys is not None
         return self.retriever.search(contexts.keys, self.k)
 
-    def _shared(self, near: Neighbours, before: Tensor) -> list[Tensor]:
-        """(N, K) bool for 0, 1, ... tokens: the neighbour's last ones are those (N, M) before."""
-        shared = [near.valid]
-        for steps in range(1, self._suffix + 1):
-            theirs = self.retriever.tokens_before(near.ids, steps)
-            ours = before[:, steps - 1, None]
-            shared.append(shared[-1] & (theirs == ours) & (ours >= 0))
-        return shared
+    def _sharing(self, near: Neighbours, before: Tensor) -> Iterator[Pairs]:
+        """For 1, 2, ... tokens: neighbours whose last ones are those (N, M) before the query."""
+        if not self._suffix:
+            return
+        ours = before[:, :1]
+        pairs = Pairs.of((self.retriever.tokens_before(near.ids, 1) == ours) & (ours >= 0))
+        yield pairs
+        for steps in range(2, self._suffix + 1):
+            theirs = self.retriever.tokens_before(near.ids[pairs], steps)
+            of_query = before[pairs.rows, steps - 1]
+            pairs = pairs.among((theirs == of_query) & (of_query >= 0))
+            yield pairs
 
-    def _features(
-        self, near: Neighbours, shared: list[Tensor], before: Tensor
-    ) -> dict[str, Tensor]:
-        distances = near.distances.masked_fill(~near.valid, torch.nan)
+    def _features(self, near: Neighbours, entries: Entries, before: Tensor) -> dict[str, Tensor]:
         ranks = [rank - 1 for rank in DISTANCE_RANKS if rank <= self.k]
+        distances = near.distances[:, ranks]
         # What is missing counts for nothing, and its token for no type of its own.
-        values = near.values.where(near.valid, near.values[:, :1])
-        ordered, places = values.int().sort(dim=1, stable=True)
+        values = near.values
+        if not near.all_found:
+            distances = distances.masked_fill(~near.valid[:, ranks], torch.nan)
+            values = values.where(near.valid, values[:, :1])
+        ordered, places = in_order(values)
         first = torch.ones_like(near.valid)  # of its token
         first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         entropy, top = _shape(near, first, places)
-        counts = torch.stack([share.sum(dim=1).float() for share in shared], dim=1)
         return {
-            f"{self.name}_distances": distances[:, ranks],
+            f"{self.name}_distances": distances,
             f"{self.name}_entropy": entropy,
             f"{self.name}_top": top,
             f"{self.name}_distinct": _distinct(first, places),
-            f"{self.name}_shared": counts.log1p(),
+            f"{self.name}_shared": entries.counts().float().log1p(),
             f"{self.name}_frequency": self._frequency(before[:, 0]),
         }
 

@@ -17,7 +17,7 @@ are the running sums over rings.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.experts.contract import Distribution
+from fairseq_knnlm.experts.entries import Cells, Entries, Extents, Pairs
 
 
 class SparseSetting(NamedTuple):
@@ -40,50 +41,6 @@ class SparseSetting(NamedTuple):
     suffix: int
     extent: int
     sharpness: float
-
-
-class Extents:
-    """Nested parts of K columns: each is the one before it and a ring of further columns.
-
-    Args:
-        rings: disjoint, together all columns.
-    """
-
-    def __init__(self, rings: Sequence[slice]) -> None:
-        self.rings = list(rings)
-        columns = max(ring.stop for ring in rings)
-        self._ring_of = torch.empty(columns, dtype=torch.int64)
-        for number, ring in enumerate(self.rings):
-            self._ring_of[ring] = number
-
-    def __len__(self) -> int:
-        return len(self.rings)
-
-    def ring_of(self, device: torch.device) -> Tensor:
-        """(K,) int64, the ring of each column."""
-        self._ring_of = self._ring_of.to(device)
-        return self._ring_of
-
-
-@dataclass(frozen=True)
-class Entries:
-    """What N contexts have to go by, K entries each.
-
-    Attributes:
-        tokens: (N, K) ids; anything where an entry does not count.
-        scores: (N, K) float32, the larger the likelier.
-        shared: (N, K) bool for 0, 1, ... tokens: the entry counts, and comes after the same last
-            tokens as the context.
-        extents: of the columns.
-        log_weights: (N, K) float32, natural log of the entries that each stands for, 0 or more;
-            None where each is one.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    shared: Sequence[Tensor]
-    extents: Extents
-    log_weights: Tensor | None = None
 
 
 class SparsePrediction:
@@ -107,9 +64,9 @@ class SparsePrediction:
         self.settings = settings
         self.features = dict(features or {})
         self._suffixes = {setting.suffix for setting in settings}
-        sums: dict[int, Sums] = {}
-        if after := self._suffixes - {0}:
-            sums |= _few(entries, entries.shared[min(after)], after)
+        sums: dict[int, Sums] = {
+            suffix: Few.of(entries, entries.sharing[suffix - 1]) for suffix in self._suffixes - {0}
+        }
         if 0 in self._suffixes:
             sums[0] = Many.of(entries) if every is None else every
         self._totals = _columns(settings, sums)
@@ -119,16 +76,26 @@ class SparsePrediction:
 
         -inf where no entry that counts has the token, NaN where none counts.
         """
-        entries = self.entries
         if not self.settings:
-            return entries.scores.new_empty((len(tokens), 0))
-        same = entries.tokens == tokens[:, None]
-        found = _columns(self.settings, _few(entries, same, self._suffixes))
+            return self.entries.scores.new_empty((len(tokens), 0))
+        found = _columns(self.settings, self._with_tokens(tokens))
         columns = [
             (one - total).where(~total.isneginf(), torch.nan)
             for one, total in zip(found, self._totals, strict=True)
         ]
         return torch.stack(columns, dim=1)
+
+    def _with_tokens(self, tokens: Tensor) -> dict[int, Sums]:
+        """For each suffix, of the entries with the token (N,) of their context."""
+        entries, found = self.entries, dict[int, Sums]()
+        for suffix in self._suffixes:
+            if suffix:  # few share a suffix, so these are few to look through
+                pairs = entries.sharing[suffix - 1]
+                pairs = pairs.among(entries.tokens[pairs] == tokens[pairs.rows])
+            else:
+                pairs = entries.with_tokens(tokens)
+            found[suffix] = Few.of(entries, pairs)
+        return found
 
     def log_probs(self, setting: int) -> Distribution:
         """log p of the entries' tokens, an entry each, which add up where tokens are the same."""
@@ -136,9 +103,7 @@ class SparsePrediction:
         shares = entries.scores * sharpness - self._totals[setting][:, None]
         if entries.log_weights is not None:
             shares += entries.log_weights
-        counted = entries.shared[suffix] & (
-            entries.extents.ring_of(shares.device) <= extent
-        )  # (N, K)
+        counted = entries.after(suffix) & (entries.extents.ring_of(shares.device) <= extent)
         shares = shares.masked_fill(~counted, -torch.inf)
         nobody = self._totals[setting].isneginf()[:, None]
         return Distribution(self._tokens, shares.masked_fill(nobody, torch.nan))
@@ -146,27 +111,38 @@ class SparsePrediction:
     @cached_property
     def _tokens(self) -> Tensor:
         """(N, K) ids, in every setting."""
-        return self.entries.tokens.where(self.entries.shared[0], 0)
+        tokens, counted = self.entries.tokens, self.entries.counted
+        return tokens if counted is None else tokens.where(counted, 0)
 
 
 class Sums:
     """Sums over entries at any sharpness."""
 
-    def log_sums(self, sharpness: float, extents: int) -> Tensor:
-        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
+    def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
+        """log of the sum of exp(sharpness score) over each of the first extents.
+
+        Args:
+            asked: by the sharpness, over how many of the extents.
+
+        Returns:
+            By the sharpness, (N, extents); more than were asked for where there are.
+        """
         raise NotImplementedError
+
+
+def asked_of(settings: Sequence[SparseSetting], suffix: int) -> dict[float, int]:
+    """What settings of a suffix ask sums for: by the sharpness, over how many extents."""
+    asked: dict[float, int] = {}
+    for one in settings:
+        if one.suffix == suffix:
+            asked[one.sharpness] = max(one.extent + 1, asked.get(one.sharpness, 0))
+    return asked
 
 
 def _columns(settings: Sequence[SparseSetting], sums: Mapping[int, Sums]) -> list[Tensor]:
     """(N,) for each setting; those of a suffix and sharpness share their sums."""
-    extents: dict[tuple[int, float], int] = {}
-    for suffix, extent, sharpness in settings:
-        extents[suffix, sharpness] = max(extent + 1, extents.get((suffix, sharpness), 0))
-    found = {
-        (suffix, sharpness): sums[suffix].log_sums(sharpness, wanted).unbind(1)
-        for (suffix, sharpness), wanted in extents.items()
-    }
-    return [found[one.suffix, one.sharpness][one.extent] for one in settings]
+    found = {suffix: of.log_sums(asked_of(settings, suffix)) for suffix, of in sums.items()}
+    return [found[one.suffix][one.sharpness][:, one.extent] for one in settings]
 
 
 @dataclass(frozen=True)
@@ -189,9 +165,11 @@ class Many(Sums):
     @classmethod
     def of(cls, entries: Entries) -> Many:
         """Of all that count."""
-        counted = entries.shared[0]
-        rings, weights = entries.extents.rings, entries.log_weights
-        scores = entries.scores.masked_fill(~counted, -torch.inf)
+        counted, scores, weights = entries.counted, entries.scores, entries.log_weights
+        if counted is not None:
+            scores = scores.masked_fill(~counted, -torch.inf)
+            weights = None if weights is None else weights.masked_fill(~counted, 0.0)
+        rings = entries.extents.rings
         nobody = scores.new_full((len(scores),), -torch.inf)  # of a ring without columns
         tops = torch.stack(
             [scores[:, ring].amax(dim=1) if ring.start < ring.stop else nobody for ring in rings],
@@ -199,32 +177,72 @@ class Many(Sums):
         )
         best = tops.amax(dim=1, keepdim=True).nan_to_num_(neginf=0.0)
         tops = tops.where(~tops.isneginf(), best)
+        relative = torch.empty(scores.shape, device=scores.device)
         for ring, top in zip(rings, tops.unbind(1), strict=True):
-            scores[:, ring] -= top[:, None]
-        if weights is not None:
-            weights = weights.masked_fill(~counted, 0.0)
-        return cls(scores, tops, entries.extents, weights)
+            torch.sub(scores[:, ring], top[:, None], out=relative[:, ring])
+        return cls(relative, tops, entries.extents, weights)
 
-    def log_sums(self, sharpness: float, extents: int) -> Tensor:
-        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
-        known = self._known.get(sharpness)
-        if known is None or known.shape[1] < extents:
-            rings = [self._log_sum(sharpness, ring) for ring in self.extents.rings[:extents]]
-            tops = sharpness * self.tops[:, :extents]
-            known = self._known[sharpness] = (torch.stack(rings, dim=1) + tops).logcumsumexp(dim=1)
-        return known[:, :extents]
-
-    def _log_sum(self, sharpness: float, ring: slice) -> Tensor:
-        """(N,) of one ring, relative to its best."""
-        scores = self.scores[:, ring]
-        if sharpness == 0:  # times -inf is no number
-            weights = torch.zeros_like(scores).where(~scores.isneginf(), -torch.inf)
-        else:
-            weights = scores * sharpness
+    def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
+        """As ``Sums`` has it; one exponential serves every sharpness that is twice another."""
+        new = {
+            sharpness: extents
+            for sharpness, extents in asked.items()
+            if sharpness not in self._known or self._known[sharpness].shape[1] < extents
+        }
         if self.log_weights is None:
-            return weights.exp_().sum(dim=1).log_()
-        # Then the best need not be the heaviest.
-        return weights.add_(self.log_weights[:, ring]).logsumexp(dim=1)
+            for run in _doubled(new):
+                self._sum_up(run, [new[sharpness] for sharpness in run])
+        else:
+            for sharpness, extents in new.items():
+                self._keep(sharpness, [self._weighted(sharpness, n) for n in range(extents)])
+        return {sharpness: self._known[sharpness] for sharpness in asked}
+
+    def _sum_up(self, run: Sequence[float], extents: Sequence[int]) -> None:
+        """Sums at sharpnesses of which each is twice the one before."""
+        span = self.extents.span(max(extents))
+        weights = self._weights(run[0], span)
+        for number, sharpness in enumerate(run):
+            if number:
+                narrow = self.extents.span(max(extents[number:]))
+                weights = weights[:, narrow.start - span.start : narrow.stop - span.start]
+                span, weights = narrow, weights.square_()
+            rings = [
+                weights[:, ring.start - span.start : ring.stop - span.start].sum(dim=1).log_()
+                for ring in self.extents.rings[: extents[number]]
+            ]
+            self._keep(sharpness, rings)
+
+    def _keep(self, sharpness: float, rings: Sequence[Tensor]) -> None:
+        """Adds up the log sums of rings, (N,) each, relative to the best of each."""
+        tops = sharpness * self.tops[:, : len(rings)]
+        self._known[sharpness] = (torch.stack(list(rings), dim=1) + tops).logcumsumexp(dim=1)
+
+    def _weights(self, sharpness: float, span: slice) -> Tensor:
+        """exp(sharpness score) of some columns, relative to the best of each ring."""
+        scores = self.scores[:, span]
+        if sharpness == 0:  # times -inf is no number
+            return (~scores.isneginf()).float()
+        return (scores * sharpness).exp_()
+
+    def _weighted(self, sharpness: float, number: int) -> Tensor:
+        """(N,) of one ring of entries that stand for several: the best need not be the heaviest."""
+        assert self.log_weights is not None
+        ring = self.extents.rings[number]
+        scores, weights = self.scores[:, ring], self.log_weights[:, ring]
+        counted = ~scores.isneginf()
+        return (scores * sharpness + weights).where(counted, -torch.inf).logsumexp(dim=1)
+
+
+def _doubled(numbers: Iterable[float]) -> Iterator[list[float]]:
+    """The numbers, in runs in which each is twice the one before."""
+    left = set(numbers)
+    for number in sorted(left):
+        run = [number]
+        while run[-1] in left:
+            left.remove(run[-1])
+            run.append(2 * run[-1])
+        if len(run) > 1:
+            yield run[:-1]
 
 
 @dataclass(frozen=True)
@@ -232,50 +250,39 @@ class Few(Sums):
     """Of few of the entries: those of one token, or after the same tokens as the context.
 
     Attributes:
-        scores: (P,) float32, each less the best of its ring.
-        cells: (P,) int64, context and ring in one number.
+        scores: (P,) float32, each less the best of its ring, those of a context's ring side by
+            side.
+        cells: of these: which are of a context's ring.
         tops: (N, rings) float32; 0 where there are none.
         log_weights: (P,) float32; None where each is one.
     """
 
     scores: Tensor
-    cells: Tensor
+    cells: Cells
     tops: Tensor
     log_weights: Tensor | None
 
     @classmethod
-    def of(cls, entries: Entries, rows: Tensor, places: Tensor) -> Few:
-        """Of P of them, (P,) int64 each: of which context, and which column."""
-        contexts, rings = len(entries.scores), len(entries.extents)
-        cells = rows * rings + entries.extents.ring_of(rows.device)[places]
-        values, weights = entries.scores[rows, places], entries.log_weights
-        nothing = values.new_full((contexts * rings,), -torch.inf)
-        tops = nothing.scatter_reduce(0, cells, values, "amax").nan_to_num_(neginf=0.0)
+    def of(cls, entries: Entries, pairs: Pairs) -> Few:
+        """Of P of them."""
+        cells = entries.extents.cells(pairs, len(entries.scores))
+        scores, weights = entries.scores[pairs], entries.log_weights
+        tops = cells.most(scores)
         return cls(
-            values - tops[cells],
+            scores - tops.view(-1)[cells.numbers],
             cells,
-            tops.view(-1, rings),
-            None if weights is None else weights[rows, places],
+            tops,
+            None if weights is None else weights[pairs],
         )
 
-    def log_sums(self, sharpness: float, extents: int) -> Tensor:
-        """log of the sum of exp(sharpness score) over each of the first so many, (N, extents)."""
-        weights, tops = self.scores * sharpness, torch.zeros_like(self.tops).view(-1)
+    def log_sums(self, asked: Mapping[float, int]) -> Mapping[float, Tensor]:
+        """As ``Sums`` has it."""
+        sharpness = self.scores.new_tensor(list(asked))
+        weights, tops = self.scores[:, None] * sharpness, self.tops[:, :, None] * sharpness
         if self.log_weights is not None:  # then the best need not be the heaviest
-            weights += self.log_weights
-            tops = tops.scatter_reduce(0, self.cells, weights, "amax", include_self=False)
-            weights -= tops[self.cells]
-        sums = torch.zeros_like(tops).index_add_(0, self.cells, weights.exp_())
-        rings = (sums.log_() + tops).view_as(self.tops) + sharpness * self.tops
-        return rings[:, :extents].logcumsumexp(dim=1)
-
-
-def _few(entries: Entries, counted: Tensor, suffixes: Collection[int]) -> dict[int, Sums]:
-    """Of those that are ``counted``, (N, K) bool, for each suffix; they are looked for once."""
-    rows, places = counted.nonzero(as_tuple=True)
-    found: dict[int, Sums] = {}
-    for suffix in sorted(suffixes):  # who shares more is among those who share less
-        here = entries.shared[suffix][rows, places]
-        rows, places = rows[here], places[here]
-        found[suffix] = Few.of(entries, rows, places)
-    return found
+            weights += self.log_weights[:, None]
+            most = torch.stack([self.cells.most(one) for one in weights.unbind(1)], dim=2)
+            weights -= most.flatten(0, 1)[self.cells.numbers]
+            tops += most
+        rings = self.cells.sums(weights.exp_()).log_() + tops
+        return dict(zip(asked, rings.logcumsumexp(dim=1).unbind(2), strict=True))

@@ -70,7 +70,7 @@ class TransformerLM:
             inputs: ``net_input`` of one of fairseq's batches.
             mask: (B, T) bool, the positions that are asked for.
         """
-        with _last_layer_from(self.decoder, first_column(mask)), FastProducts():
+        with _last_layer_from(self.decoder, first_column(mask)), _cast_once(mask), FastProducts():
             parts = [self._encode(part) for part in _parts(inputs)]
         features = torch.cat([part for part, _ in parts])
         before = tokens_before(inputs["src_tokens"])[mask]
@@ -158,6 +158,11 @@ def _parts(inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def first_column(mask: Tensor) -> int:
     """The first column of a (B, T) mask in which any row is True; 0 where there is none."""
     return int(mask.any(dim=0).int().argmax())
+
+
+def _cast_once(like: Tensor) -> torch.autocast:
+    """While the block runs, layers that compute in another type cast each weight once."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=False)
 
 
 @contextmanager

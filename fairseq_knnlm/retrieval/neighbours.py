@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
@@ -30,9 +31,16 @@ class Neighbours:
     valid: Tensor
     log_weights: Tensor | None = None
 
+    @cached_property
+    def all_found(self) -> bool:
+        """Whether none is missing."""
+        return bool(self.valid.all())
+
     def nearest_first(self) -> Neighbours:
         """The same, in ascending order of their distances; the missing ones at the end."""
-        order, weights = self.distances.argsort(dim=1), self.log_weights
+        if bool((self.distances[:, 1:] >= self.distances[:, :-1]).all()):
+            return self  # as an index gives them
+        order, weights = self.distances.argsort(dim=1, stable=True), self.log_weights
         return Neighbours(
             self.ids.gather(1, order),
             self.distances.gather(1, order),

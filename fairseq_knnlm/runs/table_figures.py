@@ -14,7 +14,7 @@ from fairseq_knnlm.calibration.sections import Sections
 from fairseq_knnlm.calibration.stored import Calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.runs.conditions import reach
+from fairseq_knnlm.runs.conditions import reach, stride
 from fairseq_knnlm.runs.encoded import Encoded, tokens_fingerprint
 from fairseq_knnlm.runs.raw_text import (
     RawText,
@@ -64,7 +64,8 @@ def text_of_table(
             "--raw-text needs all tokens of the text scored",
             expected="a score table of a whole split",
             found="one that leaves tokens out",
-            do="write it with --sample-break-mode none, or leave --raw-text out",
+            do="write it with --sample-break-mode none and without --stride, or leave --raw-text "
+            "out",
         )
     if not whole or (raw is None and encoded is None and not pieces_of(symbols)):
         return None
@@ -113,7 +114,7 @@ def table_figures(
         ],
         "context": context or None,
         "conditions": {
-            "stride": context.get("tokens_per_sample"),
+            "stride": stride(context),
             "context_of_queries": reach(context),
             "context_of_keys": [],
             "datastores_of": [],
