@@ -94,8 +94,14 @@ class Fitter:
             experts, lambda abstain: fit_bins(components, columns, DISTANCES, nearest, abstain)
         )
 
-    def gate(self, experts: Sequence[str]) -> Mixer:
-        """Weights by a small network, over several settings an expert; needs features."""
+    def gate(self, experts: Sequence[str], conventions: Sequence[Abstain] = CONVENTIONS) -> Mixer:
+        """Weights by a small network, over several settings an expert; needs features.
+
+        Args:
+            experts: names of those to mix.
+            conventions: of who gets the weight of an expert that abstains; the best of them is
+                taken.
+        """
         features = self.features(experts)
 
         def fitted(abstain: Abstain) -> Mixer:
@@ -103,7 +109,7 @@ class Fitter:
             fit, stop = self.examples(components, features)
             return fit_gate(components, features, fit, stop, seed=self.seed, abstain=abstain)
 
-        return self._better(experts, fitted)
+        return self._better(experts, fitted, conventions)
 
     def mixers(self, experts: Sequence[str]) -> Iterator[Mixer]:
         """One of every kind that there is something to fit for."""
@@ -114,14 +120,20 @@ class Fitter:
         if "knn" in experts and DISTANCES in self.table.columns:
             yield self.bins(experts)
         if self.features(experts):
-            yield self.gate(experts)
+            # It takes long to train, and what suits the blend of the same settings suits it.
+            yield self.gate(experts, (blend.abstain,))
 
-    def _better(self, experts: Sequence[str], fitted: Callable[[Abstain], M]) -> M:
+    def _better(
+        self,
+        experts: Sequence[str],
+        fitted: Callable[[Abstain], M],
+        conventions: Sequence[Abstain] = CONVENTIONS,
+    ) -> M:
         """What is fitted under the convention, of who gets the weight of an expert that abstains,
         that does better on the tokens to choose on.
         """
         abstaining = any(np.isnan(self.table[name]).any() for name in experts)
-        found = [fitted(abstain) for abstain in (CONVENTIONS if abstaining else CONVENTIONS[:1])]
+        found = [fitted(abstain) for abstain in (conventions if abstaining else conventions[:1])]
         return min(found, key=lambda mixer: mean_loss(self.table, mixer, self.parts.choose))
 
     def singles(self, experts: Sequence[str]) -> list[Component]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,13 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.log_probs)
+
+    def split(self, parts: int) -> Iterator[Examples]:
+        """As many parts, one after the other."""
+        pairs = zip(
+            self.log_probs.tensor_split(parts), self.inputs.tensor_split(parts), strict=True
+        )
+        return (Examples(*pair) for pair in pairs)
 
 
 def fit_gate(
@@ -85,7 +92,9 @@ def _train(
     after_epoch: Callable[[float], None],
     weight_decay: float,
 ) -> None:
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=LEARNING_RATE, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        gate.parameters(), lr=LEARNING_RATE, weight_decay=weight_decay, fused=True
+    )
     batches = max(LEAST_BATCHES, len(fit) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=EPOCHS * batches + 1, pct_start=0.1
@@ -93,8 +102,8 @@ def _train(
     best, state, waited = math.inf, copy.deepcopy(gate.state_dict()), 0
     for _ in range(EPOCHS):
         gate.train()
-        for rows in torch.randperm(len(fit)).tensor_split(batches):
-            loss = gate_loss(gate, fit[rows])
+        for examples in fit[torch.randperm(len(fit))].split(batches):
+            loss = gate_loss(gate, examples)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
