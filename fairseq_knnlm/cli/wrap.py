@@ -52,5 +52,7 @@ def run(args: argparse.Namespace, _: Sequence[str]) -> None:
         f"{args.out}/checkpoint.pt: {found['family']}, {found['parameters']:,} numbers in "
         f"{found['dtype']}, {found['vocabulary']:,} tokens, texts of up to {found['longest']:,}"
     )
-    print(f"fairseq-preprocess ... --srcdict {args.out}/dict.txt")
-    print(f"with text: --bpe hf_tokenizer --hf-tokenizer {args.out}/tokenizer.json")
+    print(
+        f"text: fairseq-knnlm encode train.txt valid.txt test.txt --tokenizer {args.out} --out DATA"
+    )
+    print(f"model: --path {args.out}/checkpoint.pt")

@@ -98,6 +98,15 @@ def bits(model: Any, ids: list[int]) -> float:
     return total / len(ids) / torch.tensor(2.0).log().item()
 
 
+def test_what_was_wrapped_is_said(world: World, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    said = say(capsys, "wrap", "--hf", world.folder / "llama-hf", "--out", out)
+    assert "llama, " in said
+    assert f"{len(world.tokenizer) + 9} tokens, texts of up to 64" in said
+    assert f"--tokenizer {out}" in said
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "dict.txt", "tokenizer.json"}
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_loss_is_that_of_transformers(world: World, family: str) -> None:
     import transformers

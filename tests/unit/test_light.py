@@ -73,5 +73,11 @@ def test_info_loads_nothing_heavy(tmp_path: Path, capsys: Capture) -> None:
     assert not loaded(COMMAND, "info", "--dstore", store.path) & HEAVY
 
 
+def test_the_task_loads_nothing_of_transformers() -> None:
+    """Nor what comes with it; a wrapped model does, where there is one."""
+    optional = {"transformers", "tokenizers", "huggingface_hub", "sentencepiece"}
+    assert not loaded("import fairseq_knnlm.tasks") & optional
+
+
 def test_the_watch_sees_what_it_looks_for() -> None:
     assert "torch" in loaded("import torch")
