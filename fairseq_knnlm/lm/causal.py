@@ -149,16 +149,18 @@ def key_module(model: nn.Module, name: str | None) -> nn.Module:
     return found
 
 
-def taken(module: nn.Module, hidden: int) -> int:
-    """Numbers that a module takes a position.
+def taken(module: nn.Module, model: nn.Module) -> int:
+    """Numbers that a module of a model takes a position: a layer its own, others the model's width.
 
     Args:
-        module: of the model.
-        hidden: the model's width, which all but some layers take.
+        module: whose input is the key.
+        model: transformers' causal language model.
     """
     if isinstance(module, nn.Linear):
         return module.in_features
-    return int(getattr(module, "nx", hidden))  # of GPT-2's own kind of layer
+    lm = cast(Any, model)
+    width = getattr(lm.config, "hidden_size", None) or lm.get_input_embeddings().weight.shape[1]
+    return int(getattr(module, "nx", width))  # nx: of GPT-2's own kind of layer
 
 
 def blocks_of(model: nn.Module) -> Any:

@@ -149,7 +149,7 @@ class CausalFamily:
                 do="leave --knn-keytype out; the paper's is last_ffn_input",
             )
         if key_type == KEYS[0]:
-            return taken(causal.key_spot, int(causal.lm.config.hidden_size))
+            return taken(causal.key_spot, causal.lm)
         return int(causal.lm.get_output_embeddings().weight.shape[1])
 
     def open(self, model: nn.Module, key_type: str | None) -> CausalLM:

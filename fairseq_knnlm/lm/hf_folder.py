@@ -153,7 +153,7 @@ def check_key(model: nn.Module, module: nn.Module, name: str) -> None:
     finally:
         handle.remove()
     shape = tuple(caught[-1].shape) if caught and isinstance(caught[-1], Tensor) else ()
-    width = taken(module, lm.config.hidden_size)
+    width = taken(module, model)
     if shape not in ((1, TRIED, width), (TRIED, width)):
         raise ModelError(
             f"--knn-module {name} is not given a vector for each token",

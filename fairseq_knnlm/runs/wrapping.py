@@ -107,7 +107,7 @@ def check_places(folder: Path, out: Path) -> None:
 
 def check_end(end: int, config: Any, tokenizer: Any) -> None:
     """Says where the tokenizer has another end of a text than the model."""
-    theirs, ours = tokenizer.eos_token_id, config.eos_token_id
+    theirs, ours = tokenizer.eos_token_id, getattr(config, "eos_token_id", None)
     known = ours if isinstance(ours, list) else [end]
     if theirs is not None and theirs not in known:
         logger.warning(
@@ -134,7 +134,7 @@ def special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
     Raises:
         ModelError: where nothing ends a text.
     """
-    end = config.eos_token_id
+    end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
     end = tokenizer.eos_token_id if end is None else end
     if end is None:
@@ -144,7 +144,10 @@ def special_ids(config: Any, tokenizer: Any) -> dict[str, int]:
             found="none",
         )
     found = {"</s>": int(end)}
-    for name, one in (("<s>", config.bos_token_id), ("<unk>", tokenizer.unk_token_id)):
+    for name, one in (
+        ("<s>", getattr(config, "bos_token_id", None)),
+        ("<unk>", tokenizer.unk_token_id),
+    ):
         if one is not None and one not in found.values():
             found[name] = int(one)
     return found

@@ -20,8 +20,8 @@ from fairseq_knnlm.mixture.model import MixtureLM
 from fairseq_knnlm.runs.wrapping import wrap
 from fairseq_knnlm.tasks.generation import MixtureEnsemble, MixtureGenerator
 
-#: Ids of the models: what ends a line, words, and one that never comes.
-END, WORDS, NEVER = 2, range(3, 23), 95
+#: Ids of the models: what begins a text, what ends a line, words, and one that never comes.
+BEGIN, END, WORDS, NEVER = 1, 2, range(3, 23), 95
 #: New tokens that each text may have.
 NEW = 24
 PROMPTS = [[5, 6, 7, 8, 5], [9], [11, 12, 11, 12, 11, 3, 4, 5]]
@@ -63,7 +63,7 @@ def trained(request: Any, tmp_path_factory: Any) -> tuple[Any, Any, Any]:
 
 def generated(theirs: Any, prompt: list[int], end: int, **how: Any) -> list[int]:
     """What transformers writes behind a prompt, up to an id."""
-    text = torch.tensor([[END, *prompt]])
+    text = torch.tensor([prompt])
     how |= {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
     found = theirs.generate(input_ids=text, attention_mask=torch.ones_like(text), **how)[0]
     return [int(one) for one in found[text.shape[1] :]]
@@ -78,15 +78,16 @@ def ids_of(dictionary: Any, tokens: list[int]) -> list[int]:
     return [int(symbol) for symbol in symbols]
 
 
+@pytest.mark.parametrize("begin", [END, BEGIN])
 @pytest.mark.parametrize("drafts", [False, True])
-def test_greedy_text_is_that_of_transformers(trained: Any, drafts: bool) -> None:
+def test_greedy_text_is_that_of_transformers(trained: Any, drafts: bool, begin: int) -> None:
     """Prompts of unequal lengths at once; drafts change nothing."""
     theirs, model, dictionary = trained
     prompts = [as_symbols(dictionary, torch.tensor([one]))[0].tolist() for one in PROMPTS]
     texts = go_on(
         writer(model, dictionary),
         prompts,
-        dictionary.eos(),
+        dictionary.eos() if begin == END else dictionary.bos(),
         [Length(NEW)] * len(prompts),
         Decoding(never=(dictionary.pad(),)),
         speculation=Drafts() if drafts else None,
@@ -94,7 +95,7 @@ def test_greedy_text_is_that_of_transformers(trained: Any, drafts: bool) -> None
     for text, prompt in zip(texts, PROMPTS, strict=True):
         new = ids_of(dictionary, text.tokens[len(prompt) :])
         assert END in new
-        assert new == generated(theirs, prompt, NEVER)
+        assert new == generated(theirs, [begin, *prompt], NEVER)
 
 
 def test_beams_are_those_of_transformers(trained: Any) -> None:
@@ -118,7 +119,7 @@ def test_beams_are_those_of_transformers(trained: Any) -> None:
         )
         assert all(len(one["tokens"]) < len(prompt) + NEW for one in (best, *others))
         new = ids_of(dictionary, best["tokens"].tolist()[len(prompt) :])
-        assert new == generated(theirs, prompt, END, **how)
+        assert new == generated(theirs, [END, *prompt], END, **how)
 
 
 class Whole:
