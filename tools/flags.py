@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("knnlm", "dstore_filename", "indexfile", "k", "results_json", "raw_text"),
         *("score_table", "lm_features", "progress_file"),
     ),
-    "The language model": ("lm_dtype",),
+    "The language model, and how it reads": ("lm_dtype", "stride"),
     "Experts and their mixture": REST,
     "Searching": ("probe", "knn_sim_func", "faiss_metric_type", "knn_device"),
     "Searching less": ("skip_searches", "pointers", "pointer_min"),

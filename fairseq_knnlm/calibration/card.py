@@ -35,6 +35,7 @@ class Blocks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_per_sample: Count | None = None
     context_window: Count | None = None
     sample_break_mode: str | None = None
+    stride: Count | None = None
     precision: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
 

@@ -13,6 +13,8 @@ from fairseq_knnlm.runs.origins import reading_flags, words
 
 HELP = "run a language model over a split and add it to a datastore and its index"
 EXAMPLE = "DSTORE data-bin --path checkpoint_best.pt --gen-subset valid"
+#: Flags that say together what stands before a token: one is taken off another, or excludes it.
+BLOCKS = {"--tokens-per-sample", "--context-window", "--stride"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,6 @@ def _as_before(path: Path, rest: Sequence[str]) -> list[str]:
     """The flags by which the datastore was read, those that were typed left out."""
     known = reading_flags(outline(path).manifest.origin)
     typed = {"--gen-subset", *(word.split("=")[0] for word in rest)}
-    if typed & {"--tokens-per-sample", "--context-window"}:  # one is taken off the other
-        typed |= {"--tokens-per-sample", "--context-window"}
+    if typed & BLOCKS:
+        typed |= BLOCKS
     return words({flag: value for flag, value in known.items() if flag not in typed})

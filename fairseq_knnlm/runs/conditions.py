@@ -25,7 +25,7 @@ def conditions(inputs: Inputs, scorer: KnnScorer) -> dict[str, Any]:
     origins = [store.manifest.origin for store in memory.stores] if memory is not None else []
     calibration = memory.calibration if memory is not None else None
     return {
-        "stride": (inputs.context or {}).get("tokens_per_sample"),
+        "stride": stride(inputs.context or {}),
         "context_of_queries": reach(inputs.context or {}),
         "context_of_keys": [reach(origin.context) for origin in origins],
         "datastores_of": [origin.split for origin in origins],
@@ -35,15 +35,28 @@ def conditions(inputs: Inputs, scorer: KnnScorer) -> dict[str, Any]:
     }
 
 
+def stride(context: Mapping[str, Any]) -> int | None:
+    """Tokens from one block, or window, to the next; None where nobody knows.
+
+    Args:
+        context: ``tokens_per_sample`` and ``stride``, as a manifest's ``origin`` has them.
+    """
+    found = context.get("stride") or context.get("tokens_per_sample")
+    return found if isinstance(found, int) else None
+
+
 def reach(context: Mapping[str, Any]) -> list[int] | None:
     """The fewest and the most tokens that stand before one, but for the beginning of the text.
 
     Args:
-        context: ``tokens_per_sample`` and ``context_window``, as a manifest's ``origin`` has them.
+        context: ``tokens_per_sample``, ``context_window`` and ``stride``, as a manifest's
+            ``origin`` has them.
     """
-    size = context.get("tokens_per_sample")
+    size, apart = context.get("tokens_per_sample"), context.get("stride")
     if not isinstance(size, int):
         return None
+    if isinstance(apart, int):  # windows of so many tokens, of which the last ones are predicted
+        return [max(1, size - apart), size - 1]
     window = int(context.get("context_window") or 0)
     return [window, window + size - 1]
 

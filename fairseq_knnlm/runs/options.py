@@ -30,6 +30,19 @@ class LanguageModelOptions:
 
 
 @dataclass(frozen=True)
+class ReadingOptions:
+    """How a text is read."""
+
+    stride: int | None = flag(
+        None,
+        "read the text as Hugging Face's page on perplexity does: windows of --tokens-per-sample "
+        "tokens that begin so many tokens apart, each predicting what none before it did; in the "
+        "place of --context-window",
+        counts="tokens from one window to the next",
+    )
+
+
+@dataclass(frozen=True)
 class DatastoreOptions:
     """Which datastores are read, and how."""
 
@@ -174,6 +187,7 @@ class Options:
 
     Attributes:
         lm: how the language models compute.
+        reading: how a text is read.
         datastores: which are read, and how.
         mixing: who is mixed, and how.
         saving: the datastore to be saved.
@@ -183,6 +197,7 @@ class Options:
     """
 
     lm: LanguageModelOptions = field(default_factory=LanguageModelOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
     datastores: DatastoreOptions = field(default_factory=DatastoreOptions)
     mixing: MixingOptions = field(default_factory=MixingOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)

@@ -26,7 +26,7 @@ def reading_flags(origin: Origin) -> dict[str, str | None]:
         window = int(known.get("context_window") or 0)
         found["--tokens-per-sample"] = str(int(known["tokens_per_sample"] or 0) + window)
         found["--context-window"] = str(window)
-    for name in ("sample_break_mode", "max_tokens", "batch_size"):
+    for name in ("sample_break_mode", "stride", "max_tokens", "batch_size"):
         if known.get(name) is not None:
             found[f"--{name.replace('_', '-')}"] = str(known[name])
     if known.get("add_bos_token"):

@@ -71,7 +71,8 @@ def share_of(
 def given_flags(options: Options) -> Iterator[tuple[str, Any]]:
     """Flags that say anything but what they say where they are left out, and matter to figures."""
     checkpoints = {name for kind in kinds() for name in kind.flags("checkpoint")}
-    for some in (options.lm, options.datastores, options.mixing, *options.experts.values()):
+    of_a_run = options.lm, options.reading, options.datastores, options.mixing
+    for some in (*of_a_run, *options.experts.values()):
         for one in fields(some):
             value = getattr(some, one.name)
             if one.name not in PLACES | IDLE | checkpoints and value != one.default:

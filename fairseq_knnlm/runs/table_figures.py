@@ -58,7 +58,8 @@ def text_of_table(
             "--raw-text needs all tokens of the text scored",
             expected="a score table of a whole split",
             found="one that leaves tokens out",
-            do="write it with --sample-break-mode none, or leave --raw-text out",
+            do="write it with --sample-break-mode none and without --stride, or leave --raw-text "
+            "out",
         )
     if not whole or (raw is None and not pieces_of(symbols)):
         return None
@@ -103,7 +104,7 @@ def table_figures(
         ],
         "context": context or None,
         "conditions": {
-            "stride": context.get("tokens_per_sample"),
+            "stride": stride(context),
             "context_of_queries": reach(context),
             "context_of_keys": [],
             "datastores_of": [],

@@ -16,8 +16,9 @@ from fairseq_knnlm.experts.registry import DEFAULT, kind_of, kinds
 from fairseq_knnlm.runs.options import DatastoreOptions, Options, SavingOptions
 from fairseq_knnlm.runs.places import exists
 from fairseq_knnlm.runs.raw_text import check_raw_text
-from fairseq_knnlm.tasks.flags import every_flag, options_of
+from fairseq_knnlm.tasks.flags import every_flag, options_of, whole_run
 from fairseq_knnlm.tasks.idle import check_heeded
+from fairseq_knnlm.tasks.strides import check_stride
 
 
 def check(cfg: Any) -> Options:
@@ -35,6 +36,8 @@ def check(cfg: Any) -> Options:
     options = options_of(cfg)
     _check_names(cfg)
     _check_datastores(options.datastores)
+    if options.reading.stride is not None:
+        check_stride(cfg, whole_run(cfg))
     _check_block(cfg.tokens_per_sample)
     _check_numbers(cfg, options)
     if options.mixing.evaluates and options.saving.save_knnlm_dstore:

@@ -22,6 +22,7 @@ from fairseq_knnlm.runs.options import (
     LanguageModelOptions,
     MixingOptions,
     Options,
+    ReadingOptions,
     SavingOptions,
     WritingOptions,
 )
@@ -29,6 +30,7 @@ from fairseq_knnlm.runs.options import (
 #: Of a run, by the field of ``Options``; those of experts come from the registry.
 OPTIONS: dict[str, type] = {
     "lm": LanguageModelOptions,
+    "reading": ReadingOptions,
     "mixing": MixingOptions,
     "datastores": DatastoreOptions,
     "saving": SavingOptions,

@@ -43,6 +43,7 @@ from fairseq_knnlm.tasks.outputs import check_writes
 from fairseq_knnlm.tasks.raw_text import text_of
 from fairseq_knnlm.tasks.receipts import typed_run
 from fairseq_knnlm.tasks.shares import ShareOfBatches
+from fairseq_knnlm.tasks.strides import WindowsAtStride, check_reads
 from fairseq_knnlm.tasks.windows import InStretches, InTextOrder, WindowsInText
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,10 @@ class KnnLanguageModelingTask(LanguageModelingTask):
 
     def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> Any:
         self.split = split
-        return super().load_dataset(split, *args, **kwargs)
+        super().load_dataset(split, *args, **kwargs)
+        if (stride := self.options.reading.stride) is not None:
+            length, blocks = self.args.tokens_per_sample, self.datasets[split]
+            self.datasets[split] = WindowsAtStride(blocks, length, stride)
 
     def build_generator(self, models: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         """For ``fairseq-interactive``, ``fairseq-generate`` and the hub interface."""
@@ -191,6 +195,11 @@ class KnnLanguageModelingTask(LanguageModelingTask):
 
     def left_out(self, dataset: Any, max_positions: Any, max_tokens: int | None) -> int:
         """How many tokens of a split nobody will read; it is said, or refused where all must be."""
+        if isinstance(dataset, WindowsAtStride):
+            check_reads(dataset.longest, max_positions)
+            stock.check_batches(dataset.longest, int(dataset.sizes.sum()), max_tokens)
+            dataset.name_unpredicted()
+            return dataset.unpredicted
         sizes = np.asarray(dataset.sizes, dtype=np.int64)
         read = sizes[sizes <= max_positions] if isinstance(max_positions, int) else sizes
         too_long = int(sizes.sum() - read.sum())
@@ -206,11 +215,13 @@ class KnnLanguageModelingTask(LanguageModelingTask):
         return any(expert.kind.needs_order(expert.options) for expert in experts)
 
     def context(self, window: int) -> dict[str, Any]:
-        """Blocks and context of a run over a split."""
+        """Blocks and context of a run over a split; ``stride`` where there is one."""
+        stride = self.options.reading.stride
         return {
             "tokens_per_sample": self.args.tokens_per_sample,
             "context_window": window,
             "sample_break_mode": str(self.args.sample_break_mode),
+            **({} if stride is None else {"stride": stride}),
         }
 
     def inputs(

@@ -104,6 +104,7 @@ def check_writes_nothing(options: Options, where: str = "where text is generated
         "--results-json": options.writing.results_json,
         "--raw-text": options.writing.raw_text,
         "--progress-file": options.writing.progress_file,
+        "--stride": options.reading.stride,
     }
     for flag, value in given.items():
         if value:

@@ -36,7 +36,8 @@ def text_of(whole: Any, task: Any, dataset: Any, split: str, left_out: int) -> R
             "--raw-text needs all tokens of the text scored",
             expected="a run that leaves no token out",
             found=f"{left_out:,} tokens left out",
-            do="pass --sample-break-mode none, or leave --raw-text out",
+            do="pass --sample-break-mode none and --context-window in the place of --stride, or "
+            "leave --raw-text out",
         )
     if left_out:
         return None

@@ -43,11 +43,11 @@ def open_rows(session: Session, split: str, rows: range) -> tuple[Inputs, SplitR
     _check_rows(split, rows, int(sizes.sum()))
     bos = session.task.vocabulary().bos
     first, last = (_block_of(starts, row) for row in (rows.start, rows.stop - 1))
-    _check_lengths(session, sizes[first : last + 1])
+    _check_lengths(session, max(map(dataset.num_tokens, range(first, last + 1))))
     read = _block_of(starts, max(0, rows.start - BEFORE))
     whole = session.task.needs_order()
     reached = 0 if whole else first
-    span = Span(_tokens(dataset, range(read, last + 1), bos), int(starts[read]), rows)
+    span = Span(_tokens(dataset, range(read, last + 1)), int(starts[read]), rows)
     context = session.task.context(window)
     return session.task.inputs(session.models, context), SplitRows(
         f"{split}, rows {rows.start:,} to {rows.stop:,}",
@@ -66,14 +66,14 @@ def _check_rows(split: str, rows: range, length: int) -> None:
         )
 
 
-def _check_lengths(session: Session, sizes: np.ndarray) -> None:
-    """Refuses blocks that fairseq would leave out."""
+def _check_lengths(session: Session, longest: int) -> None:
+    """Refuses blocks that fairseq would leave out, and windows that the model does not take."""
     most = utils.resolve_max_positions(*(model.max_positions() for model in session.models))
-    if int(sizes.max()) > most:
+    if longest > most:
         raise ConfigError(
             "the rows lie in blocks that are longer than the model takes",
             expected=f"blocks of at most {most:,} tokens",
-            found=f"{int(sizes.max()):,}",
+            found=f"{longest:,}",
             do="pass --sample-break-mode none and a --tokens-per-sample up to that",
         )
 
@@ -82,11 +82,10 @@ def _block_of(starts: np.ndarray, row: int) -> int:
     return int(np.searchsorted(starts, row, side="right")) - 1
 
 
-def _tokens(dataset: Any, blocks: range, bos: int | None) -> list[int]:
-    """The tokens of blocks, without the beginning of sentence that is added to each."""
-    parts = [dataset[block]["target"].tolist() for block in blocks]
-    added = 0 if bos is None else 1
-    return [token for part in parts for token in part[added:]]
+def _tokens(dataset: Any, blocks: range) -> list[int]:
+    """The tokens of blocks, without what stands before these: a beginning of sentence, padding."""
+    parts = [dataset[block]["target"][-int(dataset.size(block)) :] for block in blocks]
+    return [token for part in parts for token in part.tolist()]
 
 
 def _batches(session: Session, dataset: Any, blocks: range) -> Iterator[dict[str, Any]]:
@@ -95,7 +94,7 @@ def _batches(session: Session, dataset: Any, blocks: range) -> Iterator[dict[str
     if window:
         size = session.task.args.tokens_per_sample
         dataset = WindowsInText(dataset, size, window, pad)
-    longest = max(int(dataset.size(block)) for block in blocks) + window
+    longest = max(int(dataset.num_tokens(block)) for block in blocks) + window
     most = session.cfg.dataset.max_tokens or TOKENS_AT_A_TIME
     together = max(1, min(most // longest, session.cfg.dataset.batch_size or most))
     for start in range(blocks.start, blocks.stop, together):
