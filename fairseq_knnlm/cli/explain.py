@@ -182,7 +182,8 @@ def _explained(args: argparse.Namespace, rest: Sequence[str]) -> Record:
 
     flags = ["--path", args.path, "--knnlm", "--dstore-filename", args.dstore, *rest]
     session = open_session(args.data, flags)
-    check_writes_nothing(session.task.options, "where a text is explained")
+    what, of_split = "where a text is explained", args.text is None
+    check_writes_nothing(session.task.options, what, reads_split=of_split)
     most = SOURCES if args.sources_per_token is None else args.sources_per_token
     if args.text is None:
         rows = parse_rows(args.rows)

@@ -89,12 +89,15 @@ def check_looks_back(looks_back: int | None) -> int:
     return looks_back
 
 
-def check_writes_nothing(options: Options, where: str = "where text is generated") -> None:
-    """Refuses files of an evaluation.
+def check_writes_nothing(
+    options: Options, where: str = "where text is generated", *, reads_split: bool = False
+) -> None:
+    """Refuses files of an evaluation, and how a split is read where none is.
 
     Args:
         options: what the run is asked to do.
         where: what else is done.
+        reads_split: whether a split is read.
 
     Raises:
         ConfigError: naming the flag.
@@ -104,7 +107,7 @@ def check_writes_nothing(options: Options, where: str = "where text is generated
         "--results-json": options.writing.results_json,
         "--raw-text": options.writing.raw_text,
         "--progress-file": options.writing.progress_file,
-        "--stride": options.reading.stride,
+        "--stride": None if reads_split else options.reading.stride,
     }
     for flag, value in given.items():
         if value:

@@ -104,10 +104,15 @@ class WindowsAtStride(MonolingualDataset):
         return lines[start - self._edges[line] :][: stop - start]
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """As fairseq's; ``ntokens`` are those that are predicted."""
+        """As fairseq's, with ``start_indices`` as of a context window.
+
+        ``ntokens`` are those that are predicted.
+        """
         batch: dict[str, Any] = super().collater(samples)
         if batch:
-            batch["ntokens"] = int(batch["target"].ne(self.vocab.pad()).sum())
+            begins, firsts, ends = self._windows[batch["id"].numpy()].T
+            batch["start_indices"] = (firsts - begins - 1).tolist()
+            batch["ntokens"] = int((ends - firsts).sum())
         return batch
 
     def num_tokens(self, index: int) -> int:
