@@ -27,6 +27,8 @@ KINDS = {
     "streamed": [*STREAM, *BLOCKS],
     "streamed flat": STREAM,
     "one at a time": ["--batch-size", 1, *BLOCKS],
+    "stride": ["--stride", 5, "--context-window", 0],
+    "stride in blocks": ["--stride", 5, "--context-window", 0, *BLOCKS],
 }
 
 

@@ -34,6 +34,7 @@ RUNS: dict[str, list[str]] = {
     "indexfile": [*FIXED, "--indexfile", "other.index"],
     "sentences": [*FIXED, "--sample-break-mode", "eos", "--context-window", "0"],
     "beginnings": [*FIXED, "--add-bos-token", "--context-window", "0"],
+    "stride": [*FIXED, "--stride", "5", "--context-window", "0"],
 }
 
 

@@ -21,6 +21,7 @@ from fairseq_knnlm.runs.scorer import KnnScorer
 TIMES = ("seconds", "tokens_per_second", "search_seconds", "fingerprint")
 KNN = ["--k", 16, "--lmbda", 0.3, "--knn-temp", 2.0]
 CACHE = ["--cache-lmbda", 0.2, "--cache-theta", 0.5]
+STRIDE = ["--tokens-per-sample", 16, "--stride", 5, "--context-window", 0]
 
 
 def timeless(found: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +87,9 @@ CASES: dict[str, list[object]] = {
         *("--experts", "knn,cache", *KNN, *CACHE, "--pointers", "join"),
         *("--add-bos-token", "--tokens-per-sample", 8, "--context-window", 0),
     ],
+    "stride": ["--knnlm", *KNN, *STRIDE],
+    "stride, with a cache": ["--experts", "cache", *CACHE, "--cache-window", 50, *STRIDE],
+    "stride as long as a window": ["--tokens-per-sample", 8, "--stride", 8, "--context-window", 0],
     "no context": ["--knnlm", *KNN, "--tokens-per-sample", 8, "--context-window", 0],
     "sentences": ["--sample-break-mode", "complete", "--skip-invalid-size-inputs-valid-test"],
 }

@@ -26,6 +26,10 @@ from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.explanation.record_file import read_record
 
 
+#: For windows longer than the blocks that the model was trained on.
+LONG = ("--model-overrides", "{'max_target_positions': 4096}")
+
+
 def at(length: int, stride: int, *flags: object) -> list[object]:
     """Windows of ``length`` tokens, ``stride`` apart, a few of them in a batch."""
     windows = ["--tokens-per-sample", length, "--stride", stride, "--context-window", 0]
@@ -94,7 +98,7 @@ def test_losses_are_those_of_the_loop(
 ) -> None:
     tokens = loop.tokens(lab, "test")
     places, log_probs, _ = loop.read(tokens, length, stride)
-    found, table = results(lab, tmp_path, *at(length, stride))
+    found, table = results(lab, tmp_path, *at(length, stride, *LONG))
     assert table["token"].tolist() == tokens[places].tolist()
     assert table["context"].tolist() == tokens[np.array(places) - 1].tolist()
     assert table["row"].tolist() == [*range(len(places))]
@@ -117,10 +121,9 @@ def test_of_other_models(lab: Lab, tmp_path: Path, model: str) -> None:
 
 def test_a_text_shorter_than_a_window(lab: Lab, loop: Loop, tmp_path: Path) -> None:
     tokens = loop.tokens(lab, "test")
-    longest = ["--model-overrides", "{'max_target_positions': 4096}"]
     _, log_probs, _ = loop.read(tokens, 2000, 1000)
     assert len(log_probs) == len(tokens) - 1 < 1999
-    found, table = results(lab, tmp_path, *at(2000, 1000), *longest)
+    found, table = results(lab, tmp_path, *at(2000, 1000, *LONG))
     np.testing.assert_allclose(table["lm"], log_probs, atol=1e-4)
     assert found["tokens_left_out"] == 1
 
@@ -174,9 +177,7 @@ def test_neighbours_by_brute_force(lab: Lab, loop: Loop, store: Path, tmp_path: 
     assert found["conditions"]["context_of_keys"] == [[8, 15]]
 
 
-def test_the_cache_finds_the_tokens_in_their_order(
-    lab: Lab, loop: Loop, tmp_path: Path
-) -> None:
+def test_the_cache_finds_the_tokens_in_their_order(lab: Lab, loop: Loop, tmp_path: Path) -> None:
     """By the formula of Grave et al. (2017): what came after the last contexts, by likeness."""
     window, theta, weight = 30, 0.3, 0.2
     cache = ["--experts", "cache", "--cache-window", window, "--cache-theta", theta]
@@ -206,14 +207,12 @@ def test_explain_says_what_scoring_says(
     )
     table, to = read_table(tmp_path / "x.npz"), tmp_path / "out.jsonl"
     model = ["--path", lab.checkpoint(), "--cpu"]
-    where = ["explain", "--dstore", store, lab.data, *model, "--gen-subset", "test", "--json", to]
-    said = say(capsys, *where, "--rows", "21:50", *at(16, 4, *knn))
+    where = ["explain", "--dstore", store, lab.data, *model, "--json", to]
+    said = say(capsys, *where, "--gen-subset", "test", "--rows", "21:50", *at(16, 4, *knn))
     assert "rows 21 to 50" in said
     (text,) = read_record(to).texts
     assert [token.lm for token in text.tokens] == pytest.approx(table["lm"][21:50], abs=1e-4)
-    assert "--stride does nothing" in refuse(
-        capsys, *where, "--text", "w1 w2", *at(16, 4, *knn)
-    )
+    assert "--stride does nothing" in refuse(capsys, *where, "--text", "w1 w2", *at(16, 4, *knn))
 
 
 def test_a_mixture_fitted_at_another_stride_is_told(
@@ -246,9 +245,7 @@ def test_the_stock_scorer_reads_the_same_windows(lab: Lab, loop: Loop) -> None:
     with torch.no_grad():
         hypos = SequenceScorer(loop.types).generate([loop.model], batch)
     found = np.concatenate([hypo["positional_scores"].numpy() for (hypo,) in hypos])
-    np.testing.assert_allclose(
-        found, loop.read(loop.tokens(lab, "test"), 16, 5)[1], atol=1e-4
-    )
+    np.testing.assert_allclose(found, loop.read(loop.tokens(lab, "test"), 16, 5)[1], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +260,7 @@ def test_the_stock_scorer_reads_the_same_windows(lab: Lab, loop: Loop) -> None:
             at(40, 4, "--model-overrides", "{'max_target_positions': 12}"),
             "--tokens-per-sample up to 13",
         ),
-        (at(40, 4, "--max-tokens", 20), "--max-tokens is less than a block"),
+        (at(16, 4, "--max-tokens", 12), "--max-tokens is less than a block"),
     ],
 )
 def test_bad_input(lab: Lab, tmp_path: Path, flags: list[object], says: str) -> None:
@@ -283,3 +280,35 @@ def test_what_is_not_predicted_is_said(lab: Lab, caplog: pytest.LogCaptureFixtur
     assert "the first token of the text has nothing before it" in caplog.text
     lab.evaluate("test", *at(16, 16))
     assert "With --stride 15 it is the first of the text alone" in caplog.text
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_blocks_hold_what_one_datastore_holds(
+    lab: Lab, store: Path, tmp_path: Path, shards: int
+) -> None:
+    path = tmp_path / "store"
+    to = ["--save-knnlm-dstore", "--dstore-mmap", path, "--dstore-fp32", "--block-rows", 500]
+    for number in range(shards):
+        part = ["--num-shards", shards, "--shard-id", number]
+        lab.evaluate("train", *at(16, 8, *to, *part))
+    ours, whole = open_datastore(path), open_datastore(store)
+    assert len(ours.blocks) > shards
+    assert np.array_equal(ours.values, whole.values)
+    np.testing.assert_allclose(np.array(ours.keys), np.array(whole.keys), atol=1e-4)
+
+
+def test_text_is_added_at_the_same_stride(
+    lab: Lab, loop: Loop, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "store"
+    lab.evaluate("valid", *at(16, 8, "--save-knnlm-dstore", "--dstore-mmap", path, "--dstore-fp32"))
+    model = ["--path", lab.checkpoint(), "--cpu", "--num-workers", 0]
+    must("fairseq-knnlm", "append", path, lab.data, "--gen-subset", "test", *model)
+    tokens = [loop.tokens(lab, split) for split in ("valid", "test")]
+    read = [loop.read(some, 16, 8) for some in tokens]
+    found = open_datastore(path)
+    values = np.concatenate([some.numpy()[places] for some, (places, *_) in zip(tokens, read)])
+    assert np.array_equal(found.values, values)
+    keys = np.concatenate([keys for *_, keys in read])
+    np.testing.assert_allclose(np.array(found.keys), keys, atol=1e-4)
+    assert "stride 8" in say(capsys, "info", "--dstore", path)

@@ -88,7 +88,8 @@ def test_items_and_batches(length: int, apart: int) -> None:
         source = batch["net_input"]["src_tokens"][number]
         target = batch["target"][number]
         assert source[source.ne(1)].tolist() == text[begin : places[-1]]
-        predicted = {begin + place + 1: int(target[place]) for place in target.ne(1).nonzero()}
+        there = target.ne(1).nonzero().flatten().tolist()
+        predicted = {begin + place + 1: int(target[place]) for place in there}
         assert predicted == {place: text[place] for place in places}
         assert batch["start_indices"][number] == places[0] - begin - 1
         assert dataset.size(number) == dataset.sizes[number] == len(places)
