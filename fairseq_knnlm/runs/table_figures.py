@@ -14,7 +14,7 @@ from fairseq_knnlm.calibration.sections import Sections
 from fairseq_knnlm.calibration.stored import Calibration
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.runs.conditions import reach
+from fairseq_knnlm.runs.conditions import reach, stride
 from fairseq_knnlm.runs.raw_text import (
     RawText,
     joined_text,

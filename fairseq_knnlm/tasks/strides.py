@@ -2,7 +2,7 @@
 
 A window of up to L tokens begins at every S-th token, and predicts of its tokens those that no
 window before it did, each from what stands before it in the window. The first token of a window has
-nothing before it there: it is predicted where an earlier window reaches beyond it, and else by none.
+nothing before it there: it is predicted where an earlier window reaches beyond it, else by none.
 
 Source: "Perplexity of fixed-length models", https://huggingface.co/docs/transformers/perplexity.
 """

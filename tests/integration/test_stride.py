@@ -25,7 +25,6 @@ from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.explanation.record_file import read_record
 
-
 #: For windows longer than the blocks that the model was trained on.
 LONG = ("--model-overrides", "{'max_target_positions': 4096}")
 
@@ -307,7 +306,8 @@ def test_text_is_added_at_the_same_stride(
     tokens = [loop.tokens(lab, split) for split in ("valid", "test")]
     read = [loop.read(some, 16, 8) for some in tokens]
     found = open_datastore(path)
-    values = np.concatenate([some.numpy()[places] for some, (places, *_) in zip(tokens, read)])
+    pairs = zip(tokens, read, strict=True)
+    values = np.concatenate([some.numpy()[places] for some, (places, *_) in pairs])
     assert np.array_equal(found.values, values)
     keys = np.concatenate([keys for *_, keys in read])
     np.testing.assert_allclose(np.array(found.keys), keys, atol=1e-4)

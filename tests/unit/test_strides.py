@@ -163,7 +163,8 @@ def test_not_beside_a_context_window() -> None:
         check_stride(flags(stride=4), run(window=2))
 
 
-def test_not_in_training() -> None:
+def test_not_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fairseq_knnlm.tasks.strides.command", lambda: None)
     with pytest.raises(ConfigError, match="--stride does nothing in training"):
         check_stride(flags(stride=4), run(path=None))
 
