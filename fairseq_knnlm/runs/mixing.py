@@ -198,10 +198,10 @@ def _compare_context(calibration: Calibration, now: dict[str, Any] | None) -> No
     Or where the model computes in another type. What one of both does not know is not compared.
     """
     then, now = calibration.fitted_on.get("context") or {}, now or {}
-    if then and now:  # who knows its blocks says a stride where there is one
-        then, now = ({"stride": None, **some} for some in (then, now))
-    both = [name for name in now if name in then]
-    before, here = ({name: some[name] for name in both} for some in (then, now))
+    names = [name for name in now if name in then]
+    if names and ("stride" in then) != ("stride" in now):  # who knows the rest knows of none, too
+        names.append("stride")
+    before, here = ({name: some.get(name, "none") for name in names} for some in (then, now))
     if before != here:
         logger.warning(
             "the calibration was fitted with %s; this run has %s. Fit it again with "

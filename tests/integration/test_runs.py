@@ -61,6 +61,13 @@ def test_other_contexts_than_a_calibration_was_fitted_on(caplog: pytest.LogCaptu
     older = {name: value for name, value in CONTEXT.items() if name != "precision"}
     assert not said({"context": older}, half)  # of before it was told
     assert "precision" not in said({"context": older}, other)
+    strided = CONTEXT | {"stride": 4}
+    assert not said({"context": strided}, dict(strided))
+    assert "stride 2" in said({"context": strided}, strided | {"stride": 2})
+    for then, now in ((CONTEXT, strided), (older, strided), (strided, CONTEXT)):  # or none
+        text = said({"context": then}, now)
+        assert "stride 4" in text and "stride none" in text
+    assert "stride" not in said({"context": CONTEXT}, other)
     assert not said({"split": "valid"}, CONTEXT)  # a calibration that does not know
     assert not said({"context": CONTEXT}, None)  # a sentence by itself
 

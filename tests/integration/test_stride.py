@@ -227,7 +227,7 @@ def test_a_mixture_fitted_at_another_stride_is_told(
     assert "stride 8" in caplog.text and "stride 4" in caplog.text and told in caplog.text
     caplog.clear()
     lab.evaluate("test", *knn, "--tokens-per-sample", 16, "--context-window", 0)
-    assert "stride 8" in caplog.text and "stride None" in caplog.text
+    assert "stride 8" in caplog.text and "stride none" in caplog.text
 
 
 def test_the_stock_scorer_reads_the_same_windows(lab: Lab, loop: Loop) -> None:
