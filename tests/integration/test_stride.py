@@ -20,6 +20,7 @@ from conftest import Lab, must
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq.data import Dictionary
 
+import fairseq_knnlm.tasks  # noqa: F401  for checkpoints of its models
 from fairseq_knnlm.calibration.table import read_table
 from fairseq_knnlm.datastore import open_datastore
 from fairseq_knnlm.errors import ConfigError
