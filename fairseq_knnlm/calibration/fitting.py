@@ -20,6 +20,8 @@ from fairseq_knnlm.mixture.mixers import LEAST_LM, Bins, Fixed
 
 #: Rounds of expectation and maximisation at most.
 ROUNDS = 100
+#: Rounds after which columns are left out that weigh next to nothing.
+FIRST_ROUNDS = 20
 #: What the likelihood may still gain, natural log a token, where these rounds end.
 CLOSE = 1e-5
 #: Columns that weigh less than this among all are left out of a gate.
@@ -203,6 +205,9 @@ def _settled(weights: np.ndarray) -> list[float]:
 
 def worth_mixing(log_probs: np.ndarray, abstain: Abstain = "share") -> list[int]:
     """Places of the columns, of many, that the best fixed mixture of all gives weight."""
-    weights = best_weights(log_probs, abstain=abstain)
+    # Most of many columns are soon seen to weigh next to nothing.
+    promising = np.flatnonzero(best_weights(log_probs, FIRST_ROUNDS, abstain) >= LEAST / 10)
+    places = np.union1d([0], promising)
+    weights = best_weights(log_probs[:, places], abstain=abstain)
     heaviest = np.argsort(-weights)[:MOST]
-    return sorted(int(place) for place in heaviest if weights[place] >= LEAST)
+    return sorted(int(places[one]) for one in heaviest if weights[one] >= LEAST)
