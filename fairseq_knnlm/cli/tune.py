@@ -28,7 +28,7 @@ HELP = "fit the mixture on valid text: lambda, temperature, and gates over all e
 EXAMPLE = "--dstore DSTORE --data data-bin --path checkpoint_best.pt --tokens-per-sample 512"
 
 #: Who is asked where nobody else is named, and of them who lives on a datastore of any kind.
-EXPERTS, WITHOUT_TEXT = "knn,cache,ngram", "knn,cache"
+EXPERTS, WITHOUT_TEXT = "knn,cache,ngram,suffix", "knn,cache,suffix"
 #: Arguments that only ``--data`` heeds, and what they are where they were left out.
 OF_DATA = {"path": (None,), "gen_subset": ("valid",), "experts": (None, EXPERTS)}
 

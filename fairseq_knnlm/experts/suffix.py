@@ -1,0 +1,282 @@
+"""What followed the longest suffix of a text where that was read before, and shorter ones.
+
+The words that were just read are looked up in the text before them: an n-gram model of the text
+read so far, as PPM and infini-gram have it (Cleary and Witten, 1984; Liu et al., 2024), which fades
+as a cache does. It takes tokens and no hidden states. Only what stands strictly before the token
+to be predicted counts, across blocks and batches, so the text must be read in its order; each of
+several texts is on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_knnlm.bounds import check_count, check_range
+from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.experts.contract import Distribution, Joined, reordered
+from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
+from fairseq_knnlm.experts.recent import in_order
+from fairseq_knnlm.experts.repeats import LONGEST, Repeats
+from fairseq_knnlm.lm.contexts import Contexts
+
+#: Half-lives in a score table, in tokens, and those at which there are features. The longest one
+#: fades next to nothing within the window.
+HALF_LIVES = (500.0, 2000.0, 1e6)
+#: Up to so many shared tokens it is a feature how many distinct ones followed.
+TYPES = 4
+#: Bounds of ``--suffix-half-life``.
+LEAST_HALF_LIFE, MOST_HALF_LIFE = 1.0, 1e9
+#: What ``--suffix-window`` may be.
+MOST_WINDOW = 10**8
+
+
+@dataclass(frozen=True, order=True)
+class SuffixSetting:
+    """How places that were read become a distribution.
+
+    Attributes:
+        half_life: distance, in tokens, at which a place counts half.
+    """
+
+    half_life: float = 500.0
+
+
+class SuffixPrediction:
+    """Distributions over what followed at earlier places.
+
+    Args:
+        repeats: P pairs of one of N contexts and an earlier place.
+        half_lives: S of them, a column each.
+        features: name features too.
+    """
+
+    def __init__(self, repeats: Repeats, half_lives: Sequence[float], *, features: bool) -> None:
+        self.repeats = repeats
+        several = dict.fromkeys([*half_lives, *(HALF_LIVES if features else ())])
+        shares = {half_life: repeats.shares(half_life) for half_life in several}
+        self._shares = _stacked(shares, half_lives)  # (P, S)
+        self._nobody = repeats.counts[:, :1] == 0  # (N, 1)
+        self.features = self._features(_stacked(shares, HALF_LIVES)) if features else {}
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        """log p of one token (N,) each: (N, S) float32, natural log.
+
+        -inf of a token that never followed, NaN where nothing did.
+        """
+        return self._sums(tokens, self._shares).log().masked_fill(self._nobody, torch.nan)
+
+    def log_probs(self, setting: int) -> Distribution:
+        """log p of the tokens that followed, a place each, which add up where they are the same."""
+        repeats = self.repeats
+        order = repeats.contexts.argsort(stable=True)
+        contexts = repeats.contexts[order]
+        counts = torch.bincount(contexts, minlength=repeats.size)
+        firsts = (counts.cumsum(dim=0) - counts)[contexts]
+        columns = torch.arange(len(order), device=order.device) - firsts
+        size = repeats.size, max(1, int(counts.max()) if len(counts) else 1)
+        tokens = repeats.tokens.new_zeros(size)
+        shares = self._shares.new_full(size, -torch.inf)
+        tokens[contexts, columns] = repeats.tokens[order]
+        shares[contexts, columns] = self._shares[order, setting].log()
+        return Distribution(tokens, shares.masked_fill(self._nobody, torch.nan))
+
+    def _sums(self, tokens: Tensor, shares: Tensor) -> Tensor:
+        """(N, S): shares (P, S) of the places where that token (N,) followed."""
+        same = self.repeats.tokens == tokens[self.repeats.contexts]
+        return self.repeats.summed(shares * same[:, None])
+
+    def _features(self, shares: Tensor) -> dict[str, Tensor]:
+        likely = self._sums(self.repeats.best, shares)
+        return {
+            "suffix_counts": self.repeats.counts.log1p(),
+            "suffix_types": self.repeats.types[:, :TYPES].log1p(),
+            "suffix_best": likely.masked_fill(self._nobody, torch.nan),
+        }
+
+
+def _stacked(shares: dict[float, Tensor], half_lives: Sequence[float]) -> Tensor:
+    """(P, S) of the (P,) of each."""
+    some = next(iter(shares.values()), torch.empty(0))
+    columns = [shares[one] for one in half_lives]
+    return torch.stack(columns, dim=1) if columns else some.new_empty((len(some), 0))
+
+
+@dataclass(frozen=True)
+class Read:
+    """Tokens of a text, the latest at the end.
+
+    Attributes:
+        tokens: (M,) int64; -1 where one is not known, as the last until it is told.
+        row: of the last; -1 before all text.
+    """
+
+    tokens: Tensor
+    row: int = -1
+
+    def ending(self, tokens: Tensor) -> Read:
+        """The same, now that it is known what the last ones are."""
+        tokens = tokens[-len(self.tokens) :]
+        return replace(self, tokens=torch.cat([self.tokens[: -len(tokens) or None], tokens]))
+
+    def without(self, count: int) -> Read:
+        """The same without the last ``count``; what followed the rest is not known."""
+        fewer = replace(self, tokens=self.tokens[: len(self.tokens) - count], row=self.row - count)
+        return fewer.ending(self.tokens.new_full((1,), -1)) if len(fewer.tokens) else fewer
+
+
+class SuffixExpert:
+    """p_suffix, from the text before each context.
+
+    Args:
+        settings: half-lives, a column each.
+        eos: the token that ends a line; two in a row are an empty line, which ends a document.
+        window: tokens looked back.
+        reset: forget everything where a document ends.
+        features: name features too.
+    """
+
+    name = "suffix"
+    at_a_time = 1024
+
+    def __init__(
+        self,
+        settings: Sequence[SuffixSetting],
+        eos: int,
+        *,
+        window: int,
+        reset: bool = False,
+        features: bool = False,
+    ) -> None:
+        self.settings = [vars(setting) for setting in settings]
+        self.eos = eos
+        self.window = window
+        self.reset = reset
+        self.features = features
+        # What stood before the first place of the window is compared, too.
+        self.looks_back = window + LONGEST
+        self._half_lives = [setting.half_life for setting in settings]
+        self._texts: dict[int, Read] = {}
+        self._asked: list[tuple[int, Tensor]] = []
+
+    def predict(self, contexts: Contexts) -> Joined:
+        """What follows each context, given all its text before it.
+
+        Raises:
+            ConfigError: where a context lies before one that was already read.
+        """
+        self._asked = []
+        parts = [self._predicted(text, contexts, order) for text, order in in_order(contexts)]
+        places = [order for _, order in self._asked]
+        if not parts:
+            nothing = contexts.rows.new_empty(0)
+            parts, places = [self._prediction(nothing, 0)], [nothing]
+        return Joined(parts, [len(one) for one in places], torch.cat(places), len(contexts))
+
+    def observe(self, tokens: Tensor) -> None:
+        """Takes in what followed."""
+        for text, order in self._asked:
+            self._texts[text] = self._texts[text].ending(tokens[order])
+        self._asked = []
+
+    def reorder(self, order: Tensor) -> None:
+        """Text i goes on where text ``order[i]`` stood."""
+        self._asked = []
+        self._texts = reordered(self._texts, order)
+
+    def forget(self, counts: Tensor) -> None:
+        """Takes back the last ``counts[i]`` contexts of text i."""
+        self._asked = []
+        for text, count in enumerate(counts.tolist()):
+            if count and text in self._texts:
+                self._texts[text] = self._texts[text].without(count)
+
+    def _predicted(self, text: int, contexts: Contexts, order: Tensor) -> SuffixPrediction:
+        """What follows some positions in the order of their text, which is longer now."""
+        rows, before = contexts.rows[order], contexts.before[order, 0]
+        kept = self._earlier(text, rows, before, several=contexts.texts is not None)
+        if len(kept.tokens) and int(rows[0]) == kept.row + 1:
+            kept = kept.ending(before[:1])
+        # The last one is yet to be told, and so is what stands before a gap.
+        tokens = torch.cat([before[1:], before.new_full((1,), -1)])
+        tokens[:-1][rows[1:] != rows[:-1] + 1] = -1
+        whole = torch.cat([kept.tokens, tokens])
+        # More than is looked back to, of which some may be taken back.
+        self._texts[text] = Read(whole[-self.looks_back - len(rows) :], int(rows[-1]))
+        self._asked.append((text, order))
+        return self._prediction(whole, len(whole) - len(rows))
+
+    def _earlier(self, text: int, rows: Tensor, before: Tensor, *, several: bool) -> Read:
+        """What is known of the text before these rows."""
+        known = self._texts.get(text)
+        if known is None or (several and int(rows[0]) == 0):
+            return Read(before.new_empty(0))
+        if int(rows[0]) <= known.row:
+            raise ConfigError(
+                "the suffixes of a text need it in its order",
+                expected=f"tokens after row {known.row:,}",
+                found=f"row {int(rows[0]):,}",
+                do="report this: the loader gave blocks out of order",
+            )
+        return known
+
+    def _prediction(self, text: Tensor, first: int) -> SuffixPrediction:
+        documents = self._documents(text) if self.reset else None
+        repeats = Repeats.of(text, first, self.window, documents)
+        return SuffixPrediction(repeats, self._half_lives, features=self.features)
+
+    def _documents(self, text: Tensor) -> Tensor:
+        """(M,) int64, the number of the document that each place is of: an empty line ends one."""
+        ends = torch.nn.functional.pad(text, (2, 0), value=-1) == self.eos
+        return (ends[:-2] & ends[1:-1]).cumsum(dim=0)
+
+
+@dataclass(frozen=True)
+class SuffixOptions:
+    """Flags of the suffixes."""
+
+    suffix_lmbda: float | None = flag(
+        None, "weight of the suffixes (default: the calibration, else 0.1)", weight=True
+    )
+    suffix_half_life: float | None = flag(
+        None,
+        "tokens after which what was read counts half (default: the calibration, else 500)",
+        setting="half_life",
+    )
+    suffix_window: int = flag(8192, "tokens in which suffixes are looked for", counts="tokens")
+    suffix_reset: bool = flag(False, "look no further back than the document begins")
+
+
+class SuffixKind(Kind):
+    """``suffix``."""
+
+    name = "suffix"
+    options = SuffixOptions
+    setting = SuffixSetting
+
+    def check(self, options: SuffixOptions, asked: bool) -> None:
+        bounds = LEAST_HALF_LIFE, MOST_HALF_LIFE
+        check_range("--suffix-half-life", options.suffix_half_life, *bounds, "counts tokens")
+        check_count("--suffix-window", options.suffix_window, "counts tokens", MOST_WINDOW)
+
+    def needs_order(self, options: SuffixOptions) -> bool:
+        return True
+
+    def grid(self, opened: Opened, models: Models) -> list[SuffixSetting]:
+        return [SuffixSetting(half_life) for half_life in HALF_LIVES]
+
+    def make(
+        self, opened: Opened, models: Models, settings: Sequence[SuffixSetting], features: bool
+    ) -> SuffixExpert:
+        window, reset = opened.options.suffix_window, opened.options.suffix_reset
+        return SuffixExpert(settings, models.eos, window=window, reset=reset, features=features)
+
+    def described(self, opened: Opened, models: Models) -> dict[str, Any]:
+        return {"window": opened.options.suffix_window, "reset": opened.options.suffix_reset}
+
+
+KIND = SuffixKind()
