@@ -8,8 +8,10 @@ window alone, so it does not matter in what batches a text is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -67,6 +69,18 @@ class Repeats:
             ours, theirs = ours[same], theirs[same]
         lengths = _lengths(padded, ours, theirs)
         return cls(ours - first, text[theirs], ours - theirs, lengths, len(text) - first)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Repeats]) -> Repeats:
+        """Of the contexts of several texts, one text after the other."""
+        firsts = accumulate((part.size for part in parts), initial=0)
+        return cls(
+            torch.cat([part.contexts + first for part, first in zip(parts, firsts, strict=False)]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.distances for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            sum(part.size for part in parts),
+        )
 
     def shares(self, half_life: float) -> Tensor:
         """(P,) float32: what each place is of the probabilities of its context; they sum to 1.

@@ -170,12 +170,15 @@ class SuffixExpert:
             ConfigError: where a context lies before one that was already read.
         """
         self._asked = []
-        parts = [self._predicted(text, contexts, order) for text, order in in_order(contexts)]
-        places = [order for _, order in self._asked]
-        if not parts:
-            nothing = contexts.rows.new_empty(0)
-            parts, places = [self._prediction(nothing, 0)], [nothing]
-        return Joined(parts, [len(one) for one in places], torch.cat(places), len(contexts))
+        # Of nothing there are repeats, too: none.
+        nothing = contexts.rows.new_empty(0)
+        parts, places = [self._repeats(nothing, 0)], [nothing]
+        for text, order in in_order(contexts):
+            parts.append(self._read(text, contexts, order))
+            places.append(order)
+        repeats = Repeats.joined(parts)
+        prediction = SuffixPrediction(repeats, self._half_lives, features=self.features)
+        return Joined([prediction], [repeats.size], torch.cat(places), len(contexts))
 
     def observe(self, tokens: Tensor) -> None:
         """Takes in what followed."""
@@ -195,8 +198,8 @@ class SuffixExpert:
             if count and text in self._texts:
                 self._texts[text] = self._texts[text].without(count)
 
-    def _predicted(self, text: int, contexts: Contexts, order: Tensor) -> SuffixPrediction:
-        """What follows some positions in the order of their text, which is longer now."""
+    def _read(self, text: int, contexts: Contexts, order: Tensor) -> Repeats:
+        """Of some positions in the order of their text, which is longer now."""
         rows, before = contexts.rows[order], contexts.before[order, 0]
         kept = self._earlier(text, rows, before, several=contexts.texts is not None)
         if len(kept.tokens) and int(rows[0]) == kept.row + 1:
@@ -208,7 +211,7 @@ class SuffixExpert:
         # More than is looked back to, of which some may be taken back.
         self._texts[text] = Read(whole[-self.looks_back - len(rows) :], int(rows[-1]))
         self._asked.append((text, order))
-        return self._prediction(whole, len(whole) - len(rows))
+        return self._repeats(whole, len(whole) - len(rows))
 
     def _earlier(self, text: int, rows: Tensor, before: Tensor, *, several: bool) -> Read:
         """What is known of the text before these rows."""
@@ -224,10 +227,9 @@ class SuffixExpert:
             )
         return known
 
-    def _prediction(self, text: Tensor, first: int) -> SuffixPrediction:
+    def _repeats(self, text: Tensor, first: int) -> Repeats:
         documents = self._documents(text) if self.reset else None
-        repeats = Repeats.of(text, first, self.window, documents)
-        return SuffixPrediction(repeats, self._half_lives, features=self.features)
+        return Repeats.of(text, first, self.window, documents)
 
     def _documents(self, text: Tensor) -> Tensor:
         """(M,) int64, the number of the document that each place is of: an empty line ends one."""

@@ -311,6 +311,23 @@ def test_texts_are_on_their_own_and_follow_the_hypotheses_of_a_beam() -> None:
     assert_close(found.log_probs, torch.cat([one[:90] for one in alone]))
 
 
+def test_all_tokens_of_several_texts() -> None:
+    """Which have different numbers of places to go by."""
+    texts = [text(5), [1] * TOKENS, list(range(TOKENS))]
+    prediction = expert().predict(several(texts, range(TOKENS)).contexts)
+    every = prediction.log_probs(1)
+    assert not isinstance(every, Tensor)
+    whole = every.over(TOKENS).view(len(texts), TOKENS, TOKENS)
+    for number, one in enumerate(texts):
+        for place in range(0, TOKENS, 7):
+            expected = distribution(one, place, SETTINGS[1].half_life)
+            found = whole[number, place]
+            assert found.isnan().all() == (not expected)
+            probs = torch.tensor([expected.get(token, 0.0) for token in range(TOKENS)])
+            if expected:
+                torch.testing.assert_close(found.exp(), probs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_draft_is_taken_back() -> None:
     """Contexts that were predicted at once, of which the last never were."""
     tokens = text()
