@@ -129,14 +129,19 @@ class Repeats:
         return part.counts
 
     @cached_property
-    def best(self) -> Tensor:
-        """(N,) int64, the token at the place that shares most, the latest of these; -1 of none."""
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Of the place that shares most, the latest of these, token and distance.
+
+        Each is (N,) int64; -1 where a context has no place.
+        """
         far, types = (1 + _most(one) for one in (self.distances, self.tokens))
-        # The token is carried along in the number that is compared, which stays below 2^63.
+        # Distance and token are carried along in the number that is compared, below 2^63.
         numbers = (self.lengths * far - self.distances) * types + self.tokens
         best = numbers.new_full((self.size,), -1)
         best.scatter_reduce_(0, self.contexts, numbers, "amax")
-        return (best % types).masked_fill(best < 0, -1)
+        none = best < 0
+        distances = -best.div(types, rounding_mode="floor") % far
+        return (best % types).masked_fill(none, -1), distances.masked_fill(none, -1)
 
     def _from_length_on(self, values: Tensor) -> Tensor:
         """(N, LONGEST): sums of values (P,) over places that share 1, 2, ... tokens or more."""

@@ -91,11 +91,13 @@ class SuffixPrediction:
         return self.repeats.summed(shares * same[:, None])
 
     def _features(self, shares: Tensor) -> dict[str, Tensor]:
-        likely = self._sums(self.repeats.best, shares)
+        tokens, distances = self.repeats.best
+        likely = self._sums(tokens, shares)
         return {
             "suffix_counts": self.repeats.counts.log1p(),
             "suffix_types": self.repeats.types[:, :TYPES].log1p(),
             "suffix_best": likely.masked_fill(self._nobody, torch.nan),
+            "suffix_gap": distances.float().log().masked_fill(self._nobody[:, 0], torch.nan),
         }
 
 

@@ -197,7 +197,7 @@ def test_all_tokens_are_those_asked_one_by_one(reset: bool) -> None:
 
 def test_features_are_plain_lines() -> None:
     found = ask(expert(SETTINGS[:1], features=True), question()).features
-    assert set(found) == {"suffix_counts", "suffix_types", "suffix_best"}
+    assert set(found) == {"suffix_counts", "suffix_types", "suffix_best", "suffix_gap"}
     tokens = text()
     for i in range(TOKENS):
         there = places(tokens, i)
@@ -205,12 +205,13 @@ def test_features_are_plain_lines() -> None:
         types = [len({tokens[j] for j, length in there if length >= n}) for n in range(1, 5)]
         assert_close(found["suffix_counts"][i], torch.tensor(counts).log1p())
         assert_close(found["suffix_types"][i], torch.tensor(types).log1p())
-        likely = torch.full((len(HALF_LIVES),), math.nan)
+        likely, gap = torch.full((len(HALF_LIVES),), math.nan), math.nan
         if there:
             best = max(there, key=lambda pair: (pair[1], pair[0]))[0]
             ways = [distribution(tokens, i, half_life)[tokens[best]] for half_life in HALF_LIVES]
-            likely = torch.tensor(ways)
+            likely, gap = torch.tensor(ways), math.log(i - best)
         assert_close(found["suffix_best"][i], likely)
+        assert_close(found["suffix_gap"][i], torch.tensor(gap))
 
 
 def test_features_are_left_out_and_change_no_prediction() -> None:
