@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.bounds import check_count, check_range
-from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.contract import Distribution, Joined, reordered
+from fairseq_knnlm.experts.contract import Distribution, Joined
+from fairseq_knnlm.experts.in_order import InOrder, ending, followed
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
-from fairseq_knnlm.experts.recent import in_order
 from fairseq_knnlm.experts.repeats import LONGEST, Repeats
 from fairseq_knnlm.lm.contexts import Contexts
 
@@ -109,7 +108,7 @@ def _stacked(shares: dict[float, Tensor], half_lives: Sequence[float]) -> Tensor
 
 
 @dataclass(frozen=True)
-class Read:
+class Words:
     """Tokens of a text, the latest at the end.
 
     Attributes:
@@ -118,20 +117,19 @@ class Read:
     """
 
     tokens: Tensor
-    row: int = -1
+    row: int
 
-    def ending(self, tokens: Tensor) -> Read:
+    def ending(self, tokens: Tensor) -> Words:
         """The same, now that it is known what the last ones are."""
-        tokens = tokens[-len(self.tokens) :]
-        return replace(self, tokens=torch.cat([self.tokens[: -len(tokens) or None], tokens]))
+        return replace(self, tokens=ending(self.tokens, tokens))
 
-    def without(self, count: int) -> Read:
+    def without(self, count: int) -> Words:
         """The same without the last ``count``; what followed the rest is not known."""
-        fewer = replace(self, tokens=self.tokens[: len(self.tokens) - count], row=self.row - count)
-        return fewer.ending(self.tokens.new_full((1,), -1)) if len(fewer.tokens) else fewer
+        kept = self.tokens[: len(self.tokens) - count]
+        return Words(ending(kept, kept.new_full((1,), -1)), self.row - count)
 
 
-class SuffixExpert:
+class SuffixExpert(InOrder[Words]):
     """p_suffix, from the text before each context.
 
     Args:
@@ -154,6 +152,7 @@ class SuffixExpert:
         reset: bool = False,
         features: bool = False,
     ) -> None:
+        super().__init__()
         self.settings = [vars(setting) for setting in settings]
         self.eos = eos
         self.window = window
@@ -162,8 +161,6 @@ class SuffixExpert:
         # What stood before the first place of the window is compared, too.
         self.looks_back = window + LONGEST
         self._half_lives = [setting.half_life for setting in settings]
-        self._texts: dict[int, Read] = {}
-        self._asked: list[tuple[int, Tensor]] = []
 
     def predict(self, contexts: Contexts) -> Joined:
         """What follows each context, given all its text before it.
@@ -171,67 +168,27 @@ class SuffixExpert:
         Raises:
             ConfigError: where a context lies before one that was already read.
         """
-        self._asked = []
         # Of nothing there are repeats, too: none.
         nothing = contexts.rows.new_empty(0)
-        parts, places = [self._repeats(nothing, 0)], [nothing]
-        for text, order in in_order(contexts):
+        parts, places = [Repeats.of(nothing, 0, self.window)], [nothing]
+        for text, order in self._new(contexts):
             parts.append(self._read(text, contexts, order))
             places.append(order)
         repeats = Repeats.joined(parts)
         prediction = SuffixPrediction(repeats, self._half_lives, features=self.features)
         return Joined([prediction], [repeats.size], torch.cat(places), len(contexts))
 
-    def observe(self, tokens: Tensor) -> None:
-        """Takes in what followed."""
-        for text, order in self._asked:
-            self._texts[text] = self._texts[text].ending(tokens[order])
-        self._asked = []
-
-    def reorder(self, order: Tensor) -> None:
-        """Text i goes on where text ``order[i]`` stood."""
-        self._asked = []
-        self._texts = reordered(self._texts, order)
-
-    def forget(self, counts: Tensor) -> None:
-        """Takes back the last ``counts[i]`` contexts of text i."""
-        self._asked = []
-        for text, count in enumerate(counts.tolist()):
-            if count and text in self._texts:
-                self._texts[text] = self._texts[text].without(count)
-
     def _read(self, text: int, contexts: Contexts, order: Tensor) -> Repeats:
         """Of some positions in the order of their text, which is longer now."""
-        rows, before = contexts.rows[order], contexts.before[order, 0]
-        kept = self._earlier(text, rows, before, several=contexts.texts is not None)
-        if len(kept.tokens) and int(rows[0]) == kept.row + 1:
-            kept = kept.ending(before[:1])
-        # The last one is yet to be told, and so is what stands before a gap.
-        tokens = torch.cat([before[1:], before.new_full((1,), -1)])
-        tokens[:-1][rows[1:] != rows[:-1] + 1] = -1
-        whole = torch.cat([kept.tokens, tokens])
+        earlier = self._earlier(text, contexts, order)
+        whole = followed(contexts, order)
+        if earlier is not None:
+            whole = torch.cat([earlier.tokens, whole])
         # More than is looked back to, of which some may be taken back.
-        self._texts[text] = Read(whole[-self.looks_back - len(rows) :], int(rows[-1]))
-        self._asked.append((text, order))
-        return self._repeats(whole, len(whole) - len(rows))
-
-    def _earlier(self, text: int, rows: Tensor, before: Tensor, *, several: bool) -> Read:
-        """What is known of the text before these rows."""
-        known = self._texts.get(text)
-        if known is None or (several and int(rows[0]) == 0):
-            return Read(before.new_empty(0))
-        if int(rows[0]) <= known.row:
-            raise ConfigError(
-                "the suffixes of a text need it in its order",
-                expected=f"tokens after row {known.row:,}",
-                found=f"row {int(rows[0]):,}",
-                do="report this: the loader gave blocks out of order",
-            )
-        return known
-
-    def _repeats(self, text: Tensor, first: int) -> Repeats:
-        documents = self._documents(text) if self.reset else None
-        return Repeats.of(text, first, self.window, documents)
+        latest = whole[-self.looks_back - len(order) :]
+        self._keep(text, Words(latest, int(contexts.rows[order[-1]])), order)
+        documents = self._documents(whole) if self.reset else None
+        return Repeats.of(whole, len(whole) - len(order), self.window, documents)
 
     def _documents(self, text: Tensor) -> Tensor:
         """(M,) int64, the number of the document that each place is of: an empty line ends one."""
