@@ -60,7 +60,7 @@ class Repeats:
         last, second = padded[LONGEST - 1 : -1], padded[LONGEST - 2 : -2]
         both = (last * (2 + _most(text)) + second).masked_fill((last < 0) | (second < 0), -1)
         ones, twos = (_latest(keys, first, window) for keys in (last, both))
-        # Those that share two are among the others' latest as well.
+        # Of the latest after the same last token those that share two are among the others.
         alone = second[ones[0]] != second[ones[1]]
         alone |= second[ones[0]] < 0
         ours, theirs = (torch.cat([one[alone], two]) for one, two in zip(ones, twos, strict=True))
@@ -82,8 +82,8 @@ class Repeats:
             sum(part.size for part in parts),
         )
 
-    def shares(self, half_life: float) -> Tensor:
-        """(P,) float32: what each place is of the probabilities of its context; they sum to 1.
+    def shares(self, half_lives: Sequence[float]) -> Tensor:
+        """(P, S) float32: what each place is of the probabilities of its context; they sum to 1.
 
         With c_n(w) the places after the same n tokens that w followed, each counting
         2^-(distance / half-life), and C_n the sum of them over all w,
@@ -92,9 +92,13 @@ class Repeats:
 
         up to the longest n that is compared (MacKay and Peto's Dirichlet model of language, with
         the fading of a cache). So a place counts once for each n that it has in common.
+
+        Args:
+            half_lives: S of them, in tokens.
         """
-        faded = torch.exp2(-(self.distances / half_life).clamp_max(MOST_HALVED))
-        sums = self._from_length_on(faded)  # C_n
+        halved = self.distances[:, None] / torch.tensor(half_lives, device=self.distances.device)
+        faded = torch.exp2(-halved.clamp_max(MOST_HALVED))
+        sums = self._from_length_on(faded)  # C_n, (N, LONGEST, S)
         prior = torch.full_like(sums, PRIOR)
         prior[:, 0] = 0.0
         whole = (sums + prior).clamp_min(torch.finfo(sums.dtype).tiny)
@@ -144,10 +148,11 @@ class Repeats:
         return (best % types).masked_fill(none, -1), distances.masked_fill(none, -1)
 
     def _from_length_on(self, values: Tensor) -> Tensor:
-        """(N, LONGEST): sums of values (P,) over places that share 1, 2, ... tokens or more."""
+        """(N, LONGEST, ...): sums of (P, ...) over places that share 1, 2, ... tokens or more."""
         cells = self.contexts * LONGEST + self.lengths - 1
-        sums = values.new_zeros(self.size * LONGEST).index_add_(0, cells, values)
-        return sums.view(-1, LONGEST).flip(1).cumsum(dim=1).flip(1)
+        sums = values.new_zeros((self.size * LONGEST, *values.shape[1:]))
+        sums = sums.index_add_(0, cells, values).unflatten(0, (self.size, LONGEST))
+        return sums.flip(1).cumsum(dim=1).flip(1)
 
 
 def _most(numbers: Tensor) -> int:

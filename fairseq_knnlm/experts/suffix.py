@@ -56,11 +56,13 @@ class SuffixPrediction:
 
     def __init__(self, repeats: Repeats, half_lives: Sequence[float], *, features: bool) -> None:
         self.repeats = repeats
-        several = dict.fromkeys([*half_lives, *(HALF_LIVES if features else ())])
-        shares = {half_life: repeats.shares(half_life) for half_life in several}
-        self._shares = _stacked(shares, half_lives)  # (P, S)
+        every = sorted({*half_lives, *(HALF_LIVES if features else ())})
+        shares = repeats.shares(every)
+        self._shares = shares[:, [every.index(one) for one in half_lives]]  # (P, S)
         self._nobody = repeats.counts[:, :1] == 0  # (N, 1)
-        self.features = self._features(_stacked(shares, HALF_LIVES)) if features else {}
+        self.features = {}
+        if features:
+            self.features = self._features(shares[:, [every.index(one) for one in HALF_LIVES]])
 
     def log_prob(self, tokens: Tensor) -> Tensor:
         """log p of one token (N,) each: (N, S) float32, natural log.
@@ -98,13 +100,6 @@ class SuffixPrediction:
             "suffix_best": likely.masked_fill(self._nobody, torch.nan),
             "suffix_gap": distances.float().log().masked_fill(self._nobody[:, 0], torch.nan),
         }
-
-
-def _stacked(shares: dict[float, Tensor], half_lives: Sequence[float]) -> Tensor:
-    """(P, S) of the (P,) of each."""
-    some = next(iter(shares.values()), torch.empty(0))
-    columns = [shares[one] for one in half_lives]
-    return torch.stack(columns, dim=1) if columns else some.new_empty((len(some), 0))
 
 
 @dataclass(frozen=True)
