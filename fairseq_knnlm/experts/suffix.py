@@ -30,8 +30,8 @@ HALF_LIVES = (500.0, 2000.0, 1e6)
 TYPES = 4
 #: Bounds of ``--suffix-half-life``.
 LEAST_HALF_LIFE, MOST_HALF_LIFE = 1.0, 1e9
-#: What ``--suffix-window`` may be.
-MOST_WINDOW = 10**8
+#: Tokens looked back where nothing else is said, and at most.
+WINDOW, MOST_WINDOW = 8192, 10**8
 
 
 @dataclass(frozen=True, order=True)
@@ -191,6 +191,32 @@ class SuffixExpert(InOrder[Words]):
         return (ends[:-2] & ends[1:-1]).cumsum(dim=0)
 
 
+def read_through(
+    tokens: Tensor, settings: Sequence[SuffixSetting], *, window: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the text before each token says of it, where all of the text is there already.
+
+    Args:
+        tokens: (N,) int64.
+        settings: half-lives, S of them.
+        window: tokens looked back.
+
+    Returns:
+        (N, S) float32, natural log, as ``SuffixPrediction.log_prob`` has them; and the features,
+        (N,) or (N, M) each.
+    """
+    expert = SuffixExpert(settings, eos=-1, window=window, features=True)
+    before = torch.nn.functional.pad(tokens, (1, -1), value=-1)[:, None]
+    parts = []
+    for rows in torch.arange(len(tokens)).split(expert.at_a_time):
+        states = torch.empty((len(rows), 0))  # which it has no use for
+        prediction = expert.predict(Contexts(states, None, before[rows], rows))
+        parts.append({"": prediction.log_prob(tokens[rows]), **prediction.features})
+        expert.observe(tokens[rows])
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return whole.pop(""), whole
+
+
 @dataclass(frozen=True)
 class SuffixOptions:
     """Flags of the suffixes."""
@@ -203,7 +229,7 @@ class SuffixOptions:
         "tokens after which what was read counts half (default: the calibration, else 500)",
         setting="half_life",
     )
-    suffix_window: int = flag(8192, "tokens in which suffixes are looked for", counts="tokens")
+    suffix_window: int = flag(WINDOW, "tokens in which suffixes are looked for", counts="tokens")
     suffix_reset: bool = flag(False, "look no further back than the document begins")
 
 

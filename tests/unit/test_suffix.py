@@ -14,6 +14,7 @@ import torch
 from stores import Answer, Question, ask, asking, assert_helps, contexts, joined
 from torch import Tensor
 
+from fairseq_knnlm.calibration.settings import check_setting
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts import repeats
 from fairseq_knnlm.experts.kind import Models, Opened
@@ -23,6 +24,7 @@ from fairseq_knnlm.experts.suffix import (
     SuffixExpert,
     SuffixOptions,
     SuffixSetting,
+    read_through,
 )
 
 TOKENS, VOCABULARY, EOS, WINDOW = 160, 6, 0, 70
@@ -343,6 +345,19 @@ def test_a_draft_is_taken_back() -> None:
     assert_close(found.log_probs, expected[85:])
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, TOKENS])
+def test_reading_a_text_through(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SuffixExpert, "at_a_time", 32)
+    tokens = text()[:size]
+    found, features = read_through(torch.tensor(tokens, dtype=torch.long), SETTINGS, window=WINDOW)
+    assert found.shape == (size, len(SETTINGS))
+    assert all(len(feature) == size for feature in features.values())
+    if size:
+        assert_close(found, plain(tokens))
+        expected = ask(expert(features=True), question(tokens)).features
+        assert_same(Answer(found, features), Answer(found, expected))
+
+
 def opened(**flags: object) -> Opened:
     return Opened("suffix", KIND, SuffixOptions(**flags), None)  # type: ignore[arg-type]
 
@@ -354,6 +369,13 @@ def test_the_kind() -> None:
     made = KIND.make(opened(suffix_window=WINDOW), models, SETTINGS, False)
     assert_same(ask(made, question()), ask(expert(), question()))
     assert KIND.described(opened(suffix_reset=True), models) == {"window": 8192, "reset": True}
+
+
+def test_settings_in_calibrations() -> None:
+    check_setting("suffix", {"half_life": 500.0}, complete=True)
+    for setting in ({}, {"half_life": 0.0}, {"half_life": math.inf}, {"half_life": 5.0, "k": 0}):
+        with pytest.raises(ValueError, match=r"half_life|k"):
+            check_setting("suffix", setting, complete=True)
 
 
 @pytest.mark.parametrize(
