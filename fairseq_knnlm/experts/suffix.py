@@ -206,7 +206,7 @@ def read_through(
         (N,) or (N, M) each.
     """
     expert = SuffixExpert(settings, eos=-1, window=window, features=True)
-    before = torch.nn.functional.pad(tokens, (1, -1), value=-1)[:, None]
+    before = torch.nn.functional.pad(tokens, (1, 0), value=-1)[: len(tokens), None]
     parts = []
     for rows in torch.arange(len(tokens)).split(expert.at_a_time):
         states = torch.empty((len(rows), 0))  # which it has no use for
