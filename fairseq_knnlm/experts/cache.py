@@ -22,9 +22,9 @@ from fairseq_knnlm.bounds import check_count
 from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.experts.contract import Joined
 from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
-from fairseq_knnlm.experts.in_order import InOrder, followed
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
+from fairseq_knnlm.experts.on_text import OnText, followed
 from fairseq_knnlm.experts.recent import (
     QUERIES_AT_A_TIME,
     STEP,
@@ -127,7 +127,7 @@ def over_root(theta: float, width: int) -> float:
     return theta / math.sqrt(width)
 
 
-class CacheExpert(InOrder[Recent]):
+class CacheExpert(OnText[Recent]):
     """p_cache, from the text before each context.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fairseq_knnlm.experts.in_order import ending
+from fairseq_knnlm.experts.on_text import ending
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 
 #: Queries looked up at a time: each goes with a window of scores.

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fairseq_knnlm.bounds import check_count, check_range
 from fairseq_knnlm.experts.contract import Distribution, Joined
-from fairseq_knnlm.experts.in_order import InOrder, ending, followed
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
+from fairseq_knnlm.experts.on_text import OnText, ending, followed
 from fairseq_knnlm.experts.repeats import LONGEST, Repeats
 from fairseq_knnlm.lm.contexts import Contexts
 
@@ -124,7 +124,7 @@ class Words:
         return Words(ending(kept, kept.new_full((1,), -1)), self.row - count)
 
 
-class SuffixExpert(InOrder[Words]):
+class SuffixExpert(OnText[Words]):
     """p_suffix, from the text before each context.
 
     Args:

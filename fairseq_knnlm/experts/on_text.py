@@ -30,7 +30,7 @@ class Latest(Protocol):
 K = TypeVar("K", bound=Latest)
 
 
-class InOrder(Generic[K]):
+class OnText(Generic[K]):
     """An expert, or part of one, that keeps the latest positions of each text.
 
     What followed the last of them is not known when they are kept: it is told (``observe``), or
