@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fairseq_knnlm.calibration.checks import DISTANCES, check_columns
+from fairseq_knnlm.calibration.costs import owners
 from fairseq_knnlm.calibration.fitting import best_setting, fit_bins, fit_fixed, worth_mixing
 from fairseq_knnlm.calibration.gates import Examples, fit_gate
 from fairseq_knnlm.calibration.losses import log_probs, mean_loss, tensors
@@ -157,15 +158,9 @@ class Fitter:
 
         Not the query itself, from which a gate that sees the neighbours learns little.
         """
-        owners = ("lm", *experts)
         every = self.table.card["features"]
-        return [name for name in every if self._owner(name) in owners and name != QUERY]
-
-    def _owner(self, feature: str) -> str:
-        """The expert whose feature it is: whose name, or longest name, it begins with."""
-        names = ("lm", *self.table.experts)
-        owners = [name for name in names if feature.startswith(f"{name}_")]
-        return max(owners, key=len, default="")
+        owner = owners(every, self.table.experts)
+        return [name for name in every if owner[name] in ("lm", *experts) and name != QUERY]
 
     def components(self, experts: Sequence[str], abstain: Abstain = "share") -> list[Component]:
         """The settings that are worth mixing: those of which the best fixed mixture makes use."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fairseq_knnlm.bounds import check_count
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.contract import Joined, reordered
+from fairseq_knnlm.experts.contract import Expert, Joined, reordered
 from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
@@ -202,6 +202,11 @@ class CacheExpert:
         for text, count in enumerate(counts.tolist()):
             if count and text in self._texts:
                 self._texts[text] = self._texts[text].without(count)
+
+    def follow(self, other: Expert) -> None:
+        """Goes on from where another cache stands, whose window is no shorter."""
+        assert isinstance(other, CacheExpert) and other.length >= self.length
+        self._asked, self._texts = [], dict(other._texts)
 
     def _read(self, text: int, contexts: Contexts, order: Tensor) -> Read:
         """Some positions in the order of their text, which is longer now."""
