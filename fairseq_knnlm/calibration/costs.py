@@ -140,22 +140,35 @@ class Clock:
         for one in components:
             if one != LM:
                 columns.setdefault(one.expert, set()).add(self.place(one))
-        owned = {*owners(features, self._places).values()}
-        asked = owned & self._places.keys()
+        asked = self.owners(features)
         experts = sum(
             self.costs.experts[name].seconds(columns.get(name, ()), features=name in asked)
             for name in columns.keys() | asked
         )
-        shape = self.costs.lm_features if "lm" in owned else 0.0
+        shape = self.costs.lm_features if any(map(_of_lm, features)) else 0.0
         return self.costs.lm + shape + experts + (self.costs.mixing if columns else 0.0)
 
     def speed(self, components: Collection[Component], features: Collection[str] = ()) -> float:
         """That of the language model alone is 1; a mixture's, in tokens a second, is below."""
         return self.costs.lm / self.seconds(components, features)
 
+    def owners(self, features: Collection[str]) -> set[str]:
+        """The experts whose features these are."""
+        return {*owners(features, self._places).values()} & self._places.keys()
+
+    def shared(self, component: Component) -> float:
+        """Seconds a token of the work before a column that others of its expert share."""
+        place = self.place(component)
+        groups = self.costs.experts[component.expert].groups
+        return next(group.shared for group in groups if place in group.columns)
+
     def place(self, component: Component) -> int:
         """Of its column among those of its expert."""
         return self._places[component.expert][_key(component.setting)]
+
+
+def _of_lm(feature: str) -> bool:
+    return feature.startswith("lm_")
 
 
 def _key(setting: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

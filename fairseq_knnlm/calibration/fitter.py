@@ -106,11 +106,29 @@ class Fitter:
         features = self.features(experts)
 
         def fitted(abstain: Abstain) -> Mixer:
-            components = self.components(experts, abstain)
-            fit, stop = self.examples(components, features)
-            return fit_gate(components, features, fit, stop, seed=self.seed, abstain=abstain)
+            return self._gate(self.components(experts, abstain), features, abstain)
 
         return self._better(experts, fitted, conventions)
+
+    def of(self, components: Sequence[Component], features: Sequence[str]) -> Mixer:
+        """Weights of these components: by a gate over these features, or the same for all tokens.
+
+        Args:
+            components: the language model first.
+            features: names; none for weights that are the same.
+        """
+        columns = log_probs(self.table, components, self.parts.fixed)
+        blend = self._better(
+            [one.expert for one in components[1:]],
+            lambda abstain: fit_fixed(components, columns, "blend", abstain),
+        )
+        return self._gate(components, features, blend.abstain) if features else blend
+
+    def _gate(
+        self, components: Sequence[Component], features: Sequence[str], abstain: Abstain
+    ) -> Mixer:
+        fit, stop = self.examples(components, features)
+        return fit_gate(components, features, fit, stop, seed=self.seed, abstain=abstain)
 
     def mixers(self, experts: Sequence[str]) -> Iterator[Mixer]:
         """One of every kind that there is something to fit for."""
