@@ -71,15 +71,15 @@ class Budget:
     def _plans(self, seconds: float) -> Iterator[Plan]:
         """The best components beside the features of any of the experts, or none."""
         experts = list(self._fitter.table.experts)
-        known = set()
+        known: list[Plan] = []
         for owners in chain.from_iterable(
             combinations(experts, number) for number in range(len(experts), -1, -1)
         ):
             features = tuple(self._fitter.features(owners))
             lean = self.steps.within(seconds, features)
-            if lean is not None and (lean.components, features) not in known:
-                known.add((lean.components, features))
-                yield Plan(lean, features)
+            if lean is not None and (plan := Plan(lean, features)) not in known:
+                known.append(plan)
+                yield plan
 
     def _too_tight(self, least_speed: float) -> ConfigError:
         *_, fastest = (lean for lean in self.steps if lean.experts)
