@@ -82,7 +82,7 @@ class Budget:
                 yield plan
 
     def _too_tight(self, least_speed: float) -> ConfigError:
-        *_, fastest = (lean for lean in self.steps if lean.experts)
+        fastest = self.steps.fastest
         speed = self.speed(fastest)
         return ConfigError(
             "no mixture keeps the budget",

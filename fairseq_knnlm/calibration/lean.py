@@ -90,6 +90,8 @@ class Steps:
             way.append((now, steps))
             if not steps:
                 return way
+            # As long as there is one with an expert, who has less time than that takes none.
+            steps = [step for step in steps if len(step.places) > 1] or steps
             prices = [(step.loss - now.loss) / (now.seconds - step.seconds) for step in steps]
             now = steps[int(np.argmin(prices))]
 
@@ -98,14 +100,14 @@ class Steps:
         return (self._lean(now) for now, _ in self._way)
 
     def within(self, seconds: float, features: Collection[str]) -> Lean | None:
-        """The first on the way that takes no more time, by the step there that loses least.
+        """The first on the way that takes no more time, by the step to it that loses least.
 
         Args:
             seconds: a token.
             features: names of what its weights will go by, of whose time this is too.
 
         Returns:
-            It; None where only the language model alone is left.
+            It, else the best column alone; None where even that takes more.
         """
         owned = {*self._clock.owners(features)}
 
@@ -119,7 +121,14 @@ class Steps:
                 return self._lean(now)
             if kept := [step for step in steps if keeps(step)]:
                 return self._lean(min(kept, key=lambda step: step.loss))
-        return None
+        ones = (self._fitted([0, place], None, ROUNDS) for place in range(1, len(self._every)))
+        return min(map(self._lean, filter(keeps, ones)), key=lambda lean: lean.loss, default=None)
+
+    @property
+    def fastest(self) -> Lean:
+        """What takes the least time with any expert at all: one column."""
+        seconds = [self._clock.seconds([LM, one]) for one in self._every[1:]]
+        return self._lean(self._fitted([0, 1 + int(np.argmin(seconds))], None, ROUNDS))
 
     def _lean(self, one: _Left) -> Lean:
         return Lean(tuple(self._every[place] for place in one.places), one.loss, one.seconds)
