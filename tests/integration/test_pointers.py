@@ -281,7 +281,7 @@ def test_sentences_by_themselves_have_no_pointers(lab: Lab, datastore: Path) -> 
 
 
 def test_who_follows_another_goes_on_from_its_pointers(store: Datastore) -> None:
-    first, second = batches(text(range(40)), 20)
+    first, second = batches(text(range(30)), 15)
     one, alone, late = (expert(store, 4) for _ in range(3))
     for reader in (one, alone):
         ask(reader, first)
