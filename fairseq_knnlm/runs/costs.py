@@ -30,7 +30,7 @@ from fairseq_knnlm.mixture.model import MixtureLM
 #: Contexts of a batch that are asked of: enough to share the work of a call.
 CONTEXTS = 512
 #: Batches on which all is measured. The fastest counts: whatever else is going on only adds to it.
-BATCHES = 3
+BATCHES = 6
 
 #: Seconds a token of an expert with the columns at some places, and with its features or without.
 Measure = Callable[[Sequence[int], bool], float]
