@@ -7,7 +7,7 @@ the best fixed weights on a part of the text, which are found in a moment.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,7 +100,7 @@ class Steps:
         return (self._lean(now) for now, _ in self._way)
 
     def within(self, seconds: float, features: Collection[str]) -> Lean | None:
-        """The first on the way that takes no more time, by the step to it that loses least.
+        """The best of all that was met on the way, or but for a step, that takes no more time.
 
         Args:
             seconds: a token.
@@ -109,20 +109,18 @@ class Steps:
         Returns:
             It, else the best column alone; None where even that takes more.
         """
-        owned = {*self._clock.owners(features)}
+        owned = self._clock.owners(features)
 
-        def keeps(one: _Left) -> bool:
-            lean = self._lean(one)
-            theirs = owned <= {*lean.experts} and lean.experts
-            return bool(theirs) and self._clock.seconds(lean.components, features) <= seconds
+        def kept(some: Iterable[_Left]) -> list[Lean]:
+            leans = [lean for lean in map(self._lean, some) if lean.experts]
+            leans = [lean for lean in leans if owned <= {*lean.experts}]
+            spent = [self._clock.seconds(lean.components, features) for lean in leans]
+            return [lean for lean, one in zip(leans, spent, strict=True) if one <= seconds]
 
-        for now, steps in self._way:
-            if keeps(now):
-                return self._lean(now)
-            if kept := [step for step in steps if keeps(step)]:
-                return self._lean(min(kept, key=lambda step: step.loss))
-        ones = (self._fitted([0, place], None, ROUNDS) for place in range(1, len(self._every)))
-        return min(map(self._lean, filter(keeps, ones)), key=lambda lean: lean.loss, default=None)
+        met = kept(one for now, steps in self._way for one in [now, *steps])
+        places = range(1, len(self._every))
+        met = met or kept(self._fitted([0, place], None, ROUNDS) for place in places)
+        return min(met, key=lambda lean: lean.loss, default=None)
 
     @property
     def fastest(self) -> Lean:
