@@ -150,7 +150,7 @@ class Steps:
 
     def _worth(self, places: Sequence[int]) -> _Left:
         """Those that the best weights of all make use of."""
-        every = self._fitted(list(places), None, ROUNDS)
+        every = self._fitted(sorted(places), None, ROUNDS)
         heaviest = (-every.weights).argsort()[:MOST].tolist()
         worth = sorted({0, *(one for one in heaviest if every.weights[one] >= LEAST)})
         return self._fitted([every.places[one] for one in worth], every.weights[worth], FEW_ROUNDS)
