@@ -190,9 +190,10 @@ def check_record(record: Record) -> None:
         raise ValueError("stacks[0] is not the language model alone")
     if record.default >= len(record.mixtures):
         raise ValueError(f"default {record.default} of {len(record.mixtures)} stacks")
-    untimed = [mixture.seconds is UNSET for mixture in record.mixtures]
-    if any(untimed) and not (all(untimed) and record.least_speed is UNSET):
-        raise ValueError(f"stacks[{untimed.index(True)}] lacks seconds, which others have")
+    for number, mixture in enumerate(record.mixtures):
+        if (mixture.seconds is UNSET) != (record.least_speed is UNSET):
+            what = "lacks" if mixture.seconds is UNSET else "has"
+            raise ValueError(f"stacks[{number}] {what} seconds, which go with least_speed")
     if len(record.names) not in (0, len(record.datastores)):
         raise ValueError(f"{len(record.names)} names of {len(record.datastores)} datastores")
 

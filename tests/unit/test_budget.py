@@ -20,13 +20,15 @@ from fairseq_knnlm.calibration.budget import Budget, clock_of
 from fairseq_knnlm.calibration.costs import Clock, Costs, ExpertCosts, Group
 from fairseq_knnlm.calibration.fitter import Fitter
 from fairseq_knnlm.calibration.lean import Steps
+from fairseq_knnlm.calibration.record import FORMAT, VERSION
 from fairseq_knnlm.calibration.report import TIMED_GAINS, gains, gains_header, prices
 from fairseq_knnlm.calibration.search import fit
 from fairseq_knnlm.calibration.stored import Calibration, read_calibration, write_calibration
 from fairseq_knnlm.calibration.table import ScoreTable, read_table
 from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.errors import ConfigError, KnnlmError, TableError
+from fairseq_knnlm.errors import ConfigError, TableError
+from fairseq_knnlm.files import write_sealed
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.runs.costs import expert_costs, like
 from fairseq_knnlm.runs.mixing import chosen_experts
@@ -247,22 +249,19 @@ def test_evaluation_takes_what_keeps_the_budget() -> None:
     assert free.choice_perplexity <= found.best.choice_perplexity
 
 
-def test_costs_that_nobody_measured_leave_a_calibration_as_it_was(tmp_path: Path) -> None:
+def test_times_that_were_not_gone_by_leave_no_trace(tmp_path: Path) -> None:
+    """Of two tables that differ by their costs alone the calibrations are the same, to the byte."""
     table = scores()
     bare = ScoreTable(table.columns, {k: x for k, x in table.card.items() if k != "costs"})
     assert clock_of(bare) is None
-    files = []
-    for number, one in enumerate((bare, table)):
-        path = tmp_path / f"{number}.json"
-        write_calibration(path, fit(one))
-        files.append(json.loads(path.read_text()))
-    without, timed = files
-    assert "seconds" not in json.dumps(without)
-    for stack in timed["stacks"]:
-        assert stack.pop("seconds") > 0
-    assert timed.pop("fingerprint") != without.pop("fingerprint")
-    assert timed == without
-    assert "least_speed" not in without
+    files = [tmp_path / "bare.json", tmp_path / "timed.json"]
+    found = [fit(one) for one in (bare, table)]
+    for file, one in zip(files, found, strict=True):
+        write_calibration(file, one)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert found[0].fingerprint == found[1].fingerprint
+    assert b"seconds" not in files[0].read_bytes()
+    assert found[1].mixtures[0].seconds == 8.0  # which `tune` tells, and forgets
 
 
 def test_tables_tell_speeds_where_they_were_measured() -> None:
@@ -398,8 +397,25 @@ def test_what_is_there_stays_where_a_budget_cannot_be_kept(
     assert store.calibration_path.read_bytes() == before
 
 
-def test_a_record_of_mixtures_some_of_which_lack_seconds_is_refused(tmp_path: Path) -> None:
-    found = fitted(0.6)
-    some = [replace(one, seconds=None) if n == 2 else one for n, one in enumerate(found.mixtures)]
-    with pytest.raises((ValueError, KnnlmError), match=r"stacks\[2\] lacks seconds"):
-        write_calibration(tmp_path / "calibration.json", replace(found, mixtures=tuple(some)))
+def test_times_without_a_budget_and_a_budget_without_times_are_refused(tmp_path: Path) -> None:
+    file = write_calibration(tmp_path / "calibration.json", fitted(0.6))
+    content = json.loads(file.read_text())
+    kept = {name: x for name, x in content.items() if name not in ("format", "version")}
+    kept.pop("fingerprint")
+    budget = kept.pop("least_speed")
+    for spoilt, says in (
+        (kept, "stacks[0] has seconds"),
+        ({**kept, "least_speed": budget, "stacks": without(kept["stacks"], 2)}, "stacks[2] lacks"),
+        ({**kept, "least_speed": 1.0}, "$.least_speed"),
+    ):
+        write_sealed(file, FORMAT, VERSION, spoilt)
+        with pytest.raises(TableError, match="is damaged") as caught:
+            read_calibration(file, ["d" * 64])
+        assert says in str(caught.value)
+
+
+def without(stacks: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The same, one of which has no seconds."""
+    found = [dict(stack) for stack in stacks]
+    del found[number]["seconds"]
+    return found
