@@ -97,10 +97,10 @@ def best_weights(
     # float32 halves the time; responsibilities need no more.
     probs = torch.from_numpy(np.exp(known - top).astype(np.float32))
     equal = torch.full((probs.shape[1],), 1 / probs.shape[1])
-    weights = _climbed(probs, None, equal, rounds)
+    weights = climbed(probs, None, equal, rounds)
     if abstain == "share" and absent.any():
         present = torch.from_numpy((~absent).astype(np.float32))
-        tops = [_climbed(probs * present, present, start, rounds) for start in (weights, equal)]
+        tops = [climbed(probs * present, present, start, rounds) for start in (weights, equal)]
         weights = min(tops, key=lambda found: _loss(log_probs, found.double().numpy(), abstain))
     return weights.double().numpy()
 
@@ -112,7 +112,7 @@ def _loss(log_probs: np.ndarray, weights: np.ndarray, abstain: Abstain) -> float
     return -float(mixed.mean(dtype=torch.float64))
 
 
-def _climbed(probs: Tensor, present: Tensor | None, weights: Tensor, rounds: int) -> Tensor:
+def climbed(probs: Tensor, present: Tensor | None, weights: Tensor, rounds: int) -> Tensor:
     """The weights to which steps uphill lead.
 
     What is climbed is the likelihood of ``mix``, but for a constant: the mean of

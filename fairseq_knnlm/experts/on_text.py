@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.contract import reordered
+from fairseq_knnlm.experts.contract import Expert, reordered
 from fairseq_knnlm.lm.contexts import Contexts
 
 
@@ -60,6 +60,11 @@ class OnText(Generic[K]):
         for text, count in enumerate(counts.tolist()):
             if count and text in self._texts:
                 self._texts[text] = self._texts[text].without(count)
+
+    def follow(self, other: Expert) -> None:
+        """Goes on in the texts from where another stands, which looks back no less."""
+        assert isinstance(other, type(self))
+        self._asked, self._texts = [], dict(other._texts)
 
     def _new(self, contexts: Contexts) -> Iterator[tuple[int, Tensor]]:
         """Each text of some contexts, which are now read, and their places (n,) in its order."""

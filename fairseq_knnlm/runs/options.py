@@ -162,6 +162,11 @@ class WritingOptions:
         "with --score-table: also the entropy and top probability of the language model, which "
         "costs a softmax over the vocabulary",
     )
+    table_costs: bool = flag(
+        False,
+        "with --score-table: also measure what its columns cost in time, for `fairseq-knnlm tune "
+        "--speed`",
+    )
 
 
 @dataclass(frozen=True)
