@@ -237,8 +237,8 @@ class Material:
         return [*store, *index, "--knn-sim-func", FROM_INDEX]
 
     def every_expert(self) -> list[object]:
-        """Flags: the neighbours, the cache and n-grams."""
-        return [*self.neighbours(), "--experts", "knn,cache,ngram"]
+        """Flags: those that ``tune`` asks unless told otherwise."""
+        return [*self.neighbours(), "--experts", "knn,cache,ngram,suffix"]
 
     def table_flags(self, table: Path) -> list[object]:
         """Flags: every column that a mixture can be fitted over."""

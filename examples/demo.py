@@ -28,7 +28,7 @@ from fairseq_knnlm.cli.tables import show
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ["--user-dir", "fairseq_knnlm", "--task", "knn_lm"]
 NEIGHBOURS = 1024
-EXPERTS = "knn,cache,ngram"
+EXPERTS = "knn,cache,ngram,suffix"
 
 # What is tested -> how the table names it. The first is what the LM is trained on.
 DOMAINS = {

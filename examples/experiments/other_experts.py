@@ -17,6 +17,7 @@ NAMES = {
     "knn": "nearest neighbours",
     "cache": "continuous cache",
     "ngram": "n-grams",
+    "suffix": "suffixes of the text read",
     "lm2": "second model",
 }
 

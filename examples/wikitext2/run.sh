@@ -36,7 +36,7 @@ evaluate() { # SPLIT FLAGS...
 python "$root/examples/build_index.py" --dstore "$OUT/dstore" --recipe "$RECIPE"
 
 neighbours=(--knnlm --dstore-filename "$OUT/dstore" --k 1024)
-experts=knn,cache,ngram
+experts=knn,cache,ngram,suffix
 evaluate valid "${neighbours[@]}" --experts "$experts" --mixer none --score-table "$OUT/valid.npz"
 fairseq-knnlm tune --dstore "$OUT/dstore" --score-table "$OUT/valid.npz"
 evaluate test "${neighbours[@]}" --experts "$experts" --score-table "$OUT/test.npz" \

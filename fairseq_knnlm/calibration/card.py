@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from fairseq_knnlm.calibration.costs import Costs
 from fairseq_knnlm.calibration.settings import Finite, Name, check_setting
 from fairseq_knnlm.calibration.share import Count, Share
 from fairseq_knnlm.errors import TableError
@@ -77,6 +78,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entries: Count = 0
     versions: dict[str, str] = {}
     share: Share | None = None
+    costs: Costs | None = None
 
 
 def version_of(card: Mapping[str, Any]) -> int:
@@ -108,6 +110,8 @@ def read_card(path: Path, text: str) -> dict[str, Any]:
         )
     fields = {key: card[key] for key in card if key not in ("format", "version")}
     checked = typed(fields, Card)
+    if checked.costs is not None:
+        checked.costs.check(checked.experts)
     for number, component in enumerate(checked.weights):
         weighed = typed(component, Weighed)
         rest = {key: component[key] for key in component.keys() - {"expert", "weight"}}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fairseq_knnlm.calibration.checks import DISTANCES, check_columns
+from fairseq_knnlm.calibration.costs import owners
 from fairseq_knnlm.calibration.fitting import best_setting, fit_bins, fit_fixed, worth_mixing
 from fairseq_knnlm.calibration.gates import Examples, fit_gate
 from fairseq_knnlm.calibration.losses import log_probs, mean_loss, tensors
@@ -105,11 +106,29 @@ class Fitter:
         features = self.features(experts)
 
         def fitted(abstain: Abstain) -> Mixer:
-            components = self.components(experts, abstain)
-            fit, stop = self.examples(components, features)
-            return fit_gate(components, features, fit, stop, seed=self.seed, abstain=abstain)
+            return self._gate(self.components(experts, abstain), features, abstain)
 
         return self._better(experts, fitted, conventions)
+
+    def of(self, components: Sequence[Component], features: Sequence[str]) -> Mixer:
+        """Weights of these components: by a gate over these features, or the same for all tokens.
+
+        Args:
+            components: the language model first.
+            features: names; none for weights that are the same.
+        """
+        columns = log_probs(self.table, components, self.parts.fixed)
+        blend = self._better(
+            [one.expert for one in components[1:]],
+            lambda abstain: fit_fixed(components, columns, "blend", abstain),
+        )
+        return self._gate(components, features, blend.abstain) if features else blend
+
+    def _gate(
+        self, components: Sequence[Component], features: Sequence[str], abstain: Abstain
+    ) -> Mixer:
+        fit, stop = self.examples(components, features)
+        return fit_gate(components, features, fit, stop, seed=self.seed, abstain=abstain)
 
     def mixers(self, experts: Sequence[str]) -> Iterator[Mixer]:
         """One of every kind that there is something to fit for."""
@@ -157,15 +176,9 @@ class Fitter:
 
         Not the query itself, from which a gate that sees the neighbours learns little.
         """
-        owners = ("lm", *experts)
         every = self.table.card["features"]
-        return [name for name in every if self._owner(name) in owners and name != QUERY]
-
-    def _owner(self, feature: str) -> str:
-        """The expert whose feature it is: whose name, or longest name, it begins with."""
-        names = ("lm", *self.table.experts)
-        owners = [name for name in names if feature.startswith(f"{name}_")]
-        return max(owners, key=len, default="")
+        owner = owners(every, self.table.experts)
+        return [name for name in every if owner[name] in ("lm", *experts) and name != QUERY]
 
     def components(self, experts: Sequence[str], abstain: Abstain = "share") -> list[Component]:
         """The settings that are worth mixing: those of which the best fixed mixture makes use."""

@@ -20,6 +20,8 @@ from fairseq_knnlm.mixture.mixers import LEAST_LM, Bins, Fixed
 
 #: Rounds of expectation and maximisation at most.
 ROUNDS = 100
+#: Rounds after which columns are left out that weigh next to nothing.
+FIRST_ROUNDS = 20
 #: What the likelihood may still gain, natural log a token, where these rounds end.
 CLOSE = 1e-5
 #: Columns that weigh less than this among all are left out of a gate.
@@ -95,10 +97,10 @@ def best_weights(
     # float32 halves the time; responsibilities need no more.
     probs = torch.from_numpy(np.exp(known - top).astype(np.float32))
     equal = torch.full((probs.shape[1],), 1 / probs.shape[1])
-    weights = _climbed(probs, None, equal, rounds)
+    weights = climbed(probs, None, equal, rounds)
     if abstain == "share" and absent.any():
         present = torch.from_numpy((~absent).astype(np.float32))
-        tops = [_climbed(probs * present, present, start, rounds) for start in (weights, equal)]
+        tops = [climbed(probs * present, present, start, rounds) for start in (weights, equal)]
         weights = min(tops, key=lambda found: _loss(log_probs, found.double().numpy(), abstain))
     return weights.double().numpy()
 
@@ -110,7 +112,7 @@ def _loss(log_probs: np.ndarray, weights: np.ndarray, abstain: Abstain) -> float
     return -float(mixed.mean(dtype=torch.float64))
 
 
-def _climbed(probs: Tensor, present: Tensor | None, weights: Tensor, rounds: int) -> Tensor:
+def climbed(probs: Tensor, present: Tensor | None, weights: Tensor, rounds: int) -> Tensor:
     """The weights to which steps uphill lead.
 
     What is climbed is the likelihood of ``mix``, but for a constant: the mean of
@@ -203,6 +205,9 @@ def _settled(weights: np.ndarray) -> list[float]:
 
 def worth_mixing(log_probs: np.ndarray, abstain: Abstain = "share") -> list[int]:
     """Places of the columns, of many, that the best fixed mixture of all gives weight."""
-    weights = best_weights(log_probs, abstain=abstain)
+    # Most of many columns are soon seen to weigh next to nothing.
+    promising = np.flatnonzero(best_weights(log_probs, FIRST_ROUNDS, abstain) >= LEAST / 10)
+    places = np.union1d([0], promising)
+    weights = best_weights(log_probs[:, places], abstain=abstain)
     heaviest = np.argsort(-weights)[:MOST]
-    return sorted(int(place) for place in heaviest if weights[place] >= LEAST)
+    return sorted(int(places[one]) for one in heaviest if weights[one] >= LEAST)

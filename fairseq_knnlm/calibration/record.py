@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -34,7 +34,7 @@ Width = Annotated[int, Meta(ge=1, le=65_536)]
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True):
-    """All fields must be there, and no others."""
+    """All fields must be there but those that may be unset, and no others."""
 
 
 class ComponentRecord(Strict):
@@ -89,6 +89,7 @@ class MixtureRecord(Strict):
     bits: Finite
     choice_perplexity: Positive
     mixer: FixedRecord | BlendRecord | BinsRecord | GateRecord
+    seconds: Annotated[float, Meta(gt=0, le=1e6)] | UnsetType = UNSET
 
     @property
     def name(self) -> str:
@@ -128,6 +129,7 @@ class Record(Strict):
     skips: list[SkipRecord]
     versions: dict[str, str]
     gates: str
+    least_speed: Annotated[float, Meta(gt=0, lt=1)] | UnsetType = UNSET
 
     @property
     def best(self) -> MixtureRecord:
@@ -188,6 +190,10 @@ def check_record(record: Record) -> None:
         raise ValueError("stacks[0] is not the language model alone")
     if record.default >= len(record.mixtures):
         raise ValueError(f"default {record.default} of {len(record.mixtures)} stacks")
+    for number, mixture in enumerate(record.mixtures):
+        if (mixture.seconds is UNSET) != (record.least_speed is UNSET):
+            what = "lacks" if mixture.seconds is UNSET else "has"
+            raise ValueError(f"stacks[{number}] {what} seconds, which go with least_speed")
     if len(record.names) not in (0, len(record.datastores)):
         raise ValueError(f"{len(record.names)} names of {len(record.datastores)} datastores")
 

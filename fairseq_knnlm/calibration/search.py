@@ -8,11 +8,14 @@ on these alone a mixture is compared with the language model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from fairseq_knnlm.calibration.budget import Budget, clock_of
+from fairseq_knnlm.calibration.costs import Clock
 from fairseq_knnlm.calibration.fitter import Fitter
 from fairseq_knnlm.calibration.skipping import fit_skip
-from fairseq_knnlm.calibration.stored import Calibration
+from fairseq_knnlm.calibration.stored import Calibration, FittedMixture
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.mixture.components import searches
 from fairseq_knnlm.mixture.mixers import ALONE
@@ -31,6 +34,7 @@ def fit(
     table: ScoreTable,
     seed: int = 0,
     steps: Callable[[list[tuple[str, ...]]], Iterator[tuple[str, ...]]] = iter,
+    budget: Budget | None = None,
 ) -> Calibration:
     """Every mixture of the table's experts, the best of them first in line.
 
@@ -38,20 +42,27 @@ def fit(
         table: a score table of text that the datastore does not hold.
         seed: of the gates.
         steps: goes through the sets of experts, to show progress.
+        budget: of time, that what is used has to keep.
 
     Raises:
         TableError: where nothing can be fitted on the table, as ``Fitter`` tells.
     """
-    fitter = Fitter(table, seed)
-    base = fitter.measured((), ALONE)
-    mixtures, skips = [base], []
-    for experts in steps(expert_sets(list(table.experts))):
-        mixtures += [fitter.measured(experts, mixer) for mixer in fitter.mixers(experts)]
-        skips.append(fit_skip(fitter, experts))
-    # The language model stands first: nothing is preferred that does not beat it.
-    best = min(range(len(mixtures)), key=lambda number: mixtures[number].choice_perplexity)
+    fitter, clock = Fitter(table, seed), clock_of(table)
+    mixtures, skips = [fitter.measured((), ALONE)], []
+    sets = expert_sets(list(table.experts))
+    plans = budget.plans if budget is not None else []
+    for number, experts in enumerate(steps([*sets, *(plan.lean.experts for plan in plans)])):
+        if number < len(sets):
+            mixtures += [fitter.measured(experts, mixer) for mixer in fitter.mixers(experts)]
+            skips.append(fit_skip(fitter, experts))
+        else:
+            plan = plans[number - len(sets)]
+            mixer = fitter.of(plan.lean.components, plan.features)
+            mixtures.append(fitter.measured(experts, mixer))
+    if clock is not None:
+        mixtures = [replace(mixture, seconds=_seconds(clock, mixture)) for mixture in mixtures]
     card = table.card
-    return Calibration(
+    found = Calibration(
         datastores=tuple(card["datastores"]),
         names=_names(card),
         model=card["model"],
@@ -64,12 +75,20 @@ def fit(
             "context": card.get("context") or {},
         },
         experts=card["described"],
-        base_perplexity=base.perplexity,
+        base_perplexity=mixtures[0].perplexity,
         mixtures=tuple(mixtures),
-        default=best,
+        default=0,
         versions=versions(),
         skips=tuple(skip for skip in skips if skip is not None),
+        least_speed=budget.least_speed if budget is not None else None,
     )
+    # The language model stands first: nothing is preferred that does not beat it.
+    best = found.choice(found.mixtures)
+    return replace(found, default=[one is best for one in found.mixtures].index(True))
+
+
+def _seconds(clock: Clock, mixture: FittedMixture) -> float:
+    return clock.seconds(mixture.mixer.components, mixture.mixer.features)
 
 
 def _names(card: dict[str, Any]) -> tuple[str, ...]:

@@ -63,6 +63,10 @@ class _History(_Complete):
     half_life: Annotated[float, Meta(gt=0, le=1e300)]
 
 
+class _Suffix(_Complete):
+    half_life: Annotated[float, Meta(gt=0, le=1e300)]
+
+
 class _None(_Complete):
     """Of a language model."""
 
@@ -74,6 +78,7 @@ COMPLETE: dict[str, type[_Complete]] = {
     "cache": _Cache,
     "ngram": _NGram,
     "history": _History,
+    "suffix": _Suffix,
     "lm2": _None,
 }
 

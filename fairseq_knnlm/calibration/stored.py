@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class FittedMixture:
         perplexity: of the mixture, on tokens on which nothing was fitted or chosen: to be reported.
         bits: the same as loss, in bits a token.
         choice_perplexity: on other tokens that nothing was fitted on: to choose by.
+        seconds: a token, by the costs that the score table tells; None where it tells none, or
+            was not gone by.
     """
 
     experts: tuple[str, ...]
@@ -63,6 +65,7 @@ class FittedMixture:
     perplexity: float
     bits: float
     choice_perplexity: float
+    seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +88,8 @@ class Calibration:
         default: place in ``mixtures`` of the one that is used unless told otherwise.
         skips: tell which searches to skip, one for each set of experts that searches.
         names: the datastores' paths when it was fitted, for words.
+        least_speed: the budget that it was fitted for, as ``speed`` has it; None where there was
+            none.
     """
 
     datastores: tuple[str, ...]
@@ -97,6 +102,26 @@ class Calibration:
     versions: dict[str, str] = field(default_factory=dict)
     skips: tuple[Skip, ...] = ()
     names: tuple[str, ...] = ()
+    least_speed: float | None = None
+
+    def speed(self, mixture: FittedMixture) -> float | None:
+        """Tokens a second over those of the language model alone; None where nothing was measured.
+
+        Args:
+            mixture: one of its mixtures.
+        """
+        alone = self.mixtures[0].seconds
+        return None if alone is None or not mixture.seconds else alone / mixture.seconds
+
+    def choice(self, mixtures: Iterable[FittedMixture]) -> FittedMixture | None:
+        """The best of those that keep the budget, else of all; None of none."""
+
+        def rank(mixture: FittedMixture) -> tuple[bool, float]:
+            speed, least = self.speed(mixture), self.least_speed
+            slow = speed is not None and least is not None and speed < least
+            return slow, mixture.choice_perplexity
+
+        return min(mixtures, key=rank, default=None)
 
     @property
     def best(self) -> FittedMixture:
@@ -127,12 +152,11 @@ class Calibration:
 
     def find(self, experts: Sequence[str], kind: str = "auto") -> FittedMixture | None:
         """The best of exactly these experts, with a mixer of that kind; None if not there."""
-        fitting = [
+        return self.choice(
             mixture
             for mixture in self.mixtures
             if set(mixture.experts) == set(experts) and kind in ("auto", mixture.mixer.kind)
-        ]
-        return min(fitting, key=lambda mixture: mixture.choice_perplexity, default=None)
+        )
 
     def skip(self, experts: Sequence[str]) -> Skip | None:
         """What tells which searches to skip, for exactly these experts; None if not there."""
@@ -165,6 +189,8 @@ def write_calibration(path: Path, calibration: Calibration) -> Path:
 def _content(calibration: Calibration) -> dict[str, Any]:
     """A calibration as JSON, a ``Record`` where all is in order."""
     tensors: dict[str, Tensor] = {}
+    # No two runs take the same time. It is kept where it was chosen by, and stays out of all else.
+    least_speed = calibration.least_speed
     mixtures = []
     for number, mixture in enumerate(calibration.mixtures):
         mixer, weights = _describe(mixture.mixer)
@@ -176,6 +202,7 @@ def _content(calibration: Calibration) -> dict[str, Any]:
                 "bits": mixture.bits,
                 "choice_perplexity": mixture.choice_perplexity,
                 "mixer": mixer,
+                **({} if least_speed is None else {"seconds": mixture.seconds}),
             }
         )
     skips = []
@@ -196,6 +223,7 @@ def _content(calibration: Calibration) -> dict[str, Any]:
         "skips": skips,
         "versions": calibration.versions,
         "gates": base64.b64encode(packed).decode("ascii"),
+        **({} if least_speed is None else {"least_speed": least_speed}),
     }
 
 
@@ -232,7 +260,7 @@ def _calibration(record: Record) -> Calibration:
         FittedMixture(
             tuple(one.experts),
             _mixer(one.mixer, arrays.get(str(number), {}), f"stacks[{number}].mixer"),
-            *(one.perplexity, one.bits, one.choice_perplexity),
+            *(one.perplexity, one.bits, one.choice_perplexity, _or_none(one.seconds)),
         )
         for number, one in enumerate(record.mixtures)
     )
@@ -251,7 +279,12 @@ def _calibration(record: Record) -> Calibration:
         versions=record.versions,
         skips=skips,
         names=tuple(record.names),
+        least_speed=_or_none(record.least_speed),
     )
+
+
+def _or_none(number: float | msgspec.UnsetType) -> float | None:
+    return None if isinstance(number, msgspec.UnsetType) else number
 
 
 def _mixer(

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--training-text", type=Path, help="tokenised text whose n-grams are an expert"
     )
     parser.add_argument(
+        "--suffixes",
+        action="store_true",
+        help="ask the expert of suffixes as well, which goes by longer matches than history does",
+    )
+    parser.add_argument(
         "--line-end", default="", help="word that ends each line of the texts, if not in them"
     )
     parser.add_argument(
@@ -59,6 +64,7 @@ def _options(args: argparse.Namespace) -> ColumnsOptions:
         columns=[_column_file(one) for one in args.column],
         out=args.out,
         training_text=args.training_text,
+        suffixes=args.suffixes,
         line_end=args.line_end,
         base=BASES[args.log_base],
     )

@@ -142,7 +142,7 @@ def _join(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from fairseq_knnlm.calibration.report import GAINS, gains, measured
+    from fairseq_knnlm.calibration.report import gains, gains_header, measured
     from fairseq_knnlm.calibration.skipping import skipping_costs
     from fairseq_knnlm.runs.receipt import sealed
     from fairseq_knnlm.runs.replay_table import table_receipt
@@ -166,7 +166,7 @@ def _measure(args: argparse.Namespace) -> None:
         f"{table.card['split']}, {len(table):,} tokens; fitted on {fitted['split']}, "
         f"{fitted['tokens']:,} tokens"
     )
-    show(GAINS, gains(found))
+    show(gains_header(found), gains(found))
     figures = table_figures(calibration, found, table, text)
     for line in comparable_lines(figures):
         print(line)

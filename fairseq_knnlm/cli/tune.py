@@ -28,7 +28,7 @@ HELP = "fit the mixture on valid text: lambda, temperature, and gates over all e
 EXAMPLE = "--dstore DSTORE --data data-bin --path checkpoint_best.pt --tokens-per-sample 512"
 
 #: Who is asked where nobody else is named, and of them who lives on a datastore of any kind.
-EXPERTS, WITHOUT_TEXT = "knn,cache,ngram", "knn,cache"
+EXPERTS, WITHOUT_TEXT = "knn,cache,ngram,suffix", "knn,cache,suffix"
 #: Arguments that only ``--data`` heeds, and what they are where they were left out.
 OF_DATA = {"path": (None,), "gen_subset": ("valid",), "experts": (None, EXPERTS)}
 
@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts",
         help=f"with --data (default: {EXPERTS}; without ngram where entries were merged)",
     )
+    parser.add_argument(
+        "--speed",
+        type=float,
+        help="use the best mixture that has at least this part of the speed of the language model "
+        "alone: tokens a second, with the mixture over without it, as they were measured for the "
+        "score table (--table-costs; --data does so); 0.5 lets a text take twice as long",
+    )
     parser.add_argument("--plot", type=Path, help="PNG of curves (default: calibration.png there)")
     parser.add_argument("--seed", type=int, default=0, help="of the gates (default: 0)")
 
@@ -62,6 +69,7 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
     """Refuses flags without ``--data`` that only make a table, and data that cannot be read."""
     check_store(args)
     check_seed(args.seed)
+    _check_speed(args.speed)
     if not has_place(args):
         raise ConfigError(
             "tune needs a place for the calibration",
@@ -82,6 +90,15 @@ def check(args: argparse.Namespace, _: Sequence[str]) -> None:
         check_data(args.data)
         check_split(args.data, args.gen_subset)
         check_checkpoint(args.path, one=True)
+
+
+def _check_speed(speed: float | None) -> None:
+    if speed is not None and not 0 < speed < 1:
+        raise ConfigError(
+            "--speed is a part of the speed of the language model alone",
+            expected="above 0 and below 1: every mixture is slower than that",
+            found=f"{speed:g}",
+        )
 
 
 def _check_without_data(args: argparse.Namespace) -> None:
@@ -113,7 +130,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> None:
         check_apart({"--calibration": place, "--plot": plot}, {"--score-table": [args.score_table]})
     with Claim(place):
         table = _table(args, store, rest)
-        _fit(store, place, table, args.seed)
+        _fit(store, place, table, args.seed, args.speed)
         _draw(table, plot)
 
 
@@ -140,7 +157,7 @@ def _table(args: argparse.Namespace, store: Datastore | None, rest: Sequence[str
     flags = ["--path", args.path, "--gen-subset", args.gen_subset, "--knnlm"]
     flags += ["--dstore-filename", str(args.dstore), "--experts", _experts(args, store)]
     # What was fitted before has no say in a new table.
-    flags += ["--mixer", "none", "--score-table", str(path)]
+    flags += ["--mixer", "none", "--score-table", str(path), "--table-costs"]
     if args.dstore_size is not None:
         flags += ["--dstore-size", str(args.dstore_size)]
     if args.dstore_fp16:
@@ -156,10 +173,14 @@ def _experts(args: argparse.Namespace, store: Datastore) -> str:
     return WITHOUT_TEXT
 
 
-def _fit(store: Datastore | None, place: Path, table: ScoreTable, seed: int) -> None:
+def _fit(
+    store: Datastore | None, place: Path, table: ScoreTable, seed: int, speed: float | None
+) -> None:
     """Fits a calibration, writes it and says what it gained."""
+    from fairseq_knnlm.calibration.budget import Budget
+    from fairseq_knnlm.calibration.fitter import Fitter
     from fairseq_knnlm.calibration.parts import Parts
-    from fairseq_knnlm.calibration.report import GAINS, gains
+    from fairseq_knnlm.calibration.report import PRICES, gains, gains_header, prices
     from fairseq_knnlm.calibration.search import fit
     from fairseq_knnlm.calibration.skipping import skipping_costs
     from fairseq_knnlm.calibration.stored import write_calibration
@@ -168,14 +189,18 @@ def _fit(store: Datastore | None, place: Path, table: ScoreTable, seed: int) -> 
 
     check_table(table, store)
     warn_of_own_text(table, store)
-    calibration = fit(table, seed, _with_bar)
+    budget = Budget(Fitter(table, seed), speed) if speed is not None else None
+    calibration = fit(table, seed, _with_bar, budget)
     path = write_calibration(place, calibration)  # before any pipe can close
     fitted = calibration.fitted_on
     print(
         f"{fitted['split']}, {fitted['tokens']:,} tokens; figures are of the "
         f"{fitted['held_out']:,} that nothing was fitted or chosen on"
     )
-    show(GAINS, gains(calibration))
+    show(gains_header(calibration), gains(calibration))
+    if budget is not None:
+        print("what less time costs: perplexity by fixed weights, on a part of what they fit")
+        show(PRICES, prices(budget.steps, budget.speed))
     print_skipping(skipping_costs(calibration, table, Parts.of(len(table)).report))
     if not calibration.best.experts:
         print("nothing helps this model on this text: evaluation will use it alone")

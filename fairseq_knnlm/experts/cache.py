@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fairseq_knnlm.bounds import check_count
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.experts.contract import Joined, reordered
+from fairseq_knnlm.experts.contract import Joined
 from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
+from fairseq_knnlm.experts.on_text import OnText, followed
 from fairseq_knnlm.experts.recent import (
     QUERIES_AT_A_TIME,
     STEP,
@@ -31,7 +32,6 @@ from fairseq_knnlm.experts.recent import (
     Read,
     Recent,
     alike,
-    in_order,
 )
 from fairseq_knnlm.experts.sparse import Many, SparsePrediction, SparseSetting, asked_of
 from fairseq_knnlm.experts.windows import WindowEntries, Windows
@@ -127,7 +127,7 @@ def over_root(theta: float, width: int) -> float:
     return theta / math.sqrt(width)
 
 
-class CacheExpert:
+class CacheExpert(OnText[Recent]):
     """p_cache, from the text before each context.
 
     Args:
@@ -147,6 +147,7 @@ class CacheExpert:
         reset: bool = False,
         features: bool = False,
     ) -> None:
+        super().__init__()
         self.settings = [vars(setting) for setting in settings]
         self.eos = eos
         self.reset = reset
@@ -162,8 +163,6 @@ class CacheExpert:
             SparseSetting(setting.suffix, self.windows.index(setting.window), setting.theta)
             for setting in settings
         ]
-        self._texts: dict[int, Recent] = {}
-        self._asked: list[tuple[int, Tensor]] = []
 
     def predict(self, contexts: Contexts) -> Joined:
         """What follows each context, given all its text before it.
@@ -171,8 +170,7 @@ class CacheExpert:
         Raises:
             ConfigError: where a context lies before one that was already read.
         """
-        self._asked = []
-        read = [self._read(text, contexts, order) for text, order in in_order(contexts)]
+        read = [self._read(text, contexts, order) for text, order in self._new(contexts)]
         longest = max([len(one.text) for one in read], default=0)
         length = min(self.length, -(-longest // STEP) * STEP)
         groups = alike([piece for one in read for piece in one.pieces(length)])
@@ -185,54 +183,15 @@ class CacheExpert:
             len(contexts),
         )
 
-    def observe(self, tokens: Tensor) -> None:
-        """Takes what followed into the cache."""
-        for text, order in self._asked:
-            self._texts[text] = self._texts[text].ending(tokens[order])
-        self._asked = []
-
-    def reorder(self, order: Tensor) -> None:
-        """Text i goes on where text ``order[i]`` stood."""
-        self._asked = []
-        self._texts = reordered(self._texts, order)
-
-    def forget(self, counts: Tensor) -> None:
-        """Takes back the last ``counts[i]`` contexts of text i."""
-        self._asked = []
-        for text, count in enumerate(counts.tolist()):
-            if count and text in self._texts:
-                self._texts[text] = self._texts[text].without(count)
-
     def _read(self, text: int, contexts: Contexts, order: Tensor) -> Read:
         """Some positions in the order of their text, which is longer now."""
-        keys, rows, before = (
-            contexts.features[order].float(),
-            contexts.rows[order],
-            contexts.before[order],
-        )
-        kept = self._earlier(text, rows, keys, several=contexts.texts is not None)
-        if len(kept) and int(rows[0]) == kept.row + 1:
-            kept = kept.ending(before[:1, 0])
-        tokens = _followed(rows, before[:, 0])
-        whole = kept + Recent(keys, tokens, before, self._documents(kept, tokens), int(rows[-1]))
+        keys, before = contexts.features[order].float(), contexts.before[order]
+        kept = self._earlier(text, contexts, order) or Recent.nothing(0, keys)
+        tokens, row = followed(contexts, order), int(contexts.rows[order[-1]])
+        whole = kept + Recent(keys, tokens, before, self._documents(kept, tokens), row)
         # More than the window, of which some may be taken back.
-        self._texts[text] = whole[-self.length - len(rows) :]
-        self._asked.append((text, order))
+        self._keep(text, whole[-self.length - len(order) :], order)
         return Read(order, whole)
-
-    def _earlier(self, text: int, rows: Tensor, keys: Tensor, *, several: bool) -> Recent:
-        """What is known of the text before these rows."""
-        known = self._texts.get(text)
-        if known is None or (several and int(rows[0]) == 0):
-            return Recent.nothing(0, keys)
-        if int(rows[0]) <= known.row:
-            raise ConfigError(
-                "the cache needs the text in its order",
-                expected=f"tokens after row {known.row:,}",
-                found=f"row {int(rows[0]):,}",
-                do="report this: the loader gave blocks out of order",
-            )
-        return known
 
     def _documents(self, earlier: Recent, tokens: Tensor) -> Tensor:
         """The document of each of these positions: it ends with an empty line.
@@ -315,19 +274,6 @@ def _counted(windows: Windows, queries: Recent, text: Recent) -> Tensor | None:
         return None
     known = text.tokens[:, None] >= 0
     return windows.of(known & (text.documents[:, None] == queries.documents[:, :, None]))
-
-
-def _followed(rows: Tensor, before: Tensor) -> Tensor:
-    """(N,) the token after each of N positions, as the next one knows it; -1 where none does.
-
-    Args:
-        rows: (N,) int64, ascending places in the text.
-        before: (N,) the token before each.
-    """
-    tokens = torch.full_like(before, -1)
-    known = rows[1:] == rows[:-1] + 1
-    tokens[:-1][known] = before[1:][known]
-    return tokens
 
 
 @dataclass(frozen=True)

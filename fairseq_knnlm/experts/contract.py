@@ -106,6 +106,9 @@ class Expert(Protocol):
         They were all predicted at once, last, and nothing was observed since.
         """
 
+    def follow(self, other: Expert) -> None:
+        """Goes on in the texts from where another of its kind stands, which keeps what it has."""
+
 
 def reordered(texts: Mapping[int, T], order: Tensor) -> dict[int, T]:
     """What is kept of each text, where text i goes on where text ``order[i]`` stood, (B,) int64."""
@@ -128,6 +131,9 @@ class Timeless:
 
     def forget(self, counts: Tensor) -> None:
         """Has nothing to take back."""
+
+    def follow(self, other: Expert) -> None:
+        """Has nothing to take over."""
 
 
 @dataclass(frozen=True)

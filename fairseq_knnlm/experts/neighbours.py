@@ -215,10 +215,11 @@ class KnnKind(Kind):
     def make(
         self, opened: Opened, models: Models, settings: Sequence[KnnSetting], features: bool
     ) -> KnnExpert:
-        options, name = opened.options, opened.name
-        asked = (opened.parts, options.k, settings)
+        options, name, retriever = opened.options, opened.name, opened.parts
         if not options.follows:
-            return KnnExpert(*asked, features=features, name=name)
+            k = options.k if features else least_neighbours(settings, options.k, retriever)
+            return KnnExpert(retriever, k, settings, features=features, name=name)
+        asked = (retriever, options.k, settings)
         least = options.least_pointers
         return PointerExpert(*asked, least=least, features=features, name=name)
 
@@ -273,6 +274,16 @@ class KnnKind(Kind):
     def card(self, opened: Sequence[Opened]) -> dict[str, Any]:
         k = opened[0].options.k
         return {"distance_ranks": [rank for rank in DISTANCE_RANKS if rank <= k]}
+
+
+def least_neighbours(settings: Sequence[KnnSetting], k: int, retriever: LocalRetriever) -> int:
+    """How many neighbours are to be looked for: no more than count in any of the settings.
+
+    They are then the nearest of those k, but for ties. Where distances are recomputed all k are
+    looked for, since these put them in another order.
+    """
+    counted = [setting.k or k for setting in settings]
+    return k if retriever.recomputes else min(k, max(counted, default=k))
 
 
 def _check_ray(options: KnnOptions) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fairseq_knnlm.experts.contract import reordered
+from fairseq_knnlm.experts.contract import Expert, reordered
 from fairseq_knnlm.experts.knn import KnnExpert, KnnSetting
 from fairseq_knnlm.lm.contexts import Contexts
 from fairseq_knnlm.retrieval.local import LocalRetriever
@@ -73,6 +73,11 @@ class PointerExpert(KnnExpert):
     def reorder(self, order: Tensor) -> None:
         """Text i goes on where text ``order[i]`` stood."""
         self._texts = reordered(self._texts, order)
+
+    def follow(self, other: Expert) -> None:
+        """Goes on from where others' pointers lead."""
+        assert isinstance(other, PointerExpert)
+        self._texts = dict(other._texts)
 
     def ahead(self, contexts: Contexts) -> None:
         """The same, where every token is searched."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.experts.on_text import ending
 from fairseq_knnlm.lm.contexts import CONTEXT, Contexts
 
 #: Queries looked up at a time: each goes with a window of scores.
@@ -70,13 +71,12 @@ class Recent:
 
     def ending(self, tokens: Tensor) -> Recent:
         """The same, now that it is known what followed the last positions."""
-        tokens = tokens[-len(self.tokens) :]
-        return replace(self, tokens=torch.cat([self.tokens[: -len(tokens) or None], tokens]))
+        return replace(self, tokens=ending(self.tokens, tokens))
 
     def without(self, count: int) -> Recent:
         """The same without the last ``count`` positions; what followed the rest is not known."""
         fewer = replace(self[: len(self) - count], row=self.row - count)
-        return fewer.ending(self.tokens.new_full((1,), -1)) if len(fewer) else fewer
+        return fewer.ending(self.tokens.new_full((1,), -1))
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,6 @@ class Read:
             for start in range(0, len(self.places), QUERIES_AT_A_TIME)
             for size in (min(QUERIES_AT_A_TIME, len(self.places) - start),)
         ]
-
-
-def in_order(contexts: Contexts) -> Iterator[tuple[int, Tensor]]:
-    """Each text, and the places (n,) of its contexts in their order."""
-    for text, places in contexts.by_text().items():
-        order = places[contexts.rows[places].argsort()]
-        order = order[contexts.rows[order] >= 0]  # an added beginning of sentence is no text
-        if len(order):
-            yield text, order
 
 
 def alike(pieces: Sequence[Piece]) -> list[list[Piece]]:

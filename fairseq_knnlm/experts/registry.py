@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from fairseq_knnlm.experts import cache, lm, neighbours, ngram
+from fairseq_knnlm.experts import cache, lm, neighbours, ngram, suffix
 from fairseq_knnlm.experts.kind import Kind
 
 #: The one that is asked where nothing else is said.
@@ -58,5 +58,5 @@ def kind_of(expert: str) -> Kind:
     return kind
 
 
-for _kind in (neighbours.KIND, cache.KIND, ngram.KIND, lm.KIND):
+for _kind in (neighbours.KIND, cache.KIND, ngram.KIND, suffix.KIND, lm.KIND):
     register(_kind)

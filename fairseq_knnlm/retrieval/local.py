@@ -76,11 +76,14 @@ class LocalRetriever:
         return torch.from_numpy(counts)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether distances are computed on the keys, and not the index's own."""
+        return self.similarity != "do_not_recomp_l2"
+
+    @property
     def measures_l2(self) -> bool:
         """Whether the distances are squared L2, or the index's approximation of it."""
-        if self.similarity == "do_not_recomp_l2":
-            return self.index.card.metric == "l2"
-        return self.similarity == "l2"
+        return self.similarity == "l2" if self.recomputes else self.index.card.metric == "l2"
 
     @property
     def distances(self) -> str:

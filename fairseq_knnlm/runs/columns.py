@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class ColumnsOptions:
         columns: the files, the first of which stands where the language model stands.
         out: the score table to write.
         training_text: to count n-grams in; None for none.
+        suffixes: ask the expert of suffixes, too.
         line_end: a word at the end of every line that the texts leave out; empty for none.
         base: of the columns' logarithms.
     """
@@ -54,6 +55,7 @@ class ColumnsOptions:
     columns: Sequence[ColumnFile]
     out: Path
     training_text: Path | None = None
+    suffixes: bool = False
     line_end: str = ""
     base: float = math.e
 
@@ -132,6 +134,8 @@ def make_table(options: ColumnsOptions) -> dict[str, float]:
     (base, lm), *others = columns.items()
     experts = {name: _column(name, column) for name, column in others}
     experts[history.NAME] = _history(tokens)
+    if options.suffixes:
+        experts["suffix"] = _suffixes(tokens)
     if trained:
         experts[NGRAM] = _ngrams(counted, tokens)
     _write(options, tokens, base, lm, experts)
@@ -147,6 +151,20 @@ def _history(tokens: np.ndarray) -> Scored:
     found = history.history(tokens)
     judged = [setting["half_life"] == HALF_LIFE for setting in found.settings]
     return Scored(found.log_probs, found.settings, {}, found.features, found.log_probs[:, judged])
+
+
+def _suffixes(tokens: np.ndarray) -> Scored:
+    """What followed the longest suffixes of the text read so far. It needs torch."""
+    import torch
+
+    from fairseq_knnlm.experts.suffix import HALF_LIVES, WINDOW, SuffixSetting, read_through
+
+    settings = [SuffixSetting(half_life) for half_life in HALF_LIVES]
+    log_probs, features = read_through(torch.from_numpy(tokens), settings, window=WINDOW)
+    found = {name: feature.numpy().reshape(len(tokens), -1) for name, feature in features.items()}
+    column = log_probs.numpy()
+    described = {"window": WINDOW, "reset": False}
+    return Scored(column, [asdict(one) for one in settings], described, found, column[:, :1])
 
 
 def _ngrams(counted: np.ndarray, tokens: np.ndarray) -> Scored:

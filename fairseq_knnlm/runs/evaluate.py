@@ -13,6 +13,7 @@ import numpy as np
 from fairseq_knnlm.errors import told
 from fairseq_knnlm.files import write_json
 from fairseq_knnlm.lm.registry import language_model
+from fairseq_knnlm.runs.costs import CostMeter
 from fairseq_knnlm.runs.experts import make_scorer
 from fairseq_knnlm.runs.inputs import Inputs
 from fairseq_knnlm.runs.progress import TellsProgress
@@ -62,6 +63,7 @@ class EvaluationRun:
         listeners: list[Listener] = []
         self.saving: Saving | BlockSaving | None = None
         starts = np.cumsum(sizes) - sizes
+        self._whole = int(sizes.sum()) - left_out
         self.table: FillsTable | None = None
         if options.saving.save_knnlm_dstore:
             self.saving = open_saving(inputs, starts, int(sizes.sum()), worker)
@@ -77,7 +79,14 @@ class EvaluationRun:
         self.blocks = Blocks(starts, inputs.vocabulary.bos)
         self.scorer = make_scorer(inputs, self.blocks, listeners)
         self.scorer.tally.sections = SectionSums(section_rows(sizes))
+        if options.writing.table_costs and inputs.memory is not None:
+            self.scorer.costs = CostMeter(inputs.memory.experts, inputs.loaded, self._tokens)
         self._warn_of_the_same_split()
+
+    def _tokens(self) -> float:
+        """That this process will score, about."""
+        share = self.batch_range
+        return self._whole if share is None else self._whole * share.batches / share.of_batches
 
     def _warn_of_the_same_split(self) -> None:
         inputs = self.inputs
@@ -154,6 +163,8 @@ class EvaluationRun:
     def _publish_table(self, found: dict[str, Any]) -> None:
         if self.table is not None:
             card = table_card(self.inputs, self.scorer, self.table.features, found)
+            if self.scorer.costs is not None:
+                card["costs"] = self.scorer.costs.told()
             self.table.writer.publish(card)
             logger.info("score table written to %s", self.inputs.options.writing.score_table)
 

@@ -28,8 +28,9 @@ from fairseq_knnlm.runs.sums import added
 
 #: Of a share, what differs from one to the next.
 OWN = {"number", "first_batch", "batches", "base_log_prob", "log_prob", "counts", "sections"}
-#: Where a datastore lies may differ; what lies there is known by its fingerprint.
-PLACES = {"datastore"}
+#: Where a datastore lies may differ, what lies there is known by its fingerprint; and what columns
+#: cost was measured by each share: that of the first is as good as any.
+APART = {"datastore", "costs"}
 
 
 class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,7 +98,7 @@ class Part:
         cut = {"sections": [len(self.share.sections.tokens), self.measured.sections.get("rows")]}
         told = flags | fields | rest | cut
         told |= {"receipt": anywhere(rest.get("receipt"))}
-        return {name: x for name, x in told.items() if name not in PLACES}
+        return {name: x for name, x in told.items() if name not in APART}
 
 
 def join_results(paths: Sequence[Path]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def chosen_experts(options: Options, calibration: Calibration | None) -> Sequenc
     ]
     kind = options.mixing.mixer
     fitting = [fitted for fitted in usable if kind in ("auto", fitted.mixer.kind)]
-    best = min(fitting or usable, key=lambda fitted: fitted.choice_perplexity)
+    best = calibration.choice(fitting or usable)
+    assert best is not None  # the language model alone can always be had
     if not best.experts:
         logger.warning(
             "on %s nothing that was fitted beat the language model: the datastore gets no weight",

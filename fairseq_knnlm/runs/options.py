@@ -77,8 +77,8 @@ class MixingOptions:
     knnlm: bool = flag(False, "evaluate the kNN-LM")
     experts: str | None = flag(
         None,
-        "who is mixed with the language model: of knn, cache, ngram and lm2, with commas between "
-        "them (default: as calibrated, else knn)",
+        "who is mixed with the language model: of knn, cache, ngram, suffix and lm2, with commas "
+        "between them (default: as calibrated, else knn)",
     )
     mixer: Literal["auto", "fixed", "blend", "bins", "gate", "none"] = flag(
         "auto",
@@ -161,6 +161,11 @@ class WritingOptions:
         False,
         "with --score-table: also the entropy and top probability of the language model, which "
         "costs a softmax over the vocabulary",
+    )
+    table_costs: bool = flag(
+        False,
+        "with --score-table: also measure what its columns cost in time, for `fairseq-knnlm tune "
+        "--speed`",
     )
 
 

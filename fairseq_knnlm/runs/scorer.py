@@ -23,6 +23,7 @@ from fairseq_knnlm.lm.contexts import Contexts, Encoded
 from fairseq_knnlm.lm.contract import LanguageModel
 from fairseq_knnlm.lm.registry import language_model
 from fairseq_knnlm.mixture.model import MixtureLM, Scores, Watch
+from fairseq_knnlm.runs.costs import CostMeter
 from fairseq_knnlm.runs.sections import SectionSums
 from fairseq_knnlm.runs.sums import ExactSum
 
@@ -214,6 +215,8 @@ class KnnScorer:
         #: they do so while this process computes that batch's contexts.
         self.following: Callable[[], dict[str, Any] | None] | None = None
         self._next: tuple[Contexts, Tensor, Tensor] | None = None
+        #: Measures what the columns of a score table cost, where that is asked.
+        self.costs: CostMeter | None = None
 
     @torch.no_grad()
     def generate(
@@ -234,6 +237,10 @@ class KnnScorer:
         """
         started = time.perf_counter()
         contexts, targets, mask = self._in_turn(models, sample)
+        if self.costs is not None:
+            read = time.perf_counter()
+            self.costs.take(self.mixture, contexts, targets, read - started)
+            started += time.perf_counter() - read  # the batch is not charged for it
         scores = self.mixture.score(contexts, targets, self.watch)
         batch = Batch(contexts.rows.cpu().numpy(), targets, contexts, scores)
         _check_numbers(batch.base)

@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 
 #: Of an index, which saving makes too where keys are streamed into it.
 OF_STREAMING = ("probe", "knn_device")
+#: What a score table has besides.
+OF_TABLES = ("lm_features", "table_costs")
 
 
 def of_experts() -> list[str]:
     """Flags that mean nothing without experts to ask."""
-    of_all = ["mixer", "skip_searches", "lm_features", "move_dstore_to_mem", "speculate"]
+    of_all = ["mixer", "skip_searches", *OF_TABLES, "move_dstore_to_mem", "speculate"]
     return [*of_all, *(name for kind in kinds() for name in kind.flags())]
 
 
@@ -45,9 +47,10 @@ def check_heeded(cfg: Any, options: Options) -> None:
     else:
         _refuse_given(cfg, of_experts(), "a run without experts", "--knnlm or --experts")
         _refuse_given(cfg, ["dstore_fp32"], "a run that saves nothing", "--save-knnlm-dstore")
-    if options.writing.lm_features and not options.writing.score_table:
-        needs = "--score-table FILE.npz"
-        raise ConfigError(f"--lm-features needs {needs}", expected=needs, found="nothing")
+    for name in OF_TABLES if not options.writing.score_table else ():
+        if is_given(cfg, name):
+            needs = "--score-table FILE.npz"
+            raise ConfigError(f"{spelled(name)} needs {needs}", expected=needs, found="nothing")
     named = options.mixing.named
     for kind in kinds():
         if named is not None and kind.name not in named and not kind.optional:

@@ -24,8 +24,9 @@ K, TEMPERATURE = 32, 2.0
 #: Mixtures by flags.
 KNN = ["--experts", "knn", "--k", K, "--lmbda", 0.4, "--knn-temp", TEMPERATURE]
 ALL = [
-    *("--experts", "knn,cache,ngram", "--k", K, "--lmbda", 0.3, "--knn-temp", TEMPERATURE),
+    *("--experts", "knn,cache,ngram,suffix", "--k", K, "--lmbda", 0.3, "--knn-temp", TEMPERATURE),
     *("--cache-lmbda", 0.2, "--cache-theta", 0.5, "--cache-window", 6, "--ngram-lmbda", 0.2),
+    *("--suffix-lmbda", 0.1, "--suffix-half-life", 30),
 ]
 MIXTURES = {"knn": KNN, "all": ALL}
 IN_BLOCKS = [*BLOCKS, "--sample-break-mode", "none"]
@@ -117,12 +118,12 @@ def test_rows_are_as_likely_as_the_evaluation_says(
 def test_parts_add_up(lab: Lab, datastore: Path, tmp_path: Path, capsys: Capture) -> None:
     """Weights to 1, weighted probabilities to the mixture's, bits to what was moved."""
     _, text = explained(lab, datastore, capsys, tmp_path, "--rows", "40:60", *IN_BLOCKS, *ALL)
-    assert {len(token.voices) for token in text.tokens} == {4}
+    assert {len(token.voices) for token in text.tokens} == {5}
     for token in text.tokens:
         assert token.mixture is not None
         assert token.lm is not None
         voices = token.voices
-        assert [voice.name for voice in voices] == ["lm", "knn", "cache", "ngram"]
+        assert [voice.name for voice in voices] == ["lm", "knn", "cache", "ngram", "suffix"]
         assert sum(voice.weight for voice in voices) == pytest.approx(1)
         spoken = [voice.weight * math.exp(voice.log_prob or -math.inf) for voice in voices]
         assert sum(spoken) == pytest.approx(math.exp(token.mixture), rel=1e-4)

@@ -19,8 +19,9 @@ from fairseq_knnlm.explanation.record_file import read_record
 PROMPTS = ["w1 w2 w3", "w7", "w4 w4 w4 w5 w4", "w9 w2"]
 KNN = ("--experts", "knn", "--k", 32, "--lmbda", 0.4, "--knn-temp", 2.0)
 ALL = (
-    *("--experts", "knn,cache,ngram", "--k", 32, "--lmbda", 0.2, "--knn-temp", 2.0),
+    *("--experts", "knn,cache,ngram,suffix", "--k", 32, "--lmbda", 0.2, "--knn-temp", 2.0),
     *("--cache-lmbda", 0.3, "--cache-theta", 0.5, "--cache-window", 6, "--ngram-lmbda", 0.2),
+    *("--suffix-lmbda", 0.2, "--suffix-half-life", 30),
 )
 
 

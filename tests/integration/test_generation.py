@@ -23,13 +23,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "knn": {"lmbda": 0.4, "knn_temp": 2.0},
     "cache": {"experts": "cache", "cache_lmbda": 0.3, "cache_theta": 0.5, "cache_window": 6},
     "all": {
-        "experts": "knn,cache,ngram,lm2",
+        "experts": "knn,cache,ngram,suffix,lm2",
         "lmbda": 0.2,
         "knn_temp": 2.0,
         "cache_lmbda": 0.2,
         "cache_theta": 0.5,
         "cache_window": 6,
         "ngram_lmbda": 0.2,
+        "suffix_lmbda": 0.15,
+        "suffix_half_life": 30.0,
         "expert_lm_lmbda": 0.2,
     },
 }
@@ -82,7 +84,8 @@ def test_without_weight_it_writes_what_the_stock_model_writes(
     lab: Lab, datastore: Path, beam: int
 ) -> None:
     stock = written(hub(lab), beam)
-    nothing = {"lmbda": 0.0, "cache_lmbda": 0.0, "ngram_lmbda": 0.0, "expert_lm_lmbda": 0.0}
+    nothing = {"lmbda": 0.0, "cache_lmbda": 0.0, "ngram_lmbda": 0.0, "suffix_lmbda": 0.0}
+    nothing["expert_lm_lmbda"] = 0.0
     same = written(with_memory(lab, datastore, "all", **nothing), beam)
     assert tokens(same) == tokens(stock)
     for ours, theirs in zip(same, stock, strict=True):
@@ -110,7 +113,7 @@ def test_what_was_written_is_as_likely_as_when_it_is_read(
 def test_so_it_is_with_what_was_fitted(lab: Lab, tuned: Path, more: dict[str, Any]) -> None:
     """The calibrated gate over all experts; and where half of the searches are skipped."""
     memory = {"knnlm": True, "dstore_filename": str(tuned), "k": 32, "mixer": "gate"}
-    interface = hub(lab, **memory, experts="knn,cache,ngram", **more)
+    interface = hub(lab, **memory, experts="knn,cache,ngram,suffix", **more)
     for hypotheses in written(interface, beam=3):
         for hypothesis in hypotheses:
             read = _scores(interface, interface.decode(hypothesis["tokens"]))

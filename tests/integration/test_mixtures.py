@@ -25,7 +25,7 @@ from fairseq_knnlm.experts.knn import KnnSetting
 from fairseq_knnlm.mixture.components import Component
 
 K = ["--k", 64]
-EXPERTS = "knn,cache,ngram"
+EXPERTS = "knn,cache,ngram,suffix"
 #: A cache that counts: theta 0 makes all positions of the window alike.
 COUNTING = ["--experts", "cache", "--cache-lmbda", 0.3, "--cache-theta", 0, "--cache-window", 50]
 

@@ -278,3 +278,13 @@ def test_sentences_by_themselves_have_no_pointers(lab: Lab, datastore: Path) -> 
     )
     assert ran.code != 0
     assert "--pointers join follows a text" in ran.out
+
+
+def test_who_follows_another_goes_on_from_its_pointers(store: Datastore) -> None:
+    first, second = batches(text(range(30)), 15)
+    one, alone, late = (expert(store, 4) for _ in range(3))
+    for reader in (one, alone):
+        ask(reader, first)
+    late.follow(one)
+    assert candidates(late, second) == candidates(alone, second)
+    assert candidates(late, second) != candidates(expert(store, 4), second)

@@ -88,7 +88,7 @@ def random_gate(*_: object) -> Mixture:
     return Mixture(gate.eval(), "at random")
 
 
-@pytest.mark.parametrize("kind", ["knn,cache", "knn,cache,ngram", "gate"])
+@pytest.mark.parametrize("kind", ["knn,cache", "knn,cache,ngram,suffix", "gate"])
 def test_a_text_is_scored_as_a_text_of_its_own(
     lab: Lab, datastore: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +97,8 @@ def test_a_text_is_scored_as_a_text_of_its_own(
     given: dict[str, Any] = {"experts": experts, "k": 64, "lmbda": 0.2, "knn_temp": 2.0, **CACHE}
     if "ngram" in experts:
         given["ngram_lmbda"] = 0.1
+    if "suffix" in experts:
+        given |= {"suffix_lmbda": 0.2, "suffix_half_life": 30.0}
     if kind == "gate":
         monkeypatch.setattr(experts_of_a_run, "mixture", random_gate)
     given["dstore_filename"] = str(datastore)

@@ -22,6 +22,7 @@ TIMES = ("seconds", "tokens_per_second", "search_seconds", "fingerprint")
 KNN = ["--k", 16, "--lmbda", 0.3, "--knn-temp", 2.0]
 CACHE = ["--cache-lmbda", 0.2, "--cache-theta", 0.5]
 STRIDE = ["--tokens-per-sample", 16, "--stride", 5, "--context-window", 0]
+SUFFIX = ["--suffix-lmbda", 0.2, "--suffix-half-life", 30]
 
 
 def timeless(found: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +83,10 @@ CASES: dict[str, list[object]] = {
     "knn": ["--knnlm", *KNN],
     "cache": ["--experts", "cache", *CACHE, "--cache-window", 50],
     "cache by documents": ["--experts", "cache", *CACHE, "--cache-window", 7, "--cache-reset"],
+    "suffix": ["--experts", "suffix", *SUFFIX, "--suffix-window", 50],
+    "suffix by documents": [
+        *("--experts", "suffix", *SUFFIX, "--suffix-window", 7, "--suffix-reset"),
+    ],
     "pointers": ["--knnlm", *KNN, "--pointers", "replace", "--pointer-min", 2],
     "beginnings": [
         *("--experts", "knn,cache", *KNN, *CACHE, "--pointers", "join"),
@@ -143,7 +148,7 @@ FITTED: dict[str, list[object]] = {
 def test_a_calibrated_mixture_in_shares(lab: Lab, tuned: Path, tmp_path: Path, case: str) -> None:
     flags = ["--dstore-filename", tuned, "--k", 16, *FITTED[case]]
     whole = losses(lab, tmp_path, 1, *flags)
-    assert "cache" in whole["experts"]
+    assert {"cache", "suffix"} & set(whole["experts"])  # or no share would have to look back
     assert whole["tokens"] == len(lab.text("test"))
     assert [losses(lab, tmp_path, of, *flags) for of in (2, 4)] == [whole, whole]
 
@@ -152,6 +157,7 @@ def test_a_calibrated_mixture_in_shares(lab: Lab, tuned: Path, tmp_path: Path, c
 NEAR: dict[str, tuple[list[object], int]] = {
     "cache": (["--experts", "cache", *CACHE, "--cache-window", 200], 201),
     "documents": (["--experts", "cache", *CACHE, "--cache-window", 70, "--cache-reset"], 71),
+    "suffix": (["--experts", "suffix", *SUFFIX, "--suffix-window", 70], 76),
     "pointers": (["--knnlm", *KNN, "--pointers", "join"], 63),
     "both": (["--experts", "knn,cache", *KNN, *CACHE, "--pointers", "join"], 4001),
     "neither": (["--knnlm", *KNN], 0),

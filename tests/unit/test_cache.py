@@ -370,3 +370,21 @@ def test_who_read_what_it_looks_back_to_says_the_same(window: int, reset: bool) 
         ask(late, question[max(0, start - far) : start])
         found = in_batches(late, question, cuts[1:]).log_probs
         assert torch.equal(found.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0)), start
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("start", [1, 50, 103])
+def test_who_follows_another_goes_on_as_if_it_had_read_the_text(start: int, reset: bool) -> None:
+    """With fewer columns, a shorter window too; whom it follows notices nothing."""
+    question = whole()
+    few = [setting for setting in EVERY if setting.window <= 40][::5]
+    one, alone, late = (expert(some, reset=reset) for some in (EVERY, few, few))
+    for reader in (one, alone):
+        ask(reader, question[:start])
+    late.follow(one)
+    rest = question[start:]
+    expected = ask(alone, rest).log_probs
+    assert_close(ask(late, rest).log_probs, expected)
+    undisturbed = expert(EVERY, reset=reset)
+    ask(undisturbed, question[:start])
+    assert_close(ask(one, rest).log_probs, ask(undisturbed, rest).log_probs)

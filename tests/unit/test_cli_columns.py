@@ -82,6 +82,24 @@ def test_what_is_in_the_table(tmp_path: Path, capsys: Capture) -> None:
     assert table.card["datastores"] == []
 
 
+def test_suffixes_where_they_are_asked_for(tmp_path: Path, capsys: Capture) -> None:
+    """Where a text says itself again, what followed the same six words is nearly sure."""
+    text = Text(tmp_path)
+    half = text.tokens[: ROWS // 2]
+    text.words.write_text("\n".join(f"w{token}" for token in np.concatenate([half, half])))
+    say(capsys, *text.command, "--suffixes")
+    table = read_table(text.table)
+    assert list(table.experts) == ["two", "history", "suffix"]
+    assert [one["half_life"] for one in table.experts["suffix"]] == [500, 2000, 1e6]
+    assert table["suffix"].shape == (ROWS, 3)
+    features = set(table.card["features"])
+    assert {"suffix_counts", "suffix_types", "suffix_best", "suffix_gap", "suffix_last"} < features
+    again = table["suffix"][ROWS // 2 + 10 :, 2]
+    # After 4, 5 and 6 words there is one place, which counts as much as all that fewer words say.
+    assert (again > math.log(1 - 1 / 8)).all()
+    assert (table["suffix_counts"][ROWS // 2 + 10 :, 5] >= math.log(2) - 1e-6).all()
+
+
 def test_ngrams_of_a_training_text_are_those_of_the_formula(
     tmp_path: Path, capsys: Capture
 ) -> None:

@@ -193,7 +193,7 @@ def test_a_merged_datastore_is_tuned_without_ngrams(
     command = ["tune", "--dstore", store.path, *reads(tmp_path)]
     assert "n-grams are left out" in say(capsys, *command)
     assert "n-grams" not in say(capsys, *command, "--experts", "knn,ngram")
-    assert asked == ["knn,cache", "knn,ngram"]
+    assert asked == ["knn,cache,suffix", "knn,ngram"]
 
 
 @pytest.mark.parametrize(

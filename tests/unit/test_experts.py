@@ -28,6 +28,7 @@ from stores import (
 from torch import Tensor, nn
 
 from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.experts.kind import Models, Opened
 from fairseq_knnlm.experts.kneser_ney import NGramModel
 from fairseq_knnlm.experts.knn import (
     DISTANCE_RANKS,
@@ -39,6 +40,7 @@ from fairseq_knnlm.experts.knn import (
     knn_grid,
 )
 from fairseq_knnlm.experts.lm import LMExpert, ShapeExpert
+from fairseq_knnlm.experts.neighbours import KIND, KnnOptions
 from fairseq_knnlm.experts.ngram import NGramExpert
 from fairseq_knnlm.index.search import SearchIndex
 from fairseq_knnlm.lm.contexts import CONTEXT
@@ -196,6 +198,36 @@ def test_a_setting_alone_says_the_same(store: Datastore, setting: KnnSetting) ->
     alone = ask(expert(store, 20, [setting]), asked()).log_probs
     together = ask(expert(store, 20), asked()).log_probs[:, [EVERY.index(setting)]]
     torch.testing.assert_close(alone, together, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("counted", "features", "similarity", "expected"),
+    [
+        ((4, 1), False, "do_not_recomp_l2", 4),
+        ((4, 0), False, "do_not_recomp_l2", 20),
+        ((4, 1), True, "do_not_recomp_l2", 20),
+        ((4, 1), False, "l2", 20),
+        ((64,), False, "do_not_recomp_l2", 20),
+    ],
+)
+def test_no_more_neighbours_are_looked_for_than_count(
+    store: Datastore,
+    counted: tuple[int, ...],
+    features: bool,
+    similarity: str,
+    expected: int,
+) -> None:
+    """What is said of those is the same, by brute force."""
+    settings = [KnnSetting(0, k, 9.0) for k in counted]
+    index, card = build_index(store.full_keys(), "Flat")
+    opened = Opened("knn", KIND, KnnOptions(k=20), None)
+    opened = replace(opened, parts=LocalRetriever(SearchIndex(index, card), store, similarity))
+    made = KIND.make(opened, Models(None, WIDTH, 2, {}), settings, features)
+    assert made.k == expected
+    question = asked()
+    found, plain = ask(made, question).log_probs, Plain(store, question, 20)
+    for column, setting in zip(found.T, settings, strict=True):
+        assert_close(column, plain.log_probs(setting))
 
 
 def test_settings_may_come_twice(store: Datastore) -> None:

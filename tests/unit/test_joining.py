@@ -15,6 +15,7 @@ from stores import assert_helps
 from fairseq_knnlm.calibration.table import read_part, read_table
 from fairseq_knnlm.calibration.writer import ScoreTableWriter
 from fairseq_knnlm.errors import TableError
+from fairseq_knnlm.runs.joining import join_tables
 
 MODEL = "d" * 64
 #: Figures that a share cannot have alone, or that come of the sums of all.
@@ -285,6 +286,21 @@ def test_tables_join_row_by_row(tmp_path: Path, capsys: Capture) -> None:
     assert whole.card["version"] == 2
     assert whole.card["tokens"] == 8
     assert "share" not in whole.card
+
+
+def test_what_columns_cost_was_measured_by_each_share(tmp_path: Path) -> None:
+    """No two take the same time; the first one's is told of the whole."""
+    to, files = tmp_path / "whole.npz", []
+    for number in (0, 1):
+        group = {"columns": [0], "shared": number + 0.5, "first": 0.25, "further": 0.0}
+        nothing = {"columns": [], "shared": 0.0, "first": 0.0, "further": 0.0}
+        experts = {"knn": {"groups": [group], "features": nothing}}
+        costs = {"lm": 1.0 + number, "lm_features": 0.0, "mixing": 0.0, "experts": experts}
+        files.append(table(tmp_path, number, costs=costs))
+    join_tables(list(reversed(files)), to)
+    costs = read_table(to).card["costs"]
+    assert costs["lm"] == 1.0
+    assert costs["experts"]["knn"]["groups"][0]["shared"] == 0.5
 
 
 def test_the_table_of_a_share_is_fitted_on_by_nobody(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def toy(name: str, options: type = ToyOptions) -> Kind:
 
 
 def test_the_kinds_by_name() -> None:
-    assert [kind.name for kind in kinds()] == ["knn", "cache", "ngram", "lm2"]
+    assert [kind.name for kind in kinds()] == ["knn", "cache", "ngram", "suffix", "lm2"]
     for kind in kinds():
         assert kind_of(kind.name) is kind
     assert kind_of("knn2") is kind_of("knn17") is kind_of("knn")
