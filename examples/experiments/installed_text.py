@@ -88,7 +88,7 @@ def shuffled(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.split(" ")[0].encode()).digest())
 
 
-def split(packages: list[Package], held_out: int) -> Corpus:
+def split(packages: list[Package], held_out: int, words: int | None = None) -> Corpus:
     """Deals packages into train, valid and test.
 
     The documents of train are shuffled: the first part of it is a sample of all. A held-out
@@ -97,6 +97,7 @@ def split(packages: list[Package], held_out: int) -> Corpus:
     Args:
         packages: of different names.
         held_out: words of valid, and of test.
+        words: of train at most, a sample of its documents (default: all).
     """
     by_name = {package.name: package for package in packages}
     total = sum(count_words(package.documents) for package in packages)
@@ -112,6 +113,8 @@ def split(packages: list[Package], held_out: int) -> Corpus:
         corpus[to] += some if to in room else package.documents
     train = {document.name: document for document in corpus["train"]}
     corpus["train"] = [train[name] for name in shuffled(train)]
+    if words is not None:
+        corpus["train"] = Package("train", tuple(corpus["train"])).first(words)
     drop_leaks([corpus])
     return corpus
 
@@ -125,9 +128,8 @@ def described(corpus: Corpus, packages: list[Package]) -> Iterator[dict[str, obj
                 yield {"package": package.name, "split": name, "words": found}
 
 
-def write(packages: list[Package], held_out: int, folder: Path) -> dict[str, Any]:
-    """Splits packages; writes the text and ``packages.json``, and returns what the latter says."""
-    corpus = split(packages, held_out)
+def write(packages: list[Package], corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """Writes a corpus of packages and ``packages.json``; returns what the latter says."""
     (folder / "docstrings").mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     for name in SPLITS:
@@ -158,8 +160,10 @@ def main() -> None:
         help="folder of packages (default: site-packages of the Python that runs this)",
     )
     option("--held-out", type=int, default=25_000, help="words of valid, and of test (25000)")
+    option("--words", type=int, help="words of train at most (default: all)")
     args = parser.parse_args()
-    card = write(read_packages(args.library), args.held_out, args.out)
+    packages = read_packages(args.library)
+    card = write(packages, split(packages, args.held_out, args.words), args.out)
     for name, words in card["words"].items():
         members = [row for row in card["packages"] if row["split"] == name]
         print(f"{name}: {words:,} words in {len(members)} packages")
