@@ -66,7 +66,7 @@ def main() -> None:
     args = arguments()
     every = sorted({*args.parts, args.lm_part}, key=share)
     models, memories = 2 * len(args.seeds), (len(args.parts) + 1) * len(args.seeds)
-    steps = 2 + len(every) + models * (2 + args.points) + 4 * memories
+    steps = 2 + len(every) + models * (1 + args.points) + 4 * memories
     run = Experiment.of(args, steps)
     pieces = prepare(run)
     held_out = (pieces / "docstrings" / "valid.txt", pieces / "docstrings" / "test.txt")
@@ -222,7 +222,10 @@ def tables(found: list[dict[str, Any]], lm_part: str) -> None:
     print()
     show(
         ["test", *COLUMNS.values()],
-        [[title, *(cell([row[key] for row in of]) for key in COLUMNS)] for title, of in rows.items()],
+        [
+            [title, *(cell([row[key] for row in of]) for key in COLUMNS)]
+            for title, of in rows.items()
+        ],
     )
     print()
     show(

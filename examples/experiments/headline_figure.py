@@ -76,9 +76,13 @@ def paint_parts(axis: Any, curves: Curves) -> None:
 def paint_seconds(axis: Any, curves: Curves) -> None:
     """Perplexity against processor time: training, and then remembering."""
     large, small = curves.trained("large"), curves.trained("small")
+    few = f"LM of {curves.lm_part}"
     axis.plot(*zip(*large, strict=True), marker=".", color="black", label="LM of all, training")
     axis.plot(
-        *zip(*small, strict=True), marker=".", color="0.6", label=f"LM of {curves.lm_part}, training"
+        *zip(*small, strict=True),
+        marker=".",
+        color="0.6",
+        label=f"{few}, training",
     )
     start = small[-1][0]
     after = [start + mean(seconds) for seconds in curves.small("seconds")]
@@ -88,7 +92,7 @@ def paint_seconds(axis: Any, curves: Curves) -> None:
             [mean(curves.small("alone")[0]), *(mean(v) for v in curves.small(key))],
             marker="o",
             color=f"C{number}",
-            label=f"LM of {curves.lm_part}, remembering: {LINES[key]}",
+            label=f"{few}, remembering: {LINES[key]}",
         )
         axis.plot(
             [large[-1][0], large[-1][0] + mean(curves.large("seconds"))],

@@ -1,8 +1,9 @@
 """The docstrings of every package of a Python environment, split by package so that nothing leaks.
 
 Real text of some million words, at hand wherever Python packages are installed. The files are
-parsed, never imported. Writes ``docstrings/train.txt``, ``valid.txt`` and ``test.txt``, a paragraph
-a line, and ``packages.json``: which packages of which versions it was, and a fingerprint of the text.
+parsed, never imported. Writes ``docstrings/train.txt``, ``valid.txt`` and ``test.txt``, a
+paragraph a line, and ``packages.json``: which packages of which versions it was, and a fingerprint
+of the text.
 """
 
 import argparse
