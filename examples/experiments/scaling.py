@@ -41,18 +41,9 @@ def main() -> None:
     parts = sorted({*args.parts, args.lm_part, "1/1"}, key=share)
     run = Experiment.of(args, steps=len(parts) + 4 + 4 * len(args.parts))
 
-    # All of the text first: it has the dictionary.
     held_out = (args.validpref, args.testpref)
-    whole = run.binarise("1-1", args.trainpref, *held_out, args.srcdict)
-    data = {
-        part: run.binarise(
-            name(part),
-            write_part(args.trainpref, part, args.out / f"{name(part)}.txt"),
-            *held_out,
-            whole / "dict.txt",
-        )
-        for part in parts[:-1]
-    } | {"1/1": whole}
+    data = binarise_parts(run, parts, args.trainpref, held_out, args.srcdict)
+    whole = data["1/1"]
     small = run.train(name(args.lm_part), data[args.lm_part])
     large = run.train("1-1", whole)
     alone = run.perplexity(f"lm-{name(args.lm_part)}", whole, small)
@@ -89,6 +80,31 @@ def main() -> None:
         axis.legend()
 
     draw(args.out / "scaling.png", paint)
+
+
+def binarise_parts(
+    run: Experiment,
+    parts: list[str],
+    train: Path,
+    held_out: tuple[Path, Path],
+    dictionary: Path | None = None,
+) -> dict[str, Path]:
+    """Folders for fairseq of growing parts of a text, the last of them all: a step each.
+
+    Args:
+        run: the experiment.
+        parts: such as ``["1/4", "1/1"]``.
+        train: the text.
+        held_out: valid and test, the same in each.
+        dictionary: of all (default: that of the whole text).
+    """
+    # All of the text first: it has the dictionary.
+    whole = run.binarise("1-1", train, *held_out, dictionary)
+    some = {part: write_part(train, part, run.out / f"{name(part)}.txt") for part in parts[:-1]}
+    return {
+        part: run.binarise(name(part), text, *held_out, whole / "dict.txt")
+        for part, text in some.items()
+    } | {"1/1": whole}
 
 
 def share(part: str) -> float:

@@ -25,9 +25,9 @@ SCRIPTS = ROOT / "examples" / "experiments"
 FROM_TABLES = (
     *("training_data", "continuous_cache", "knn_settings", "other_experts", "who_gains"),
 )
-FROM_COMMANDS = ("scaling", "adaptation", "ablations", "memorising", "writing")
-#: Of these text_measures has unit tests of its own.
-SHARED = ("scores", "steps", "text_measures")
+FROM_COMMANDS = ("scaling", "adaptation", "ablations", "memorising", "writing", "headline")
+#: Of these text_measures and installed_text have tests of their own.
+SHARED = ("scores", "steps", "text_measures", "installed_text", "headline_figure")
 ROWS = 800
 KNN = [
     {"suffix": suffix, "k": k, "temperature": temperature}
