@@ -33,6 +33,7 @@ FIGURES = {
         "command", "knn", "stock", "tokens/s", ("ours", "exact"), least=1.7
     ),
     "mixture_over_stock": Figure("command", "mixture", "stock", "tokens/s", least=1.2),
+    "lean_over_stock": Figure("command", "lean", "stock", "tokens/s", least=1.5),
     "skipping_over_searching": Figure("command", "skipping", "mixture", "tokens/s", least=1),
     "table_over_stock": Figure("command", "stock", "table", "tokens/s", most=0.9),
     "saving_over_forward": Figure("command", "save", "base", "tokens/s"),
@@ -154,6 +155,8 @@ class Bench:
             self.speeds.fitted = self.perplexities.of("ours")
         if any(name.startswith(MIXED) for name in names):
             self.material.calibrated()
+        if "lean" in names:
+            self.material.lean()
         if "save" in names:
             names = [*names, "forward"]
         return self.speeds.measure(names, self.repeats.rounds)

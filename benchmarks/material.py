@@ -40,6 +40,8 @@ READING = """
 EXAMINED = BuildOptions().queries
 #: The index's own distances.
 FROM_INDEX = "do_not_recomp_l2"
+#: Of the speed of the LM alone, what a lean mixture keeps at least.
+SPEED = 0.45
 #: Sampled tokens that follow one another, as those of a batch do.
 STRETCH = 256
 
@@ -230,9 +232,9 @@ class Material:
 
     # -- the mixture of all experts -----------------------------------------------------
 
-    def neighbours(self) -> list[object]:
-        """Flags: neighbours in the automatic index, by its own distances."""
-        store = ["--knnlm", "--dstore-filename", self.store.path, "--k", self.choice.k]
+    def neighbours(self, path: Path | None = None) -> list[object]:
+        """Flags: neighbours in the automatic index, by its own distances; or in such a folder."""
+        store = ["--knnlm", "--dstore-filename", path or self.store.path, "--k", self.choice.k]
         index = ["--indexfile", self.index_file("auto", EXAMINED)]
         return [*store, *index, "--knn-sim-func", FROM_INDEX]
 
@@ -251,8 +253,8 @@ class Material:
     def calibrated(self) -> None:
         """Fits the mixture on valid, and leaves it in the datastore."""
         if not self._table.is_file():
-            command = self.evaluation("valid", *self.table_flags(self._table))
-            self.shell.prepare("table-valid", command)
+            flags = [*self.table_flags(self._table), "--table-costs"]
+            self.shell.prepare("table-valid", self.evaluation("valid", *flags))
         if not (self.store.path / "calibration.json").is_file():
             self.tune()
 
@@ -260,6 +262,21 @@ class Material:
         """Seconds that fitting takes, once the table is there."""
         command = ["fairseq-knnlm", "tune", "--dstore", self.store.path]
         return self.shell.seconds("tune", [*command, "--score-table", self._table])
+
+    def lean(self) -> Path:
+        """The same datastore, with the best mixture of those that have a part of the LM's speed."""
+        folder, partial = self.folder / f"lean-{SPEED:g}", self.folder / ".lean.partial"
+        if not folder.is_dir():
+            self.calibrated()
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for file in self.store.path.iterdir():
+                if not file.name.startswith("calibration"):
+                    (partial / file.name).symlink_to(file)
+            command = ["fairseq-knnlm", "tune", "--dstore", partial, "--speed", SPEED]
+            self.shell.prepare("tune-lean", [*command, "--score-table", self._table])
+            partial.rename(folder)
+        return folder
 
     # -- indexes ------------------------------------------------------------------------
 

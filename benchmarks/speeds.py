@@ -22,7 +22,7 @@ BFLOAT16_COSTS = 5e-4
 #: At the end of a name: the layers compute in bfloat16.
 BFLOAT16 = "_bfloat16"
 #: How names of runs begin that ask all experts, once the mixture is fitted.
-MIXED = ("mixture", "skipping", "table")
+MIXED = ("mixture", "skipping", "table", "lean")
 
 
 class Speeds:
@@ -47,8 +47,8 @@ class Speeds:
 
         ``stock``, the stock scorer; ``base``, the plugin's; ``knn``; ``save``, a datastore;
         ``forward``, the model up to its features; ``mixture``, the one that was fitted over all
-        experts; ``skipping``, the same with half of the searches left out; ``table``, all columns
-        of a score table. With ``_bfloat16``: that is what the layers compute in.
+        experts; ``skipping``, the same with half of the searches left out; ``lean``, the best one
+        of those that are fast; ``table``, all columns of a score table. With ``_bfloat16``: that is what the layers compute in.
         """
         for name in names:
             self._run(name, min(WARM_UP, self.material.choice.lines or WARM_UP))
@@ -125,6 +125,7 @@ class Speeds:
             "knn": self._neighbours,
             "mixture": self._mixture,
             "skipping": lambda: [*self._mixture(), "--skip-searches", 0.5],
+            "lean": self._lean,
             "table": lambda: self.material.table_flags(self.material.folder / "timed.npz"),
         }
         precision = ["--lm-dtype", "bfloat16"] if name.endswith(BFLOAT16) else []
@@ -136,6 +137,9 @@ class Speeds:
 
     def _mixture(self) -> list[object]:
         return [*self.material.every_expert(), "--mixer", "gate", "--results-json", self._results]
+
+    def _lean(self) -> list[object]:
+        return [*self.material.neighbours(self.material.lean()), "--results-json", self._results]
 
     def seconds(self, name: str, split: str) -> float:
         """Seconds that a run takes on a whole split, once."""
