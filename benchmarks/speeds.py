@@ -48,7 +48,8 @@ class Speeds:
         ``stock``, the stock scorer; ``base``, the plugin's; ``knn``; ``save``, a datastore;
         ``forward``, the model up to its features; ``mixture``, the one that was fitted over all
         experts; ``skipping``, the same with half of the searches left out; ``lean``, the best one
-        of those that are fast; ``table``, all columns of a score table. With ``_bfloat16``: that is what the layers compute in.
+        of those that are fast; ``table``, all columns of a score table. With ``_bfloat16``: that is
+        what the layers compute in.
         """
         for name in names:
             self._run(name, min(WARM_UP, self.material.choice.lines or WARM_UP))
