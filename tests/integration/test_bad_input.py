@@ -65,7 +65,7 @@ FLAGS = {
         ["--num-shards", 2, "--distributed-world-size", 2],
         "--distributed-world-size 1",
     ),
-    "unknown expert": (["--experts", "knn,oracle"], "of knn, cache, ngram, lm2"),
+    "unknown expert": (["--experts", "knn,oracle"], "of knn, cache, ngram, suffix, lm2"),
     "expert named twice": (["--experts", "knn,knn"], "each once"),
     "expert without a name": (["--experts", "knn,"], "each once"),
     "second model not named": (["--experts", "knn,lm2"], "--expert-lm CHECKPOINT"),

@@ -20,7 +20,7 @@ from fairseq_knnlm.experts.cache import CacheExpert
 from fairseq_knnlm.experts.knn import KnnExpert
 
 K = ["--k", 64]
-EXPERTS = "knn,cache,ngram"
+EXPERTS = "knn,cache,ngram,suffix"
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +82,29 @@ def calibration(store: Path) -> Calibration:
     return found
 
 
+@pytest.fixture(scope="module")
+def tuned(lab: Lab, store: Path) -> str:
+    """What `tune` says without a budget; it leaves table and calibration in the datastore."""
+    model = ["--path", lab.checkpoint(), *BLOCKS, "--sample-break-mode", "none", "--cpu"]
+    said = must("fairseq-knnlm", "tune", "--dstore", store, "--data", lab.data, *model, *K)
+    assert calibration(store).least_speed is None
+    return said
+
+
 def test_a_budget_is_kept_by_evaluation(
-    lab: Lab, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, store: Path, tuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Commands as they are typed. Nobody is asked but those that are mixed, in their settings."""
-    model = ["--path", lab.checkpoint(), *BLOCKS, "--sample-break-mode", "none", "--cpu"]
-    tune = ["fairseq-knnlm", "tune", "--dstore", store]
-    said = must(*tune, "--data", lab.data, *model, *K)
-    assert "| speed |" in said
+    assert "| speed |" in tuned
     # Halfway between the fastest and the slowest: there is something to be had, and to be left out.
-    gains = said.split("perplexity where --skip-searches")[0]
+    gains = tuned.split("perplexity where --skip-searches")[0]
     rows = [row.split("|") for row in gains.splitlines() if row.count("|") == 7][2:]
     speeds = sorted(float(row[5]) for row in rows)
     assert rows[0][1].strip() == "language model alone"
     assert speeds[-1] == 1
     budget = round((speeds[0] + speeds[-2]) / 2 - 0.01, 3)
-    assert calibration(store).least_speed is None
-    said = must(*tune, "--score-table", store / "valid.npz", "--speed", budget)
+    tune = ["fairseq-knnlm", "tune", "--dstore", store]
+    must(*tune, "--score-table", store / "valid.npz", "--speed", budget)
     found = calibration(store)
     assert found.least_speed == budget
     kept = found.speed(found.best)
@@ -123,7 +129,7 @@ def test_a_budget_is_kept_by_evaluation(
         ours = [one.setting for one in mixer.components if one.expert == name]
         assert list(map(dict, settings)) == ours
         assert features == any(one.startswith(f"{name}_") for one in mixer.features)
-    assert {name for name, *_ in made} == {*found.best.experts} - {"ngram"}
+    assert {name for name, *_ in made} == {*found.best.experts} - {"ngram", "suffix"}
     # And it is the mixture that was fitted: the same as from all columns of a table.
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
     table = written(lab, copy, tmp_path / "test.npz", split="test")
@@ -131,7 +137,8 @@ def test_a_budget_is_kept_by_evaluation(
     assert results["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_budget_that_cannot_be_kept_leaves_the_calibration(lab: Lab, store: Path) -> None:
+@pytest.mark.usefixtures("tuned")
+def test_a_budget_that_cannot_be_kept_leaves_the_calibration(store: Path) -> None:
     table, place = store / "valid.npz", store / "calibration.json"
     before = place.read_bytes()
     tune = ["fairseq-knnlm", "tune", "--dstore", store, "--score-table", table, "--speed", 0.9999]

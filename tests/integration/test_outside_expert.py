@@ -133,5 +133,5 @@ def test_without_the_package_nobody_knows_it(outside: Outside) -> None:
     flags = ["--dstore-filename", outside.store, "--experts", "unigram"]
     ran = run("fairseq-eval-lm", *outside.lab.command("test", *flags))
     assert ran.code == 1
-    assert "of knn, cache, ngram, lm2" in ran.out
+    assert "of knn, cache, ngram, suffix, lm2" in ran.out
     assert "Traceback" not in ran.out
