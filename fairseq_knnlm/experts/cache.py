@@ -24,7 +24,7 @@ from fairseq_knnlm.experts.contract import Joined
 from fairseq_knnlm.experts.entries import Entries, Extents, Pairs
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
 from fairseq_knnlm.experts.knn import SUFFIXES
-from fairseq_knnlm.experts.on_text import OnText, followed
+from fairseq_knnlm.experts.on_text import OnText, documents_ended, followed
 from fairseq_knnlm.experts.recent import (
     QUERIES_AT_A_TIME,
     STEP,
@@ -200,10 +200,8 @@ class CacheExpert(OnText[Recent]):
         """
         if not self.reset:
             return torch.zeros_like(tokens)
-        last, number = earlier.tokens[-2:], earlier.documents[-1:].sum()
-        last = torch.nn.functional.pad(last, (2 - len(last), 0), value=-1)
-        ends = torch.cat([last, tokens]) == self.eos
-        return number + (ends[:-2] & ends[1:-1]).cumsum(dim=0)
+        number = earlier.documents[-1:].sum()
+        return number + documents_ended(tokens, self.eos, earlier.tokens)
 
     def _predicted(self, pieces: Sequence[Piece]) -> SparsePrediction:
         """What follows the positions of pieces that have as many each."""

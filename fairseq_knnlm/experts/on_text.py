@@ -111,6 +111,20 @@ def followed(contexts: Contexts, order: Tensor) -> Tensor:
     return tokens
 
 
+def documents_ended(tokens: Tensor, eos: int, earlier: Tensor | None = None) -> Tensor:
+    """(n,) int64, how many documents ended before each of some tokens: an empty line ends one.
+
+    Args:
+        tokens: (n,), of a text.
+        eos: the token that ends a line; two in a row are an empty line.
+        earlier: the tokens before them, of which the last two matter; left out, there are none.
+    """
+    last = tokens[:0] if earlier is None else earlier[-2:]
+    last = torch.nn.functional.pad(last, (2 - len(last), 0), value=-1)
+    ends = torch.cat([last, tokens]) == eos
+    return (ends[:-2] & ends[1:-1]).cumsum(dim=0)
+
+
 def ending(tokens: Tensor, told: Tensor) -> Tensor:
     """Tokens (M,), the last of which are those that were told (n,), as far as they go back."""
     count = min(len(tokens), len(told))

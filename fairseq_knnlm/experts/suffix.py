@@ -19,7 +19,7 @@ from torch import Tensor
 from fairseq_knnlm.bounds import check_count, check_range
 from fairseq_knnlm.experts.contract import Distribution, Joined
 from fairseq_knnlm.experts.kind import Kind, Models, Opened, flag
-from fairseq_knnlm.experts.on_text import OnText, ending, followed
+from fairseq_knnlm.experts.on_text import OnText, documents_ended, ending, followed
 from fairseq_knnlm.experts.repeats import LONGEST, Repeats
 from fairseq_knnlm.lm.contexts import Contexts
 
@@ -182,13 +182,8 @@ class SuffixExpert(OnText[Words]):
         # More than is looked back to, of which some may be taken back.
         latest = whole[-self.looks_back - len(order) :]
         self._keep(text, Words(latest, int(contexts.rows[order[-1]])), order)
-        documents = self._documents(whole) if self.reset else None
+        documents = documents_ended(whole, self.eos) if self.reset else None
         return Repeats.of(whole, len(whole) - len(order), self.window, documents)
-
-    def _documents(self, text: Tensor) -> Tensor:
-        """(M,) int64, the number of the document that each place is of: an empty line ends one."""
-        ends = torch.nn.functional.pad(text, (2, 0), value=-1) == self.eos
-        return (ends[:-2] & ends[1:-1]).cumsum(dim=0)
 
 
 def read_through(

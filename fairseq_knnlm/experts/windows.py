@@ -50,10 +50,10 @@ class Windows:
         Returns:
             In rows (B n) and columns (wide).
         """
-        asked = self._apart(queries)
         ordered, places = in_order(self._apart(text)[None])
-        starts = torch.searchsorted(ordered[0], asked.to(ordered.dtype))
-        ends = torch.searchsorted(ordered[0], asked.to(ordered.dtype), right=True)
+        asked = self._apart(queries).to(ordered.dtype)
+        starts = torch.searchsorted(ordered[0], asked)
+        ends = torch.searchsorted(ordered[0], asked, right=True)
         counts = (ends - starts).where(queries.flatten() >= 0, 0)
         rows = torch.arange(len(asked), device=asked.device).repeat_interleave(counts)
         skipped = starts - (counts.cumsum(dim=0) - counts)

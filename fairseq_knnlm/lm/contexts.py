@@ -30,6 +30,33 @@ class Encoded:
     before: Tensor
     mask: Tensor
 
+    @classmethod
+    def of(cls, tokens: Tensor, mask: Tensor, features: Tensor, keys: Tensor | None) -> Encoded:
+        """The positions of a (B, T) mask, of what a model makes of all.
+
+        Args:
+            tokens: (B, T) int64, what it read.
+            mask: (B, T) bool.
+            features: (B, T, C).
+            keys: (B, T, D), or None.
+        """
+        start, before = first_column(mask), tokens_before(tokens)[mask]
+        mask = mask[:, start:]
+        keys = None if keys is None else keys[:, start:][mask]
+        return cls(features[:, start:][mask], keys, before, mask)
+
+    @classmethod
+    def last(cls, tokens: Tensor, features: Tensor, keys: Tensor | None) -> Encoded:
+        """The last position of each text.
+
+        Args:
+            tokens: (B, t) int64, the texts so far.
+            features: (B, C), there.
+            keys: (B, D), or None.
+        """
+        before = tokens_before(tokens[:, -CONTEXT:])[:, -1]
+        return cls(features, keys, before, torch.ones_like(tokens[:, -1:], dtype=torch.bool))
+
 
 @dataclass(frozen=True)
 class Contexts:
@@ -82,6 +109,11 @@ class Contexts:
 def only(values: Tensor, mask: Tensor) -> Tensor:
     """Of values (B, T, ...) those in a mask (B, T): (N, ...). Mostly that is all, and no work."""
     return values.flatten(0, 1) if bool(mask.all()) else values[mask]
+
+
+def first_column(mask: Tensor) -> int:
+    """The first column of a (B, T) mask in which any row is True; 0 where there is none."""
+    return int(mask.any(dim=0).int().argmax())
 
 
 def tokens_before(inputs: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm import softmax
 from fairseq_knnlm.lm.causal import FAMILIES, Causal, cache_of, taken
-from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
+from fairseq_knnlm.lm.contexts import Encoded
 from fairseq_knnlm.lm.contract import Reads
 from fairseq_knnlm.lm.hf_reading import CausalReading
 from fairseq_knnlm.lm.keys import Spot, watching
-from fairseq_knnlm.lm.transformer import first_column
 
 #: The key types that such a model has: the paper's choice, and the decoder's output.
 KEYS = ("last_ffn_input", "decoder_output")
@@ -55,12 +54,9 @@ class CausalLM:
             inputs: ``net_input`` of one of fairseq's batches.
             mask: (B, T) bool, the positions that are asked for.
         """
-        tokens, start = inputs["src_tokens"], first_column(mask)
+        tokens = inputs["src_tokens"]
         features, keys = self.run(tokens, *seen(tokens, self.causal.pad))
-        before = tokens_before(tokens)[mask]
-        mask = mask[:, start:]
-        keys = keys[:, start:][mask] if keys is not None else None
-        return Encoded(features[:, start:][mask], keys, before, mask)
+        return Encoded.of(tokens, mask, features, keys)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: dict[str, Any]) -> Encoded:
@@ -74,9 +70,7 @@ class CausalLM:
         places, there = seen(tokens, self.causal.pad)
         places = None if places is None else places[:, -1:]
         features, keys = self.run(last, places, there, new_or_known(self.causal, state))
-        mask = torch.ones_like(last, dtype=torch.bool)
-        before = tokens_before(tokens[:, -CONTEXT:])[:, -1]
-        return Encoded(features[:, -1], None if keys is None else keys[:, -1], before, mask)
+        return Encoded.last(tokens, features[:, -1], None if keys is None else keys[:, -1])
 
     def reorder(self, state: dict[str, Any], order: Tensor) -> None:
         """Has text i go on where text ``order[i]`` stood, (B,) int64."""

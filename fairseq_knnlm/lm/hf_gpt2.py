@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_knnlm.lm import softmax
-from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
+from fairseq_knnlm.lm.contexts import Encoded
 from fairseq_knnlm.lm.contract import Reads
 from fairseq_knnlm.lm.keys import Spot, watching
 from fairseq_knnlm.lm.output import is_decoder
-from fairseq_knnlm.lm.transformer import first_column
 
 #: The paper's choices of a key, in a GPT-2, whose norms stand before attention and MLP.
 SPOTS: dict[str, Callable[[Any], Spot]] = {
@@ -66,13 +65,10 @@ class WrappedGPT2:
             inputs: ``net_input`` of one of fairseq's batches.
             mask: (B, T) bool, the positions that are asked for.
         """
-        tokens, start = inputs["src_tokens"], first_column(mask)
+        tokens = inputs["src_tokens"]
         there = tokens.ne(self.decoder.pad_idx)
         features, keys = self._run(tokens, there, there)
-        before = tokens_before(tokens)[mask]
-        mask = mask[:, start:]
-        keys = keys[:, start:][mask] if keys is not None else None
-        return Encoded(features[:, start:][mask], keys, before, mask)
+        return Encoded.of(tokens, mask, features, keys)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: dict[str, Any]) -> Encoded:
@@ -85,9 +81,7 @@ class WrappedGPT2:
         last = tokens[:, -1:]
         there = tokens.ne(self.decoder.pad_idx)
         features, keys = self._run(last, there, there[:, -1:], state)
-        mask = torch.ones_like(last, dtype=torch.bool)
-        before = tokens_before(tokens[:, -CONTEXT:])[:, -1]
-        return Encoded(features[:, -1], None if keys is None else keys[:, -1], before, mask)
+        return Encoded.last(tokens, features[:, -1], None if keys is None else keys[:, -1])
 
     def reorder(self, state: dict[str, Any], order: Tensor) -> None:
         """Has text i go on where text ``order[i]`` stood, (B,) int64."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm import softmax
-from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
+from fairseq_knnlm.lm.contexts import Encoded
 from fairseq_knnlm.lm.contract import Reads
-from fairseq_knnlm.lm.transformer import first_column
 
 #: The one key type that such a model has.
 OUTPUT = "decoder_output"
@@ -68,11 +68,9 @@ class OutputLM(ABC):
             inputs: ``net_input`` of one of fairseq's batches.
             mask: (B, T) bool, the positions that are asked for.
         """
-        tokens, start = inputs["src_tokens"], first_column(mask)
-        before = tokens_before(tokens)[mask]
-        mask = mask[:, start:]
-        features = self.features(tokens, None)[:, start:][mask]
-        return Encoded(features, self._keys(features), before, mask)
+        tokens = inputs["src_tokens"]
+        found = Encoded.of(tokens, mask, self.features(tokens, None), None)
+        return replace(found, keys=self._keys(found.features))
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: dict[str, Any]) -> Encoded:
@@ -83,9 +81,7 @@ class OutputLM(ABC):
             state: fairseq's incremental state, which is written to; empty where t is 1.
         """
         features = self.features(tokens, state)[:, -1]
-        mask = torch.ones_like(tokens[:, :1], dtype=torch.bool)
-        before = tokens_before(tokens[:, -CONTEXT:])[:, -1]
-        return Encoded(features, self._keys(features), before, mask)
+        return Encoded.last(tokens, features, self._keys(features))
 
     def reorder(self, state: dict[str, Any], order: Tensor) -> None:
         """Has text i go on where text ``order[i]`` stood, (B,) int64."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fairseq_knnlm.errors import ModelError
 from fairseq_knnlm.lm import softmax
-from fairseq_knnlm.lm.contexts import CONTEXT, Encoded, tokens_before
+from fairseq_knnlm.lm.contexts import Encoded, first_column, tokens_before
 from fairseq_knnlm.lm.keys import KEY_TYPES, prenorm, watching
 from fairseq_knnlm.lm.products import FastProducts
 from fairseq_knnlm.lm.reading import Reading
@@ -119,8 +119,7 @@ class TransformerLM:
         with _reading(self.decoder, self.key_type, captured):
             features, _ = self.decoder(tokens, incremental_state=state, features_only=True)
         keys = captured[-1][-1] if captured else None  # time first
-        mask = torch.ones_like(tokens[:, :1], dtype=torch.bool)
-        return Encoded(features[:, -1], keys, tokens_before(tokens[:, -CONTEXT:])[:, -1], mask)
+        return Encoded.last(tokens, features[:, -1], keys)
 
     def reorder(self, state: dict[str, Any], order: Tensor) -> None:
         """Has text i go on where text ``order[i]`` stood, (B,) int64."""
@@ -153,11 +152,6 @@ def _parts(inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             name: x[part] if isinstance(x, Tensor) and len(x) == blocks else x
             for name, x in inputs.items()
         }
-
-
-def first_column(mask: Tensor) -> int:
-    """The first column of a (B, T) mask in which any row is True; 0 where there is none."""
-    return int(mask.any(dim=0).int().argmax())
 
 
 def _cast_once(like: Tensor) -> torch.autocast:
