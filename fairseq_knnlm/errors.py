@@ -130,3 +130,9 @@ def _mended(error: BaseException) -> KnnlmError:
 def wants_traceback() -> bool:
     """Whether a user asked to see where an unexpected failure came from."""
     return bool(os.environ.get(TRACEBACK))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line; its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fairseq_knnlm.errors import ModelError
+from fairseq_knnlm.errors import ModelError, first_line
 from fairseq_knnlm.lm.causal import library, taken
 
 #: Ids in a row whose logits are computed in two ways.
@@ -87,7 +87,7 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
         raise ModelError(
             f"transformers cannot open the model in {folder}",
             expected="a causal language model, its files whole",
-            found=_first_line(error),
+            found=first_line(error),
         ) from error
     missing = sorted({*told["missing_keys"], *(one[0] for one in told["mismatched_keys"])})
     if missing:
@@ -115,7 +115,7 @@ def open_tokenizer(folder: Path) -> Any:
         raise ModelError(
             f"transformers cannot open the tokenizer in {folder}",
             expected="tokenizer.json, or files of which it can be made",
-            found=_first_line(error),
+            found=first_line(error),
         ) from error
     if getattr(found, "backend_tokenizer", None) is None:
         raise ModelError(
@@ -124,11 +124,6 @@ def open_tokenizer(folder: Path) -> Any:
             found=type(found).__name__,
         )
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 @torch.no_grad()

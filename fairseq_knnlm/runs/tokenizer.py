@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fairseq_knnlm.errors import ConfigError
+from fairseq_knnlm.errors import ConfigError, first_line
 
 #: The two libraries, by what their models are called, and the file that each opens.
 SENTENCEPIECE, TRANSFORMERS = "sentencepiece", "transformers"
@@ -135,7 +135,7 @@ def open_pieces(path: Path) -> Pieces:
         raise ConfigError(
             f"{path} is no model of sentencepiece",
             expected="a file that spm_train wrote, such as sentencepiece.model",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=f"{type(error).__name__}: {first_line(error)[:200]}",
         ) from None
 
 
@@ -159,7 +159,7 @@ def open_ids(path: Path, special: dict[str, int]) -> Ids:
         raise ConfigError(
             f"{path} is no tokenizer",
             expected="tokenizer.json, as transformers or `fairseq-knnlm wrap` writes it",
-            found=str(error).splitlines()[0][:200],
+            found=first_line(error)[:200],
         ) from None
 
 
