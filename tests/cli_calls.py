@@ -38,6 +38,7 @@ def call(*words: object) -> int:
 
 def say(capsys: Capture, *words: object) -> str:
     """What a command that succeeds prints."""
+    capsys.readouterr()  # of what it was given, made before
     code = call(*words)
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -46,6 +47,7 @@ def say(capsys: Capture, *words: object) -> str:
 
 def refuse(capsys: Capture, *words: object) -> str:
     """What a command that fails says, on standard error and nowhere else."""
+    capsys.readouterr()  # of what it was given, made before
     code = call(*words)
     captured = capsys.readouterr()
     assert code == 1
@@ -56,6 +58,7 @@ def refuse(capsys: Capture, *words: object) -> str:
 
 def said_and_wrong(capsys: Capture, code: int, *words: object) -> tuple[str, str]:
     """What a command prints, and what it ends with."""
+    capsys.readouterr()  # of what it was given, made before
     assert call(*words) == code
     captured = capsys.readouterr()
     return captured.out, captured.err
