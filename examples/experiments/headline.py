@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from headline_figure import Curves, paint_parts, paint_seconds
-from scaling import binarise_parts, name, said, share
+from scaling import add_parts, binarise_parts, name, said, share
 from scores import Axes, Scores, command, draw, show
-from steps import ROOT, Experiment, add_arguments, ended, fraction
+from steps import ROOT, Experiment, add_arguments, ended
 
 EXAMPLE = """\
 example: python examples/experiments/headline.py --out headline --seeds 1 2 3
@@ -41,14 +41,7 @@ def arguments() -> argparse.Namespace:
     option("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the models (1 2 3)")
     option("--updates", type=int, default=1600, help="of every model (default: 1600)")
     option("--points", type=int, default=8, help="checkpoints of a training that are scored (8)")
-    option("--lm-part", type=fraction, default="1/16", help="trained on (default: 1/16)")
-    option(
-        "--parts",
-        type=fraction,
-        nargs="+",
-        default=["1/16", "1/8", "1/4", "1/2", "1/1"],
-        help="in the datastores (default: 1/16 1/8 1/4 1/2 1/1)",
-    )
+    add_parts(parser, lm_part="1/16")
     option("--library", type=Path, help="folder of packages (default: those installed here)")
     option("--held-out", type=int, default=25_000, help="words of valid, and of test (25000)")
     option("--words", type=int, help="words of train at most (default: all)")

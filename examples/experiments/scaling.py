@@ -24,14 +24,7 @@ def arguments() -> argparse.Namespace:
     for split in ("train", "valid", "test"):
         option(f"--{split}pref", type=Path, required=True, help=f"{split} text, in tokens")
     option("--srcdict", type=Path, help="dictionary (default: that of the train text)")
-    option("--lm-part", type=fraction, default="1/4", help="trained on (default: 1/4)")
-    option(
-        "--parts",
-        type=fraction,
-        nargs="+",
-        default=["1/16", "1/8", "1/4", "1/2", "1/1"],
-        help="in the datastores (default: 1/16 1/8 1/4 1/2 1/1)",
-    )
+    add_parts(parser, lm_part="1/4")
     add_arguments(parser)
     return parser.parse_args()
 
@@ -80,6 +73,15 @@ def main() -> None:
         axis.legend()
 
     draw(args.out / "scaling.png", paint)
+
+
+def add_parts(parser: argparse.ArgumentParser, lm_part: str) -> None:
+    """Which parts of a text are trained on and remembered."""
+    option = parser.add_argument
+    option("--lm-part", type=fraction, default=lm_part, help=f"trained on (default: {lm_part})")
+    parts = ["1/16", "1/8", "1/4", "1/2", "1/1"]
+    told = f"in the datastores (default: {' '.join(parts)})"
+    option("--parts", type=fraction, nargs="+", default=parts, help=told)
 
 
 def binarise_parts(
