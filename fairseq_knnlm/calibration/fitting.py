@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.calibration.side_by_side import go_on
 from fairseq_knnlm.mixture.components import Abstain, Component
 from fairseq_knnlm.mixture.mix import mix
 from fairseq_knnlm.mixture.mixers import LEAST_LM, Bins, Fixed
@@ -132,6 +133,7 @@ def climbed(probs: Tensor, present: Tensor | None, weights: Tensor, rounds: int)
     """
     best, stride, from_here, pull = -math.inf, 1.0, weights, torch.ones_like(weights)
     for _ in range(rounds):
+        go_on()
         mixed = probs @ weights
         reached = float(mixed.log().mean(dtype=torch.float64))
         divided: Tensor | int = len(probs)

@@ -7,19 +7,26 @@ on these alone a mixture is compared with the language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import count
+from operator import itemgetter
 from typing import Any
 
-from fairseq_knnlm.calibration.budget import Budget, clock_of
+from fairseq_knnlm.calibration.budget import Budget, Plan, clock_of
 from fairseq_knnlm.calibration.costs import Clock
 from fairseq_knnlm.calibration.fitter import Fitter
+from fairseq_knnlm.calibration.side_by_side import side_by_side
 from fairseq_knnlm.calibration.skipping import fit_skip
 from fairseq_knnlm.calibration.stored import Calibration, FittedMixture
 from fairseq_knnlm.calibration.table import ScoreTable
 from fairseq_knnlm.mixture.components import searches
-from fairseq_knnlm.mixture.mixers import ALONE
+from fairseq_knnlm.mixture.mixers import ALONE, Skip
 from fairseq_knnlm.versions import versions
+
+#: What is fitted of a set of experts.
+Fitted = tuple[list[FittedMixture], Skip | None]
 
 
 def expert_sets(experts: Sequence[str]) -> list[tuple[str, ...]]:
@@ -33,32 +40,29 @@ def expert_sets(experts: Sequence[str]) -> list[tuple[str, ...]]:
 def fit(
     table: ScoreTable,
     seed: int = 0,
-    steps: Callable[[list[tuple[str, ...]]], Iterator[tuple[str, ...]]] = iter,
+    told: Callable[[int, int, Sequence[str]], object] = lambda done, every, experts: None,
     budget: Budget | None = None,
+    workers: int | None = None,
 ) -> Calibration:
     """Every mixture of the table's experts, the best of them first in line.
 
     Args:
         table: a score table of text that the datastore does not hold.
         seed: of the gates.
-        steps: goes through the sets of experts, to show progress.
+        told: is called as work begins and after each set of experts: how many are done, how many
+            there are, and which one was done.
         budget: of time, that what is used has to keep.
+        workers: sets that are fitted at a time, as ``side_by_side`` has it. What is found does not
+            depend on it.
 
     Raises:
         TableError: where nothing can be fitted on the table, as ``Fitter`` tells.
     """
     fitter, clock = Fitter(table, seed), clock_of(table)
     mixtures, skips = [fitter.measured((), ALONE)], []
-    sets = expert_sets(list(table.experts))
-    plans = budget.plans if budget is not None else []
-    for number, experts in enumerate(steps([*sets, *(plan.lean.experts for plan in plans)])):
-        if number < len(sets):
-            mixtures += [fitter.measured(experts, mixer) for mixer in fitter.mixers(experts)]
-            skips.append(fit_skip(fitter, experts))
-        else:
-            plan = plans[number - len(sets)]
-            mixer = fitter.of(plan.lean.components, plan.features)
-            mixtures.append(fitter.measured(experts, mixer))
+    for some, skip in _every_set(fitter, budget, told, workers):
+        mixtures += some
+        skips.append(skip)
     if clock is not None:
         mixtures = [replace(mixture, seconds=_seconds(clock, mixture)) for mixture in mixtures]
     card = table.card
@@ -85,6 +89,45 @@ def fit(
     # The language model stands first: nothing is preferred that does not beat it.
     best = found.choice(found.mixtures)
     return replace(found, default=[one is best for one in found.mixtures].index(True))
+
+
+def _every_set(
+    fitter: Fitter,
+    budget: Budget | None,
+    told: Callable[[int, int, Sequence[str]], object],
+    workers: int | None,
+) -> list[Fitted]:
+    """What is fitted of each set of the table's experts, and then for the budget."""
+    sets = expert_sets(list(fitter.table.experts))
+    plans = budget.plans if budget is not None else []
+    works = [partial(_fitted, fitter, experts) for experts in sets]
+    works += [partial(_planned, fitter, plan) for plan in plans]
+    names = [*sets, *(plan.lean.experts for plan in plans)]
+    # The longest first, so that no one works on while others have nothing left to do.
+    order = sorted(range(len(names)), key=lambda place: _length(names[place]), reverse=True)
+    told(0, len(names), ())
+    ended = count(1)
+    found = side_by_side(
+        [works[place] for place in order],
+        lambda place: told(next(ended), len(names), names[order[place]]),
+        workers,
+    )
+    return [one for _, one in sorted(zip(order, found, strict=True), key=itemgetter(0))]
+
+
+def _length(experts: Sequence[str]) -> int:
+    """Roughly what a set takes: where there are searches, a second gate by many inputs, too."""
+    return len(experts) * (3 if any(map(searches, experts)) else 1)
+
+
+def _fitted(fitter: Fitter, experts: Sequence[str]) -> Fitted:
+    mixtures = [fitter.measured(experts, mixer) for mixer in fitter.mixers(experts)]
+    return mixtures, fit_skip(fitter, experts)
+
+
+def _planned(fitter: Fitter, plan: Plan) -> Fitted:
+    mixer = fitter.of(plan.lean.components, plan.features)
+    return [fitter.measured(plan.lean.experts, mixer)], None
 
 
 def _seconds(clock: Clock, mixture: FittedMixture) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -190,7 +191,8 @@ def _fit(
     check_table(table, store)
     warn_of_own_text(table, store)
     budget = Budget(Fitter(table, seed), speed) if speed is not None else None
-    calibration = fit(table, seed, _with_bar, budget)
+    with tqdm(desc="fitting", unit=" mixtures") as bar:
+        calibration = fit(table, seed, partial(_fill, bar), budget)
     path = write_calibration(place, calibration)  # before any pipe can close
     fitted = calibration.fitted_on
     print(
@@ -208,12 +210,10 @@ def _fit(
     print(f"written to {path}; {uses}")
 
 
-def _with_bar(sets: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """Sets of experts, one by one, as a bar that fills."""
-    with tqdm(sets, desc="fitting", unit=" mixtures") as bar:
-        for experts in bar:
-            bar.set_postfix_str("+".join(experts))
-            yield experts
+def _fill(bar: tqdm, done: int, every: int, experts: Sequence[str]) -> None:
+    """Has the bar show how many sets of experts are done, and the last one of them."""
+    bar.n, bar.total = done, every
+    bar.set_postfix_str("+".join(experts))
 
 
 def _draw(table: ScoreTable, plot: Path) -> None:

@@ -7,7 +7,8 @@ fitted leaves the language model ``LEAST_LM`` at least, so that nothing it can s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +116,9 @@ class Dropout(nn.Module):
 
     Args:
         share: of the units, 0 to 1.
+
+    Attributes:
+        drawn: the generator that draws; None for the process's own.
     """
 
     #: More rows than a batch has.
@@ -123,6 +127,7 @@ class Dropout(nn.Module):
     def __init__(self, share: float) -> None:
         super().__init__()
         self.share = share
+        self.drawn: torch.Generator | None = None
         self._kept = torch.empty(0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,9 +136,9 @@ class Dropout(nn.Module):
             return x
         rows, units = len(x) + self.ROWS, x.shape[1]
         if len(self._kept) < rows:
-            kept = torch.rand(rows, units, device=x.device) >= self.share
+            kept = torch.rand(rows, units, device=x.device, generator=self.drawn) >= self.share
             self._kept = kept.to(x.dtype) / (1 - self.share)
-        start = int(torch.randint(self.ROWS, ()))
+        start = int(torch.randint(self.ROWS, (), generator=self.drawn))
         return x * self._kept[start : start + len(x)]
 
     def train(self, mode: bool = True) -> Dropout:
@@ -185,10 +190,12 @@ class Gate(nn.Module):
 
     def standardize(self, inputs: Tensor) -> None:
         """Takes mean and standard deviation from a sample of inputs, (N, F); NaN is left out."""
-        known = inputs.isfinite()
-        count = known.sum(dim=0).clamp_min(1)
-        mean = inputs.where(known, 0.0).sum(dim=0) / count
-        variance = (inputs - mean).where(known, 0.0).square().sum(dim=0) / count
+        unknown = ~inputs.isfinite()
+        count = (len(inputs) - unknown.sum(dim=0)).clamp_min(1)
+        mean = inputs.masked_fill(unknown, 0.0).sum(dim=0) / count
+        # In place, as below: a copy of all inputs may be large.
+        apart = (inputs - mean).masked_fill_(unknown, 0.0).square_()
+        variance = apart.sum(dim=0) / count
         self.mean.copy_(mean)
         self.scale.copy_(1 / variance.sqrt().clamp_min(1e-6))
 
@@ -197,9 +204,25 @@ class Gate(nn.Module):
 
         At a floor there is no gradient to learn by, nor are searches told apart by their scores.
         """
+        return self.layers(self.standardized(inputs)).log_softmax(dim=1)
+
+    def standardized(self, inputs: Tensor) -> Tensor:
+        """(N, F) features to what the network is given of them, likewise."""
         # What is not known is taken for average.
-        known = ((inputs - self.mean) * self.scale).nan_to_num(0.0, FAR, -FAR).clamp(-FAR, FAR)
-        return self.layers(known).log_softmax(dim=1)
+        known = (inputs - self.mean).mul_(self.scale)
+        return known.nan_to_num_(0.0, FAR, -FAR).clamp_(-FAR, FAR)
+
+    @contextmanager
+    def drawing(self, drawn: torch.Generator) -> Iterator[None]:
+        """Whatever is left out in training while the block runs is drawn by a generator."""
+        dropouts = [layer for layer in self.layers if isinstance(layer, Dropout)]
+        for dropout in dropouts:
+            dropout.drawn = drawn
+        try:
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.drawn = None
 
     @torch.no_grad()
     def log_weights(self, features: Mapping[str, Tensor]) -> Tensor:

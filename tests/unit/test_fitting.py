@@ -505,10 +505,3 @@ def test_the_loss_is_that_of_the_mixture() -> None:
     assert gate_loss(gate, examples).item() == pytest.approx(expected.item(), rel=1e-5)
     hopeless = Examples(torch.full((1, 3), -math.inf), torch.zeros(1, 4))
     assert gate_loss(gate, hopeless).item() == pytest.approx(-gates.FLOOR)
-
-
-def test_some_examples_of_many() -> None:
-    examples, rows = planted(50), torch.tensor([4, 9])
-    assert len(examples) == 50
-    assert len(examples[rows]) == 2
-    assert torch.equal(examples[rows].inputs[1].nan_to_num(), examples.inputs[9].nan_to_num())

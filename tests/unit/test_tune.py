@@ -253,15 +253,11 @@ def test_a_gate_that_is_told_who_is_right_beats_fixed_weights() -> None:
 def test_experts_are_fitted_one_by_one_and_each_with_those_before() -> None:
     assert expert_sets(["a", "b", "c"]) == [("a",), ("b",), ("c",), ("a", "b"), ("a", "b", "c")]
     assert expert_sets(["a"]) == [("a",)]
-    seen: list[tuple[str, ...]] = []
-
-    def steps(sets: list[tuple[str, ...]]) -> Any:
-        for each in sets:
-            seen.append(each)
-            yield each
-
-    found = fit(told(400), steps=steps)
-    assert seen == [("knn",), ("cache",), ("knn", "cache")]
+    seen: list[tuple[int, int, tuple[str, ...]]] = []
+    found = fit(told(400), told=lambda *progress: seen.append(progress), workers=1)
+    # The longest first.
+    sets = [(), ("knn", "cache"), ("knn",), ("cache",)]
+    assert seen == [(done, 3, experts) for done, experts in enumerate(sets)]
     names = [each.name for each in found.mixtures]
     assert len(set(names)) == len(names)
     assert {"language model alone", "knn, bins", "knn, gate", "knn+cache, gate"} <= set(names)
