@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_knnlm.calibration.side_by_side import go_on
+from fairseq_knnlm.lm.products import layer
 from fairseq_knnlm.mixture.components import Abstain, Component
 from fairseq_knnlm.mixture.mixers import Gate
 
@@ -168,7 +169,9 @@ def _loss(gate: Gate, examples: _Prepared) -> Tensor:
     It is written out here because the mixture of probabilities takes one exponential where that of
     their logarithms takes three.
     """
-    scores = gate.layers(examples.inputs)
+    scores = examples.inputs
+    for one in gate.layers:
+        scores = layer(scores, one.weight, one.bias) if isinstance(one, nn.Linear) else one(scores)
     if examples.absent is not None:
         scores = scores + examples.absent
     return -(scores.softmax(dim=1) * examples.probs).sum(dim=1).log().mean()

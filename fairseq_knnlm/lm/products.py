@@ -25,7 +25,7 @@ OTHERS_AT_A_TIME = 2048
 class FastProducts(TorchDispatchMode):
     """While the block runs, products of float32 rows and weights on a CPU are oneDNN's.
 
-    And attention is ``attention.attended``. Nothing in it has gradients.
+    And attention is ``attention.attended``. Nothing in it has gradients; ``layer`` has.
     """
 
     @classmethod
@@ -64,6 +64,29 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     for start in range(0, len(others), OTHERS_AT_A_TIME):
         part = slice(start, start + OTHERS_AT_A_TIME)
         found[:, part] = _product(rows, others[part].mT)
+    return found
+
+
+class _Layer(torch.autograd.Function):
+    """A layer's product whose gradients are such products, too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return _product(rows, weights.mT, bias)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        rows, weights = ctx.saved_tensors
+        below = _product(above, weights) if ctx.needs_input_grad[0] else None
+        return below, _product(above.mT, rows), above.sum(dim=0)
+
+
+def layer(rows: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """A layer of (N, D), by weights (M, D) and bias (M,), float32: (N, M), with gradients."""
+    if not _is_layer(rows, weights.mT):
+        return torch.nn.functional.linear(rows, weights, bias)
+    found: Tensor = _Layer.apply(rows, weights, bias)
     return found
 
 

@@ -7,7 +7,7 @@ fitted leaves the language model ``LEAST_LM`` at least, so that nothing it can s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +21,8 @@ from fairseq_knnlm.mixture.components import LM, Abstain, Component, searches
 
 #: Features are cut off at this many standard deviations.
 FAR = 6.0
+#: Rows of features that are computed with at a time: all of them may take much memory.
+ROWS_AT_A_TIME = 2**12
 #: The language model's weight in what is fitted is no less. Without it one new token, which no
 #: memory knows of, would make the loss infinite, however well they all did on valid; with it that
 #: token costs 13.3 bits more than it costs the model, and every other one 0.00014 more at most.
@@ -190,12 +192,12 @@ class Gate(nn.Module):
 
     def standardize(self, inputs: Tensor) -> None:
         """Takes mean and standard deviation from a sample of inputs, (N, F); NaN is left out."""
-        unknown = ~inputs.isfinite()
-        count = (len(inputs) - unknown.sum(dim=0)).clamp_min(1)
-        mean = inputs.masked_fill(unknown, 0.0).sum(dim=0) / count
-        # In place, as below: a copy of all inputs may be large.
-        apart = (inputs - mean).masked_fill_(unknown, 0.0).square_()
-        variance = apart.sum(dim=0) / count
+        parts = inputs.split(ROWS_AT_A_TIME)
+        count = sum_of(part.isfinite() for part in parts).clamp_min(1)
+        mean = sum_of(part.nan_to_num(0.0, 0.0, 0.0) for part in parts) / count
+        # What is infinite is so without the mean, too.
+        apart = ((part - mean).nan_to_num_(0.0, 0.0, 0.0) for part in parts)
+        variance = sum_of(part.square_() for part in apart) / count
         self.mean.copy_(mean)
         self.scale.copy_(1 / variance.sqrt().clamp_min(1e-6))
 
@@ -208,9 +210,13 @@ class Gate(nn.Module):
 
     def standardized(self, inputs: Tensor) -> Tensor:
         """(N, F) features to what the network is given of them, likewise."""
-        # What is not known is taken for average.
-        known = (inputs - self.mean).mul_(self.scale)
-        return known.nan_to_num_(0.0, FAR, -FAR).clamp_(-FAR, FAR)
+        found = torch.empty_like(inputs)
+        parts = inputs.split(ROWS_AT_A_TIME), found.split(ROWS_AT_A_TIME)
+        for part, place in zip(*parts, strict=True):
+            # What is not known is taken for average.
+            known = ((part - self.mean) * self.scale).nan_to_num_(0.0, FAR, -FAR)
+            torch.clamp(known, -FAR, FAR, out=place)
+        return found
 
     @contextmanager
     def drawing(self, drawn: torch.Generator) -> Iterator[None]:
@@ -233,6 +239,11 @@ class Gate(nn.Module):
     def of(self, features: Mapping[str, Tensor]) -> Tensor:
         """The same without a floor."""
         return self(gathered(features, self.features).to(self.mean.device))
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """(F,) sums over all rows of parts (N, F)."""
+    return torch.stack([part.sum(dim=0) for part in parts]).sum(dim=0)
 
 
 def floored(log_weights: Tensor) -> Tensor:
@@ -291,5 +302,10 @@ def gathered(features: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
             found=", ".join(missing),
             do="fit it again with `fairseq-knnlm tune`",
         )
-    columns = [features[name].float() for name in names]
-    return torch.cat([column.reshape(len(column), -1) for column in columns], dim=1)
+    columns = [features[name] for name in names]
+    columns = [column.reshape(len(column), -1) for column in columns]
+    widths = [column.shape[1] for column in columns]
+    found = columns[0].new_empty((len(columns[0]), sum(widths)), dtype=torch.float32)
+    for column, place in zip(columns, found.split(widths, dim=1), strict=True):
+        place.copy_(column)
+    return found
