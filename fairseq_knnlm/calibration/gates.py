@@ -125,6 +125,7 @@ def _train(
         gate.train()
         with gate.drawing(drawn):
             for rows in torch.randperm(len(prepared), generator=drawn).tensor_split(batches):
+                go_on()
                 loss = _loss(gate, prepared[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -134,7 +135,6 @@ def _train(
         with torch.no_grad():
             reached = float(_loss(gate, aside) - top)
         after_epoch(reached)
-        go_on()
         if reached < best:
             best, state, waited = reached, copy.deepcopy(gate.state_dict()), 0
         elif (waited := waited + 1) == PATIENCE:
@@ -158,9 +158,8 @@ def _prepare(gate: Gate, examples: Examples) -> tuple[_Prepared, Tensor]:
         log_probs.masked_fill_(abstains, -math.inf)
         absent = torch.zeros_like(log_probs).masked_fill_(abstains, -math.inf)
     tops = log_probs.amax(dim=1, keepdim=True)
-    return _Prepared(
-        gate.standardized(examples.inputs), (log_probs - tops).exp(), absent
-    ), tops.mean()
+    inputs, probs = gate.standardized(examples.inputs), (log_probs - tops).exp()
+    return _Prepared(inputs, probs, absent), tops.mean()
 
 
 def _loss(gate: Gate, examples: _Prepared) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from operator import itemgetter
 from typing import Any
 
 from fairseq_knnlm.calibration.budget import Budget, Plan, clock_of
@@ -100,23 +99,21 @@ def _every_set(
     """What is fitted of each set of the table's experts, and then for the budget."""
     sets = expert_sets(list(fitter.table.experts))
     plans = budget.plans if budget is not None else []
+    names = [*sets, *(plan.lean.experts for plan in plans)]
     works = [partial(_fitted, fitter, experts) for experts in sets]
     works += [partial(_planned, fitter, plan) for plan in plans]
-    names = [*sets, *(plan.lean.experts for plan in plans)]
-    # The longest first, so that no one works on while others have nothing left to do.
-    order = sorted(range(len(names)), key=lambda place: _length(names[place]), reverse=True)
-    told(0, len(names), ())
     ended = count(1)
-    found = side_by_side(
-        [works[place] for place in order],
-        lambda place: told(next(ended), len(names), names[order[place]]),
+    told(0, len(names), ())
+    return side_by_side(
+        works,
+        [_size(experts) for experts in names],
+        lambda place: told(next(ended), len(names), names[place]),
         workers,
     )
-    return [one for _, one in sorted(zip(order, found, strict=True), key=itemgetter(0))]
 
 
-def _length(experts: Sequence[str]) -> int:
-    """Roughly what a set takes: where there are searches, a second gate by many inputs, too."""
+def _size(experts: Sequence[str]) -> int:
+    """What a set takes, roughly: where there are searches, a second gate, by many features."""
     return len(experts) * (3 if any(map(searches, experts)) else 1)
 
 

@@ -39,47 +39,53 @@ def go_on() -> None:
 
 def side_by_side(
     works: Sequence[Callable[[], T]],
+    sizes: Sequence[float],
     told: Callable[[int], object] = lambda place: None,
     workers: int | None = None,
 ) -> list[T]:
-    """Does all works, so many at a time, and begins them in their order.
+    """Does all works, so many at a time.
 
     Args:
         works: are called without anything. The process's own random numbers are not for them.
+        sizes: what each of them takes, roughly and in any unit: the longest begin first, so that at
+            the end nobody works on while others have nothing left to do.
         told: is called with the place of each as it ends, in this thread.
         workers: at a time; as many as PyTorch has threads where left out. With one it is this
             thread that works.
 
     Returns:
-        What they return, in their order.
+        What they return, in the order of the works.
 
     Raises:
         Exception: what one of them raised first; all others have ended then.
     """
-    threads = torch.get_num_threads()
+    order = sorted(range(len(works)), key=lambda place: -sizes[place])
+    threads, found = torch.get_num_threads(), dict[int, T]()
     workers = min(workers or threads, len(works))
     torch.set_num_threads(1)
     try:
-        return _in_threads(works, told, workers) if workers > 1 else _in_turn(works, told)
+        if workers > 1:
+            _in_threads(works, order, workers, found, told)
+        else:
+            for place in order:
+                found[place] = works[place]()
+                told(place)
     finally:
         torch.set_num_threads(threads)
-
-
-def _in_turn(works: Sequence[Callable[[], T]], told: Callable[[int], object]) -> list[T]:
-    found = []
-    for place, work in enumerate(works):
-        found.append(work())
-        told(place)
-    return found
+    return [found[place] for place in range(len(works))]
 
 
 def _in_threads(
-    works: Sequence[Callable[[], T]], told: Callable[[int], object], workers: int
-) -> list[T]:
+    works: Sequence[Callable[[], T]],
+    order: Sequence[int],
+    workers: int,
+    found: dict[int, T],
+    told: Callable[[int], object],
+) -> None:
     stop = threading.Event()
 
     def begin() -> None:
-        torch.set_num_threads(1)  # which OpenMP knows of each thread by itself
+        torch.set_num_threads(1)  # which each thread has a number of its own of
         _mine.stop = stop
 
     pool = ThreadPoolExecutor(workers, initializer=begin)
@@ -87,11 +93,10 @@ def _in_threads(
         # A thread that was interrupted as it began is unknown to its pool, and never ends. Those
         # begun here leave all signals to this one.
         with undisturbed():
-            places = {pool.submit(work): place for place, work in enumerate(works)}
+            places = {pool.submit(works[place]): place for place in order}
         for future in as_completed(places):
-            future.result()
+            found[places[future]] = future.result()
             told(places[future])
-        return [future.result() for future in places]
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -193,11 +193,11 @@ class Gate(nn.Module):
     def standardize(self, inputs: Tensor) -> None:
         """Takes mean and standard deviation from a sample of inputs, (N, F); NaN is left out."""
         parts = inputs.split(ROWS_AT_A_TIME)
-        count = sum_of(part.isfinite() for part in parts).clamp_min(1)
-        mean = sum_of(part.nan_to_num(0.0, 0.0, 0.0) for part in parts) / count
+        count = _summed(part.isfinite() for part in parts).clamp_min(1)
+        mean = _summed(part.nan_to_num(0.0, 0.0, 0.0) for part in parts) / count
         # What is infinite is so without the mean, too.
         apart = ((part - mean).nan_to_num_(0.0, 0.0, 0.0) for part in parts)
-        variance = sum_of(part.square_() for part in apart) / count
+        variance = _summed(part.square_() for part in apart) / count
         self.mean.copy_(mean)
         self.scale.copy_(1 / variance.sqrt().clamp_min(1e-6))
 
@@ -241,8 +241,8 @@ class Gate(nn.Module):
         return self(gathered(features, self.features).to(self.mean.device))
 
 
-def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """(F,) sums over all rows of parts (N, F)."""
+def _summed(parts: Iterable[Tensor]) -> Tensor:
+    """(F,) sums over the rows of all parts, (N, F) each."""
     return torch.stack([part.sum(dim=0) for part in parts]).sum(dim=0)
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_calls import Capture, refuse, say, small_store, write_table
 from stores import write_compressed
 
-from fairseq_knnlm.calibration import curves
+from fairseq_knnlm.calibration import curves, search
 from fairseq_knnlm.calibration.stored import read_calibration
 from fairseq_knnlm.cli import tune
 from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.errors import TableError
 from fairseq_knnlm.mixture.mixers import Fixed
 
 
@@ -66,6 +68,23 @@ def test_tune_says_where_nothing_helps(store: Datastore, tmp_path: Path, capsys:
     assert "calibration  language model alone, fitted on valid" in say(
         capsys, "info", "--dstore", store.path
     )
+
+
+def test_what_goes_wrong_beside_other_fits_is_told_once(
+    store: Datastore, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write_table(tmp_path / "valid.npz", store.fingerprint)
+    every = search.expert_sets
+
+    def fails(*_: object) -> None:
+        raise TableError("no good table")
+
+    monkeypatch.setattr(search, "expert_sets", lambda experts: every(experts) * 9)
+    monkeypatch.setattr(search, "fit_skip", fails)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    said = refuse(capsys, "tune", "--dstore", store.path, "--score-table", table)
+    assert said.count("no good table") == 1
+    assert not store.calibration_path.exists()
 
 
 def test_tune_draws_curves_where_it_can(

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fairseq_knnlm.calibration import fitting as module
 from fairseq_knnlm.calibration import gates
@@ -505,3 +506,28 @@ def test_the_loss_is_that_of_the_mixture() -> None:
     assert gate_loss(gate, examples).item() == pytest.approx(expected.item(), rel=1e-5)
     hopeless = Examples(torch.full((1, 3), -math.inf), torch.zeros(1, 4))
     assert gate_loss(gate, hopeless).item() == pytest.approx(-gates.FLOOR)
+
+
+@pytest.mark.parametrize("abstain", CONVENTIONS)
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_loss_has_the_gradients_of_mix(abstain: Abstain, knows: bool) -> None:
+    """With and without experts that abstain."""
+    gate = Gate(components(3), ["x"], 4, abstain=abstain).eval()
+    torch.nn.init.normal_(gate.layers[-1].weight, generator=torch.manual_seed(4))  # type: ignore[arg-type]
+    examples = planted(500)
+    columns, inputs = examples.log_probs, examples.inputs
+    assert columns.isnan().any()
+    if knows:
+        columns = columns.nan_to_num(-2.0)
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        gate.zero_grad()
+        loss.backward()
+        return [weight.grad.clone() for weight in gate.parameters() if weight.grad is not None]
+
+    plain = -mix(columns.clamp_min(gates.FLOOR), gate(inputs), abstain).mean()
+    ours = gate_loss(gate, Examples(columns, inputs))
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+    pairs = zip(gradients(ours), gradients(plain), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

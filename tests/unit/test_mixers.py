@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairseq_knnlm.mixture import mixers
 from fairseq_knnlm.mixture.components import LM, Component
 from fairseq_knnlm.mixture.mixers import FAR, Bins, Fixed, Gate, Mixer, first_column, gathered
 
@@ -101,8 +102,10 @@ def seen_by(gate: Gate, inputs: Tensor) -> Tensor:
     return seen[0]
 
 
-def test_a_gate_standardises_what_is_known() -> None:
+@pytest.mark.parametrize("at_a_time", [7, 500, 1000])
+def test_a_gate_standardises_what_is_known(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against NumPy's mean and deviation without what is missing."""
+    monkeypatch.setattr(mixers, "ROWS_AT_A_TIME", at_a_time)
     inputs = 30 + 4 * torch.randn(500, 3, generator=torch.manual_seed(2)) * torch.tensor([1, 9, 0])
     inputs[::5, 0], inputs[1::5, 1], inputs[2, 1] = math.nan, math.inf, -math.inf
     gate = random_gate(COMPONENTS, ["x"], 3)

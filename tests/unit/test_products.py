@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_knnlm.lm.products import LEAST_ROWS, OTHERS_AT_A_TIME, FastProducts, inner_products
+from fairseq_knnlm.lm.products import (
+    LEAST_ROWS,
+    OTHERS_AT_A_TIME,
+    FastProducts,
+    inner_products,
+    layer,
+)
 
 
 @pytest.mark.parametrize("rows", [1, LEAST_ROWS - 1, LEAST_ROWS, 1000])
@@ -42,3 +48,18 @@ def test_inner_products_of_texts(texts, length):
     expected = torch.einsum("bnd,bmd->bnm", rows.double(), others.double())
     found = inner_products(rows, others)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, LEAST_ROWS, 1000])
+def test_a_layer_has_the_gradients_of_double_precision(rows):
+    torch.manual_seed(rows)
+    given = [torch.randn(rows, 48), torch.randn(30, 48), torch.randn(30)]
+    given = [one.requires_grad_() for one in given]
+    doubles = [one.detach().double().requires_grad_() for one in given]
+    above = torch.randn(rows, 30)
+    found, expected = layer(*given), nn.functional.linear(*doubles)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    found.backward(above)
+    expected.backward(above.double())
+    for one, other in zip(given, doubles, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-4)

@@ -304,6 +304,21 @@ def test_one_seed_gives_one_calibration() -> None:
     assert fitted(one) != fitted(other)
 
 
+def test_what_is_fitted_does_not_depend_on_how_many_are_at_a_time() -> None:
+    """To the last digit: mixers, figures, and what tells which searches to skip."""
+    before = torch.random.get_rng_state()
+    one, two, three = (fit(keyed(told(1000)), workers=workers) for workers in (1, 2, 3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [one.default, len(one.skips)] == [two.default, len(two.skips)] and one.skips
+    for other in (two, three):
+        for ours, theirs in zip(one.mixtures, other.mixtures, strict=True):
+            assert replace(ours, mixer=theirs.mixer) == theirs
+            assert weights_of(ours.mixer) == weights_of(theirs.mixer)
+        for skip, again in zip(one.skips, other.skips, strict=True):
+            assert skip.quantiles == again.quantiles
+            assert weights_of(skip.gate) == weights_of(again.gate)
+
+
 def test_nothing_is_fitted_or_chosen_on_the_tokens_held_out() -> None:
     """Whatever stands there, mixers, choices and thresholds are the same; only figures change."""
     scores = keyed(told(1000))
