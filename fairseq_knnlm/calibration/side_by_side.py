@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from signal import SIG_BLOCK, SIGALRM, SIGINT, SIGTERM, pthread_sigmask
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,9 @@ import torch
 from fairseq_knnlm.signals import undisturbed
 
 T = TypeVar("T")
+
+#: Seconds that are waited at a time: a signal that comes just before is not heard of earlier.
+MOMENT = 0.5
 
 _mine = threading.local()
 
@@ -85,18 +89,22 @@ def _in_threads(
     stop = threading.Event()
 
     def begin() -> None:
-        torch.set_num_threads(1)  # which each thread has a number of its own of
+        # A signal that is given to this thread does not wake the one that waits, and has to act.
+        pthread_sigmask(SIG_BLOCK, {SIGINT, SIGTERM, SIGALRM})
+        torch.set_num_threads(1)  # a number that each thread has for itself
         _mine.stop = stop
 
     pool = ThreadPoolExecutor(workers, initializer=begin)
     try:
-        # A thread that was interrupted as it began is unknown to its pool, and never ends. Those
-        # begun here leave all signals to this one.
+        # A thread that was interrupted as it began is unknown to its pool, and never ends.
         with undisturbed():
             places = {pool.submit(works[place]): place for place in order}
-        for future in as_completed(places):
-            found[places[future]] = future.result()
-            told(places[future])
+        left = {*places}
+        while left:
+            done, left = wait(left, MOMENT, FIRST_COMPLETED)
+            for future in done:
+                found[places[future]] = future.result()
+                told(places[future])
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

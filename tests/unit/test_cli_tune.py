@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_calls import Capture, refuse, say, small_store, write_table
+from cli_calls import Capture, refuse, said_and_wrong, say, small_store, write_table
 from stores import write_compressed
 
 from fairseq_knnlm.calibration import curves, search
@@ -82,8 +82,11 @@ def test_what_goes_wrong_beside_other_fits_is_told_once(
     monkeypatch.setattr(search, "expert_sets", lambda experts: every(experts) * 9)
     monkeypatch.setattr(search, "fit_skip", fails)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    said = refuse(capsys, "tune", "--dstore", store.path, "--score-table", table)
-    assert said.count("no good table") == 1
+    words = ("tune", "--dstore", store.path, "--score-table", table)
+    out, wrong = said_and_wrong(capsys, 1, *words)
+    assert not out
+    # Below the bar.
+    assert [line for line in wrong.splitlines()[1:] if line] == ["error: no good table"]
     assert not store.calibration_path.exists()
 
 
