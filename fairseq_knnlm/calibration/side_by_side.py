@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from signal import SIG_BLOCK, SIGALRM, SIGINT, SIGTERM, pthread_sigmask
 from typing import TypeVar
 
 import torch
@@ -20,7 +19,8 @@ from fairseq_knnlm.signals import undisturbed
 
 T = TypeVar("T")
 
-#: Seconds that are waited at a time: a signal that comes just before is not heard of earlier.
+#: Seconds that are waited at a time. A request to end that comes just before a wait begins, or that
+#: the system gives to another thread, is heard of when the wait ends.
 MOMENT = 0.5
 
 _mine = threading.local()
@@ -89,8 +89,6 @@ def _in_threads(
     stop = threading.Event()
 
     def begin() -> None:
-        # A signal that is given to this thread does not wake the one that waits, and has to act.
-        pthread_sigmask(SIG_BLOCK, {SIGINT, SIGTERM, SIGALRM})
         torch.set_num_threads(1)  # a number that each thread has for itself
         _mine.stop = stop
 
