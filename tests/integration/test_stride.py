@@ -19,6 +19,7 @@ from cli_calls import Capture, refuse, say
 from conftest import Lab, must
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq.data import Dictionary
+from perplexity_page import page
 
 import fairseq_knnlm.tasks  # noqa: F401  for checkpoints of its models
 from fairseq_knnlm.calibration.table import read_table
@@ -109,6 +110,24 @@ def test_losses_are_those_of_the_loop(
     assert found["tokens_left_out"] == len(tokens) - len(places)
     assert found["conditions"]["stride"] == found["context"]["stride"] == stride
     assert table.card["context"]["stride"] == stride
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 8), (16, 16), (13, 1)])
+def test_the_sum_is_that_of_the_page(
+    lab: Lab, loop: Loop, tmp_path: Path, length: int, stride: int
+) -> None:
+    """The loop as it stands there, by labels; ``test_wrapped_stride`` has models of its library."""
+
+    def read(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        told = loop.model.get_normalized_probs(loop.model(ids), log_probs=True)
+        return torch.nn.functional.nll_loss(told[0, :-1], labels[0, 1:]), told
+
+    expected = page(read, loop.tokens(lab, "test")[None], length, stride)
+    found, table = results(lab, tmp_path, *at(length, stride))
+    assert found["tokens"] == expected.n_tokens
+    np.testing.assert_allclose(table["lm"], expected.log_probs, atol=1e-4)
+    mean = expected.nll_sum / expected.n_tokens
+    assert math.log(found["perplexity"]) == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.mark.parametrize("model", ["plain", "prenorm", "untied"])
