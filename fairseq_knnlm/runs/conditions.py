@@ -48,6 +48,9 @@ def stride(context: Mapping[str, Any]) -> int | None:
 def reach(context: Mapping[str, Any]) -> list[int] | None:
     """The fewest and the most tokens that stand before one, but for the beginning of the text.
 
+    They are what the model is given until it predicts: behind the window of a block comes the token
+    before the block's first one. What ``--add-bos-token`` puts there is not counted.
+
     Args:
         context: ``tokens_per_sample``, ``context_window`` and ``stride``, as a manifest's
             ``origin`` has them.
@@ -58,7 +61,7 @@ def reach(context: Mapping[str, Any]) -> list[int] | None:
     if isinstance(apart, int):  # windows of so many tokens, of which the last ones are predicted
         return [max(1, size - apart), size - 1]
     window = int(context.get("context_window") or 0)
-    return [window, window + size - 1]
+    return [window + 1, window + size]
 
 
 def condition_lines(found: Mapping[str, Any]) -> list[str]:

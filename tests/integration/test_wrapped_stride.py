@@ -22,8 +22,8 @@ from fairseq_knnlm.runs.wrapping import wrap
 
 #: The id that ends a line, of every tiny model.
 END = 2
-#: Lengths of windows, strides and tokens of the text. The last window predicts fewer tokens than the
-#: others in all but the first, a single one in the second; one text ends within its first window.
+#: Lengths of windows, strides and tokens of the text. The last window predicts fewer tokens than
+#: the others in most, a single one in the second; the last text ends within its first window.
 WINDOWS = [
     *((POSITIONS, 24, 312), (POSITIONS, 24, 313), (POSITIONS, POSITIONS, 300)),
     *((POSITIONS, POSITIONS - 1, 300), (POSITIONS, 7, 303), (20, 3, 90), (16, 16, 100)),
