@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +78,15 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
     """
     transformers = library()
     try:
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if dtype is None else getattr(torch, dtype),
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with quiet(transformers):
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else getattr(torch, dtype),
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"transformers cannot open the model in {folder}",
@@ -98,6 +102,25 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
         )
     found: nn.Module = model.eval()
     return found
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Keeps transformers from telling in its own words what is told here, or refused.
+
+    Its progress shows where a terminal shows it.
+    """
+    says = transformers.utils.logging
+    level, bars = says.get_verbosity(), says.is_progress_bar_enabled()
+    says.set_verbosity_error()
+    if not sys.stderr.isatty():
+        says.disable_progress_bar()
+    try:
+        yield
+    finally:
+        says.set_verbosity(level)
+        if bars:
+            says.enable_progress_bar()
 
 
 def open_tokenizer(folder: Path) -> Any:

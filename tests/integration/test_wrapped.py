@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_calls import Capture, refuse
 from hf_models import CONFIGS, POSITIONS, SIZE, as_symbols, opened, save_model, some_ids
 
 from fairseq_knnlm.errors import KnnlmError
@@ -110,59 +111,79 @@ def test_weights_in_bfloat16_stay_so(tmp_path: Path) -> None:
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
 
 
-def spoilt_config(folder: Path, **more: Any) -> None:
-    path = folder / "config.json"
+def spoilt(path: Path, **more: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
-def refused(match: str, folder: Path, module: str | None = None, out: Path | None = None) -> None:
-    """``wrap`` says so, and leaves nothing behind."""
+def spoilt_config(folder: Path, **more: Any) -> None:
+    spoilt(folder / "config.json", **more)
+
+
+def refused(
+    capsys: Capture, match: str, folder: Path, module: str | None = None, out: Path | None = None
+) -> None:
+    """``wrap`` says so in one message, and leaves nothing behind."""
     out = out or folder.parent / "out"
     before = out.exists()
-    with pytest.raises(KnnlmError, match=match):
-        wrap(folder, out, None, module)
+    more = () if module is None else ("--knn-module", module)
+    said = refuse(capsys, "wrap", "--hf", folder, "--out", out, *more)
+    assert re.search(match, said), said
+    assert said.count("error: ") == 1 and "  expected: " in said and "  found:    " in said
     assert out.exists() == before
 
 
-def test_folders_that_are_refused(tmp_path: Path) -> None:
+def test_folders_that_are_refused(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "hf"
-    refused("holds no model", folder)
+    refused(capsys, "holds no model", folder)
     save_model(folder, "llama")
-    refused("into the folder of the model", folder, out=folder)
-    refused("cannot be written", folder, out=folder / "config.json")
+    refused(capsys, "into the folder of the model", folder, out=folder)
+    refused(capsys, "cannot be written", folder, out=folder / "config.json")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    refused("cannot open the model", folder)
+    refused(capsys, "cannot open the model", folder)
     weights.write_bytes(b"x" * 100)
-    refused("cannot open the model", folder)
+    refused(capsys, "cannot open the model", folder)
     weights.unlink()
-    refused("found:    no weights", folder)
+    refused(capsys, "found:    no weights", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused("pytorch_model.bin, which could run code", folder)
+    refused(capsys, "pytorch_model.bin, which could run code", folder)
     weights.write_bytes(whole)
     spoilt_config(folder, quantization_config={"quant_method": "gptq"})
-    refused("are quantised", folder)
+    refused(capsys, "are quantised", folder)
     spoilt_config(folder, auto_map={"AutoModel": "code.Model"})
-    refused("code of its own", folder)
+    refused(capsys, "code of its own", folder)
     (folder / "config.json").write_text("{")
-    refused("config.json cannot be read", folder)
+    refused(capsys, "config.json cannot be read", folder)
 
 
-def test_settings_that_do_not_fit_the_weights(tmp_path: Path) -> None:
+def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    """Without a question, as transformers asks one; the code is not even looked for."""
+    folder, ran = tmp_path / "hf", tmp_path / "ran"
+    save_model(folder, "llama")
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    spoilt(folder / "tokenizer_config.json", tokenizer_class="Own")
+    spoilt(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Own", None]})
+    refused(capsys, "contains custom code", folder)
+    spoilt(folder / "config.json", auto_map={"AutoModelForCausalLM": "code.Own"})
+    refused(capsys, "brings code of its own, which is not run", folder)
+    assert not ran.exists()
+
+
+def test_settings_that_do_not_fit_the_weights(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "hf"
     save_model(folder, "llama")
     spoilt_config(folder, num_hidden_layers=3)
-    refused("weights are missing", folder)
+    refused(capsys, "weights are missing", folder)
     spoilt_config(folder, num_hidden_layers=2, intermediate_size=40)
-    refused("another shape|cannot open the model", folder)
+    refused(capsys, "another shape|cannot open the model", folder)
     spoilt_config(folder, intermediate_size=48, model_type="t5")
-    refused("cannot open the model", folder)
+    refused(capsys, "cannot open the model", folder)
     spoilt_config(folder, model_type="never_heard_of")
-    refused("cannot open the", folder)
+    refused(capsys, "cannot open the", folder)
 
 
-def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any) -> None:
+def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any, capsys: Capture) -> None:
     """With more tokens than the model has; or with another end of a text, which is said."""
     folder = tmp_path / "hf"
     save_model(folder, "llama")
@@ -170,24 +191,24 @@ def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any) -> None:
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["vocab"] |= {f"w{number}": number for number in range(SIZE, SIZE + 3)}
     path.write_text(json.dumps(tokenizer))
-    refused("tokenizer in .* is another model's", folder)
+    refused(capsys, "tokenizer in .* is another model's", folder)
     for one in ("tokenizer.json", "tokenizer_config.json"):
         (folder / one).unlink()
-    refused("cannot open the tokenizer", folder)
+    refused(capsys, "cannot open the tokenizer", folder)
     save_model(folder, "llama")
     spoilt_config(folder, eos_token_id=5)
     wrap(folder, tmp_path / "out", None, None)
     assert "ends a text by id 5, its tokenizer by id 2, </s>" in caplog.text
 
 
-def test_where_keys_are_read_may_be_named(tmp_path: Path) -> None:
+def test_where_keys_are_read_may_be_named(tmp_path: Path, capsys: Capture) -> None:
     """Of a family that nobody here knows, it must be."""
     folder = tmp_path / "hf"
     save_model(folder, "bloom")
-    refused("--knn-module, such as", folder)
-    refused("names no module", folder, "transformer.h.7.mlp")
-    refused("not given a vector for each token", folder, "transformer.h")
-    refused("not given a vector for each token", folder, "transformer.word_embeddings")
+    refused(capsys, "--knn-module, such as", folder)
+    refused(capsys, "names no module", folder, "transformer.h.7.mlp")
+    refused(capsys, "not given a vector for each token", folder, "transformer.h")
+    refused(capsys, "not given a vector for each token", folder, "transformer.word_embeddings")
     wrap(folder, tmp_path / "out", None, "transformer.h.1.mlp.dense_4h_to_h")
     model, dictionary = opened(tmp_path / "out")
     assert check_model(model, "last_ffn_input") == 4 * 32
@@ -201,16 +222,6 @@ def test_where_keys_are_read_may_be_named(tmp_path: Path) -> None:
     padded = torch.nn.functional.pad(tokens, (4, 0), value=dictionary.pad())
     alike = lm.encode({"src_tokens": padded}, padded.ne(dictionary.pad()))
     assert torch.allclose(alike.features, found.features, atol=1e-4)
-
-
-def test_without_the_library(tmp_path: Path, monkeypatch: Any) -> None:
-    """To wrap a model, and to open one that was wrapped elsewhere."""
-    save_model(tmp_path / "hf", "gpt2")
-    wrap(tmp_path / "hf", tmp_path / "out", None, None)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    refused(r"pip install 'fairseq-knnlm\[hf\]'", tmp_path / "hf", out=tmp_path / "another")
-    with pytest.raises(KnnlmError, match="is not installed"):
-        opened(tmp_path / "out")
 
 
 def test_the_dictionary_of_another_model(tmp_path: Path) -> None:
