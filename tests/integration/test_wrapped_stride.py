@@ -18,6 +18,7 @@ from perplexity_page import page
 from tiny_world import PLUGIN, preprocessing
 
 from fairseq_knnlm.calibration.table import read_table
+from fairseq_knnlm.errors import ConfigError
 from fairseq_knnlm.runs.wrapping import wrap
 
 #: The id that ends a line, of every tiny model.
@@ -104,3 +105,17 @@ def test_the_windows_are_of_all_kinds() -> None:
     assert lasts[-1] == found[-1].n_tokens == 30
     short = [last < stride for last, (_, stride, _) in zip(lasts, WINDOWS, strict=True)]
     assert short == [False, *[True] * 6, False, False]  # of a stride of 1 none is short
+
+
+@pytest.mark.parametrize("wrapped", ["llama"], indirect=True)
+def test_windows_that_are_longer_than_the_positions(wrapped: Wrapped, tmp_path: Path) -> None:
+    """Of a window all but the last token is read."""
+    ids, to = text_of(60), tmp_path / "results.json"
+    words = [wrapped.data(ids), *PLUGIN, "--path", wrapped.folder / "out" / "checkpoint.pt"]
+    words += ["--gen-subset", "test", "--stride", 9, "--cpu", "--num-workers", 0]
+    longer = [str(one) for one in [*words, "--results-json", to]]
+    with pytest.raises(ConfigError, match=f"--tokens-per-sample up to {POSITIONS + 1}"):
+        eval_lm([*longer, "--tokens-per-sample", str(POSITIONS + 2)])
+    assert not to.exists()
+    eval_lm([*longer, "--tokens-per-sample", str(POSITIONS + 1)])
+    assert json.loads(to.read_text())["tokens"] == 59
