@@ -74,16 +74,17 @@ def condition_lines(found: Mapping[str, Any]) -> list[str]:
     if not known or known["context_of_queries"] is None:
         return []
     parts = [
-        f"{_tokens(known['context_of_queries'])} before each token, stride {known['stride']:,}"
+        f"{tokens_told(known['context_of_queries'])} before each token, stride {known['stride']:,}"
     ]
     for split, context in zip(known["datastores_of"], known["context_of_keys"], strict=True):
         of = f"of {split}" if split else "of a text that is not named"
-        parts.append(f"keys {of}" + (f", {_tokens(context)} before each" if context else ""))
+        parts.append(f"keys {of}" + (f", {tokens_told(context)} before each" if context else ""))
     if (fitted := known["fitted_on"]) is not None:
         parts.append(f"fitted on {fitted['split']}, {fitted['tokens']:,} tokens")
     return ["; ".join(parts)]
 
 
-def _tokens(reach: list[int]) -> str:
+def tokens_told(reach: list[int]) -> str:
+    """The fewest and the most tokens, in words."""
     least, most = reach
     return f"{least:,} to {most:,} tokens"

@@ -322,7 +322,8 @@ def test_text_is_added_at_the_same_stride(
     path = tmp_path / "store"
     lab.evaluate("valid", *at(16, 8, "--save-knnlm-dstore", "--dstore-mmap", path, "--dstore-fp32"))
     model = ["--path", lab.checkpoint(), "--cpu", "--num-workers", 0]
-    must("fairseq-knnlm", "append", path, lab.data, "--gen-subset", "test", *model)
+    said = must("fairseq-knnlm", "append", path, lab.data, "--gen-subset", "test", *model)
+    assert "those that are added" not in said
     tokens = [loop.tokens(lab, split) for split in ("valid", "test")]
     read = [loop.read(some, 16, 8) for some in tokens]
     found = open_datastore(path)
@@ -332,3 +333,6 @@ def test_text_is_added_at_the_same_stride(
     keys = np.concatenate([keys for *_, keys in read])
     np.testing.assert_allclose(np.array(found.keys), keys, atol=1e-4)
     assert "stride 8" in say(capsys, "info", "--dstore", path)
+    other = [*model, "--tokens-per-sample", 16, "--stride", 4]
+    said = must("fairseq-knnlm", "append", path, lab.data, "--gen-subset", "test", *other)
+    assert "8 to 15 tokens of their text, those that are added after 12 to 15 tokens" in said
