@@ -104,6 +104,23 @@ def test_a_longer_text_than_positions_is_refused(wrapped: Any) -> None:
         language_model(model).encode({"src_tokens": tokens}, tokens.ne(dictionary.pad()))
 
 
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    """As large models have them; one that is gone is missed."""
+    folder = tmp_path / "hf"
+    theirs = save_model(folder, "gpt2")
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 1 and (folder / "model.safetensors.index.json").is_file()
+    wrap(folder, tmp_path / "out", None, None)
+    model, _ = opened(tmp_path / "out")
+    ours = dict(model.decoder.causal.lm.named_parameters())
+    assert all(torch.equal(ours[name], one) for name, one in theirs.named_parameters())
+    files[-1].unlink()
+    with pytest.raises(KnnlmError, match="cannot open the model"):
+        wrap(folder, tmp_path / "again", None, None)
+
+
 def test_weights_in_bfloat16_stay_so(tmp_path: Path) -> None:
     save_model(tmp_path / "hf", "llama")
     wrap(tmp_path / "hf", tmp_path / "out", "bfloat16", None)
@@ -204,7 +221,7 @@ def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any, capsys: Cap
 def test_where_keys_are_read_may_be_named(tmp_path: Path, capsys: Capture) -> None:
     """Of a family that nobody here knows, it must be."""
     folder = tmp_path / "hf"
-    save_model(folder, "bloom")
+    theirs = save_model(folder, "bloom")
     refused(capsys, "--knn-module, such as", folder)
     refused(capsys, "names no module", folder, "transformer.h.7.mlp")
     refused(capsys, "not given a vector for each token", folder, "transformer.h")
@@ -213,11 +230,20 @@ def test_where_keys_are_read_may_be_named(tmp_path: Path, capsys: Capture) -> No
     model, dictionary = opened(tmp_path / "out")
     assert check_model(model, "last_ffn_input") == 4 * 32
     assert check_model(model, "decoder_output") == 32
-    tokens = as_symbols(dictionary, some_ids(2, 9))
+    ids = some_ids(2, 9)
+    tokens, caught = as_symbols(dictionary, ids), []
+    theirs.transformer.h[1].mlp.dense_4h_to_h.register_forward_pre_hook(
+        lambda _, given: caught.append(given[0])
+    )
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits.log_softmax(-1).flatten(0, 1)
     lm = language_model(model, "last_ffn_input")
     found = lm.encode({"src_tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool))
     assert found.keys is not None
-    assert found.keys.shape == (18, 4 * 32)
+    torch.testing.assert_close(found.keys, caught[0].flatten(0, 1), rtol=1e-5, atol=1e-5)
+    columns = as_symbols(dictionary, torch.arange(3, 90)[None])[0]
+    told = lm.log_probs(found.features)[:, columns]
+    torch.testing.assert_close(told, expected[:, 3:90], rtol=1e-4, atol=1e-4)
     assert not lm.reads_ahead
     padded = torch.nn.functional.pad(tokens, (4, 0), value=dictionary.pad())
     alike = lm.encode({"src_tokens": padded}, padded.ne(dictionary.pad()))
