@@ -35,18 +35,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             found="no config.json" if folder.is_dir() else "no such folder",
             do="name the folder that save_pretrained wrote, or a clone of the model's repository",
         )
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(
-            f"{path} cannot be read", expected="a model's configuration, as JSON", found=str(error)
-        ) from error
-    if "auto_map" in config:
-        raise ModelError(
-            f"the model in {folder} brings code of its own, which is not run",
-            expected="a model that transformers itself has",
-            found=f"auto_map in config.json: {', '.join(config['auto_map'])}",
-        )
+    config = without_code(path, "model")
     if "quantization_config" in config:
         raise ModelError(
             f"the weights in {folder} are quantised",
@@ -61,6 +50,37 @@ def check_folder(folder: Path) -> dict[str, Any]:
             expected="model.safetensors",
             found=f"{', '.join(pickled)}, which could run code" if pickled else "no weights",
             do="save the model again by save_pretrained, in transformers 4.35 or later",
+        )
+    return config
+
+
+def without_code(path: Path, what: str) -> dict[str, Any]:
+    """What a configuration says.
+
+    Args:
+        path: of it.
+        what: it is of, ``"model"`` or ``"tokenizer"``.
+
+    Raises:
+        ModelError: where it cannot be read, or names code that comes with it.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path} cannot be read", expected=f"a {what}'s configuration, as JSON", found=error
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"{path} cannot be read",
+            expected=f"a {what}'s configuration",
+            found=type(config).__name__,
+        )
+    if "auto_map" in config:
+        raise ModelError(
+            f"the {what} in {path.parent} brings code of its own, which is not run",
+            expected=f"a {what} that transformers itself has",
+            found=f"auto_map in {path.name}: {str(config['auto_map'])[:200]}",
         )
     return config
 
@@ -85,6 +105,7 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # which are named below
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -128,8 +149,10 @@ def open_tokenizer(folder: Path) -> Any:
 
     Raises:
         ConfigError: where transformers is not installed.
-        ModelError: where there is none, or one that runs in Python alone.
+        ModelError: where there is none, or one that runs in Python alone, or by code of its own.
     """
+    if (settings := folder / "tokenizer_config.json").is_file():
+        without_code(settings, "tokenizer")
     try:
         found = library().AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True

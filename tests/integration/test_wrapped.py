@@ -174,16 +174,22 @@ def test_folders_that_are_refused(tmp_path: Path, capsys: Capture) -> None:
     refused(capsys, "config.json cannot be read", folder)
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    """Without a question, as transformers asks one; the code is not even looked for."""
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_code_that_comes_with_a_model_is_not_run(
+    family: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """Nor passed over, where transformers has a tokenizer of its own for the family."""
     folder, ran = tmp_path / "hf", tmp_path / "ran"
-    save_model(folder, "llama")
+    save_model(folder, family)
     (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
-    spoilt(folder / "tokenizer_config.json", tokenizer_class="Own")
-    spoilt(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Own", None]})
-    refused(capsys, "contains custom code", folder)
+    tokenizer = folder / "tokenizer_config.json"
+    spoilt(tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.Own", None]})
+    refused(capsys, "the tokenizer in .* brings code of its own, which is not run", folder)
     spoilt(folder / "config.json", auto_map={"AutoModelForCausalLM": "code.Own"})
-    refused(capsys, "brings code of its own, which is not run", folder)
+    refused(capsys, "the model in .* brings code of its own, which is not run", folder)
+    tokenizer.write_text("[]")
+    (folder / "config.json").write_text("[]")
+    refused(capsys, "config.json cannot be read", folder)
     assert not ran.exists()
 
 
@@ -193,7 +199,7 @@ def test_settings_that_do_not_fit_the_weights(tmp_path: Path, capsys: Capture) -
     spoilt_config(folder, num_hidden_layers=3)
     refused(capsys, "weights are missing", folder)
     spoilt_config(folder, num_hidden_layers=2, intermediate_size=40)
-    refused(capsys, "another shape|cannot open the model", folder)
+    refused(capsys, "none, or of another shape, for model.layers.0.mlp", folder)
     spoilt_config(folder, intermediate_size=48, model_type="t5")
     refused(capsys, "cannot open the model", folder)
     spoilt_config(folder, model_type="never_heard_of")

@@ -213,6 +213,8 @@ def test_text_is_written_and_explained(
     assert "w1 w2 w3" in again
     refused = refuse(capsys, *command, "--prompts", prompts, "--new-tokens", 80)
     assert "too long for the model" in refused
+    told = ("explain", "--dstore", memory, *reading, "--text", "w1 " * 99)
+    assert "the text is longer than the model reads" in refuse(capsys, *told)
 
 
 def test_at_lambda_0_a_text_is_that_of_transformers(
