@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +35,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             found="no config.json" if folder.is_dir() else "no such folder",
             do="name the folder that save_pretrained wrote, or a clone of the model's repository",
         )
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(
-            f"{path} cannot be read", expected="a model's configuration, as JSON", found=str(error)
-        ) from error
-    if "auto_map" in config:
-        raise ModelError(
-            f"the model in {folder} brings code of its own, which is not run",
-            expected="a model that transformers itself has",
-            found=f"auto_map in config.json: {', '.join(config['auto_map'])}",
-        )
+    config = without_code(path, "model")
     if "quantization_config" in config:
         raise ModelError(
             f"the weights in {folder} are quantised",
@@ -62,6 +54,37 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return config
 
 
+def without_code(path: Path, what: str) -> dict[str, Any]:
+    """What a configuration says.
+
+    Args:
+        path: of it.
+        what: it is of, ``"model"`` or ``"tokenizer"``.
+
+    Raises:
+        ModelError: where it cannot be read, or names code that comes with it.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path} cannot be read", expected=f"a {what}'s configuration, as JSON", found=error
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"{path} cannot be read",
+            expected=f"a {what}'s configuration",
+            found=type(config).__name__,
+        )
+    if "auto_map" in config:
+        raise ModelError(
+            f"the {what} in {path.parent} brings code of its own, which is not run",
+            expected=f"a {what} that transformers itself has",
+            found=f"auto_map in {path.name}: {str(config['auto_map'])[:200]}",
+        )
+    return config
+
+
 def open_model(folder: Path, dtype: str | None) -> nn.Module:
     """The model of a folder, weights loaded.
 
@@ -75,14 +98,16 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
     """
     transformers = library()
     try:
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if dtype is None else getattr(torch, dtype),
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with quiet(transformers):
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else getattr(torch, dtype),
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # which are named below
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"transformers cannot open the model in {folder}",
@@ -100,13 +125,34 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
     return found
 
 
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Keeps transformers from telling in its own words what is told here, or refused.
+
+    Its progress shows where a terminal shows it.
+    """
+    says = transformers.utils.logging
+    level, bars = says.get_verbosity(), says.is_progress_bar_enabled()
+    says.set_verbosity_error()
+    if not sys.stderr.isatty():
+        says.disable_progress_bar()
+    try:
+        yield
+    finally:
+        says.set_verbosity(level)
+        if bars:
+            says.enable_progress_bar()
+
+
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, of the library ``tokenizers``.
 
     Raises:
         ConfigError: where transformers is not installed.
-        ModelError: where there is none, or one that runs in Python alone.
+        ModelError: where there is none, or one that runs in Python alone, or by code of its own.
     """
+    if (settings := folder / "tokenizer_config.json").is_file():
+        without_code(settings, "tokenizer")
     try:
         found = library().AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True

@@ -16,6 +16,7 @@ from fairseq_knnlm.errors import DatastoreError
 from fairseq_knnlm.files import Claim
 from fairseq_knnlm.index.card import read_card
 from fairseq_knnlm.index.cutting import cut_index
+from fairseq_knnlm.runs.conditions import reach, tokens_told
 from fairseq_knnlm.runs.options import SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def plan_onto(path: Path, plan: Plan, options: SavingOptions) -> Plan:
 def check_fits(store: Datastore, origin: Origin, width: int, options: SavingOptions) -> None:
     """Refuses a text whose keys cannot stand beside those of the datastore.
 
-    Those that are computed in another type can, and it is said.
+    Those that are computed in another type can, or after more or fewer tokens, and it is said.
 
     Raises:
         DatastoreError: naming the difference.
@@ -92,6 +93,14 @@ def check_fits(store: Datastore, origin: Origin, width: int, options: SavingOpti
             "are near each other, and not the same. Add text with the datastore's own --lm-dtype "
             "where figures matter.",
             *(store.path, then, now),
+        )
+    before, here = (reach(one.context) for one in (store.manifest.origin, origin))
+    if before and here and before != here:
+        logger.warning(
+            "the keys of %s stand after %s of their text, those that are added after %s, and "
+            "results will tell the former. Leave out --tokens-per-sample, --context-window and "
+            "--stride where figures matter: the text is then read as the datastore's was.",
+            *(store.path, tokens_told(before), tokens_told(here)),
         )
 
 

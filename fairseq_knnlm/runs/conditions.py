@@ -48,6 +48,9 @@ def stride(context: Mapping[str, Any]) -> int | None:
 def reach(context: Mapping[str, Any]) -> list[int] | None:
     """The fewest and the most tokens that stand before one, but for the beginning of the text.
 
+    They are what the model is given until it predicts: behind the window of a block comes the token
+    before the block's first one. What ``--add-bos-token`` puts there is not counted.
+
     Args:
         context: ``tokens_per_sample``, ``context_window`` and ``stride``, as a manifest's
             ``origin`` has them.
@@ -58,7 +61,7 @@ def reach(context: Mapping[str, Any]) -> list[int] | None:
     if isinstance(apart, int):  # windows of so many tokens, of which the last ones are predicted
         return [max(1, size - apart), size - 1]
     window = int(context.get("context_window") or 0)
-    return [window, window + size - 1]
+    return [window + 1, window + size]
 
 
 def condition_lines(found: Mapping[str, Any]) -> list[str]:
@@ -71,16 +74,17 @@ def condition_lines(found: Mapping[str, Any]) -> list[str]:
     if not known or known["context_of_queries"] is None:
         return []
     parts = [
-        f"{_tokens(known['context_of_queries'])} before each token, stride {known['stride']:,}"
+        f"{tokens_told(known['context_of_queries'])} before each token, stride {known['stride']:,}"
     ]
     for split, context in zip(known["datastores_of"], known["context_of_keys"], strict=True):
         of = f"of {split}" if split else "of a text that is not named"
-        parts.append(f"keys {of}" + (f", {_tokens(context)} before each" if context else ""))
+        parts.append(f"keys {of}" + (f", {tokens_told(context)} before each" if context else ""))
     if (fitted := known["fitted_on"]) is not None:
         parts.append(f"fitted on {fitted['split']}, {fitted['tokens']:,} tokens")
     return ["; ".join(parts)]
 
 
-def _tokens(reach: list[int]) -> str:
+def tokens_told(reach: list[int]) -> str:
+    """The fewest and the most tokens, in words."""
     least, most = reach
     return f"{least:,} to {most:,} tokens"

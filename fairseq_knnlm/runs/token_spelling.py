@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
 from fairseq_knnlm.runs.inputs import Vocabulary
-from fairseq_knnlm.runs.tokenizer import Tokenizer, text_of_each
+from fairseq_knnlm.runs.tokenizer import TRANSFORMERS, Tokenizer, text_of_each
 
 
 class AnySpelling(Protocol):
@@ -72,24 +72,39 @@ class TokenizerSpelling:
         return found
 
     def pieces(self, tokens: Iterable[int]) -> list[str]:
-        """The text of each token; one after the other they are the whole text."""
-        return self._told(tokens, lambda ids: text_of_each(self._tokenizer, ids))
+        """The text of each token; one after the other they are the whole text.
+
+        Where several make a character, the last of them has it, and the others have nothing.
+        """
+        found: list[str] = []
+        for ends, run in self._lines(tokens):
+            found += ["\n" for _ in run] if ends else self._pieces(run)
+        return found
 
     def text(self, tokens: Iterable[int]) -> str:
         """The text of all tokens, in which an end of a line or document is an end of line."""
-        return "".join(self._told(tokens, lambda ids: [self._tokenizer.text(ids)]))
+        lines = self._lines(tokens)
+        return "".join("\n" * len(run) if ends else self._text(run) for ends, run in lines)
 
-    def _told(self, tokens: Iterable[int], tell: Callable[[Sequence[int]], list[str]]) -> list[str]:
-        found: list[str] = []
-        for known, run in groupby(tokens, self._own.__contains__):
-            some = [*run]
-            found += tell([self._own[one] for one in some]) if known else map(self._alone, some)
-        return found
+    def _lines(self, tokens: Iterable[int]) -> Iterator[tuple[bool, list[int]]]:
+        """Ends of lines, of which several may follow each other, and what stands between them."""
+        for ends, run in groupby(tokens, self.vocabulary.eos.__eq__):
+            yield ends, [*run]
+
+    def _pieces(self, line: list[int]) -> list[str]:
+        """A line token by token; one that is not the tokenizer's interrupts what it reads not."""
+        known = [self._own[token] for token in line if token in self._own]
+        told = iter(text_of_each(self._tokenizer, known))
+        return [next(told) if token in self._own else self._alone(token) for token in line]
+
+    def _text(self, line: list[int]) -> str:
+        if all(token in self._own for token in line):
+            return self._tokenizer.text([self._own[token] for token in line])
+        return "".join(self._pieces(line))
 
     def _alone(self, token: int) -> str:
-        """A token that is none of the tokenizer's."""
+        """A token that is none of the tokenizer's: a model may have more ids, which are no text."""
         types = self.vocabulary
-        if token == types.eos:
-            return "\n"
         symbol = types.symbols[token]
-        return "" if token in (types.pad, types.bos) or symbol == "<s>" else symbol
+        spare = self._tokenizer.kind == TRANSFORMERS and symbol.isdecimal()
+        return "" if spare or token in (types.pad, types.bos) or symbol == "<s>" else symbol

@@ -74,11 +74,13 @@ class Ids:
     Args:
         tokenizer: ``tokenizers.Tokenizer``.
         special: ids that stand for symbols of fairseq's own, by the symbol.
+        lines: whether it is given a text line by line, as fairseq-preprocess is.
     """
 
-    kind, lines = TRANSFORMERS, False
+    kind = TRANSFORMERS
 
-    def __init__(self, tokenizer: Any, special: dict[str, int]) -> None:
+    def __init__(self, tokenizer: Any, special: dict[str, int], lines: bool = False) -> None:
+        self.lines = lines
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # a text is text, whatever is called like them
@@ -139,12 +141,13 @@ def open_pieces(path: Path) -> Pieces:
         ) from None
 
 
-def open_ids(path: Path, special: dict[str, int]) -> Ids:
+def open_ids(path: Path, special: dict[str, int], lines: bool = False) -> Ids:
     """Opens a ``tokenizer.json``.
 
     Args:
         path: of the file.
         special: ids that stand for symbols of fairseq's own, by the symbol.
+        lines: whether it is given a text line by line.
 
     Raises:
         ConfigError: where it is none, or tokenizers is not installed.
@@ -154,7 +157,7 @@ def open_ids(path: Path, special: dict[str, int]) -> Ids:
     except ImportError as error:
         raise _not_installed("tokenizers", "fairseq-knnlm[hf]", error) from error
     try:
-        return Ids(tokenizers.Tokenizer.from_file(str(path)), special)
+        return Ids(tokenizers.Tokenizer.from_file(str(path)), special, lines)
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(
             f"{path} is no tokenizer",

@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from fairseq.data.encoders import register_bpe
 from fairseq.dataclass import FairseqDataclass
 
 from fairseq_knnlm.errors import ConfigError
-from fairseq_knnlm.runs.hf_pieces import Pieces, read_pieces
-from fairseq_knnlm.runs.spelling import join_words
+from fairseq_knnlm.runs.tokenizer import open_ids
 
 #: Ids of the model that stand in a dictionary under names of fairseq's.
 SPECIAL = 3
@@ -34,7 +32,8 @@ class HfTokenizer:
     letter.
 
     Raises:
-        ConfigError: where there is no such file, or ``tokenizers`` is not installed.
+        ConfigError: where there is no such file, it is no tokenizer, or ``tokenizers`` is not
+            installed.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -45,43 +44,16 @@ class HfTokenizer:
                 expected="--hf-tokenizer FILE, the tokenizer.json that `fairseq-knnlm wrap` wrote",
                 found=f"no file {path}" if cfg.hf_tokenizer else "nothing",
             )
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ConfigError(
-                "--bpe hf_tokenizer needs the library tokenizers, which is not installed",
-                expected="the extra hf of this package",
-                found=str(error),
-                do="pip install 'fairseq-knnlm[hf]'",
-            ) from error
-        self._tokenizer: Any = Tokenizer.from_file(str(path))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
         self.path = path
+        self.tokenizer = open_ids(path, {}, lines=True)
 
     def encode(self, text: str) -> str:
         """The ids of a text, nothing added to it."""
-        return " ".join(map(str, self._tokenizer.encode(text, add_special_tokens=False).ids))
+        return " ".join(map(str, self.tokenizer.ids(text)))
 
     def decode(self, symbols: str) -> str:
         """The text of ids, as it was."""
-        ids = [int(one) for one in symbols.split() if one.isdecimal()]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
-
-    def piece(self, symbol: str, begins_line: bool) -> bytes:
-        """A symbol of the dictionary as text in UTF-8; one of fairseq's own as it is."""
-        if not symbol.isdecimal():
-            return symbol.encode()
-        number, pieces = int(symbol), self._pieces
-        if pieces is None:
-            return join_words(self.decode(symbol), begins_line)
-        found = pieces.of.get(number, b"")  # the model may have more ids than the tokenizer
-        return pieces.first.get(number, found) if begins_line else found
-
-    @cached_property
-    def _pieces(self) -> Pieces | None:
-        return read_pieces(self._tokenizer.to_str())
+        return self.tokenizer.text([int(one) for one in symbols.split() if one.isdecimal()])
 
     def check(self, symbols: Sequence[str]) -> None:
         """Refuses the tokenizer of another model.
@@ -92,8 +64,8 @@ class HfTokenizer:
         Raises:
             ConfigError: where it has ids that the dictionary has not.
         """
-        size, known = self._tokenizer.get_vocab_size(), set(symbols)
-        lacking = sum(str(number) not in known for number in range(size))
+        size, known = len(self.tokenizer.symbols), set(symbols)
+        lacking = sum(symbol not in known for symbol in self.tokenizer.symbols)
         if lacking > SPECIAL:
             raise ConfigError(
                 f"{self.path} is not the tokenizer of the model that the data is for",

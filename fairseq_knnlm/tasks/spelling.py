@@ -22,7 +22,7 @@ from fairseq_knnlm.runs.spelling import (
     pieces_of,
 )
 from fairseq_knnlm.runs.token_spelling import AnySpelling, TokenizerSpelling
-from fairseq_knnlm.runs.tokenizer import Pieces
+from fairseq_knnlm.runs.tokenizer import Pieces, Tokenizer
 from fairseq_knnlm.tasks.encoded import encoded_in
 from fairseq_knnlm.tasks.hf_tokenizer import HfTokenizer
 
@@ -45,9 +45,8 @@ def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> AnySpelling:
     bpe, tokenizer = _built(build_bpe, cfg.bpe), _built(build_tokenizer, cfg.tokenizer)
     if isinstance(bpe, HfTokenizer):
         bpe.check(vocabulary.symbols)
-
-    if isinstance(bpe, SentencepieceBPE) and tokenizer is None and not bpe.enable_sampling:
-        return TokenizerSpelling(vocabulary, unknown, Pieces(bpe.sp))
+    if tokenizer is None and (exact := _exact(bpe)) is not None:
+        return TokenizerSpelling(vocabulary, unknown, exact)
 
     def split(line: str) -> Sequence[str]:
         if bpe is None and (mark := pieces_of(vocabulary.symbols)):
@@ -59,10 +58,17 @@ def spelling(cfg: Any, vocabulary: Vocabulary, unknown: int) -> AnySpelling:
     return Spelling(vocabulary, split, _join(bpe, vocabulary), unknown)
 
 
+def _exact(bpe: Any) -> Tokenizer | None:
+    """A tokenizer that ``--bpe`` names and that tells text exactly; None of one that does not."""
+    if isinstance(bpe, HfTokenizer):
+        return bpe.tokenizer
+    if isinstance(bpe, SentencepieceBPE) and not bpe.enable_sampling:
+        return Pieces(bpe.sp)
+    return None
+
+
 def _join(bpe: Any, vocabulary: Vocabulary) -> Join:
     """What fits the dictionary, which tells more surely than a flag; else what ``--bpe`` says."""
-    if isinstance(bpe, HfTokenizer):
-        return bpe.piece
     mark = pieces_of(vocabulary.symbols)
     if mark:
         return join_pieces if mark == WORD_BEGINS else join_halves

@@ -63,11 +63,45 @@ def test_the_standard_error_is_that_of_batch_means(found: dict[str, Any]) -> Non
 def test_conditions(found: dict[str, Any]) -> None:
     assert found["conditions"] == {
         "stride": 8,
-        "context_of_queries": [8, 15],
-        "context_of_keys": [[8, 15]],
+        "context_of_queries": [9, 16],
+        "context_of_keys": [[9, 16]],
         "datastores_of": ["train"],
         "fitted_on": None,
     }
+
+
+def positions_read(lab: Lab, length: int, window: int) -> list[int]:
+    """By fairseq's own task and loader: positions that the model reads, up to each query's own."""
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    words = lab.command("test", "--tokens-per-sample", length - window)
+    words[words.index("knn_lm")] = "language_modeling"
+    args = options.parse_args_and_arch(options.get_eval_lm_parser(), words)
+    task = tasks.setup_task(convert_namespace_to_omegaconf(args).task)
+    task.load_dataset("test")
+    loader = task.eval_lm_dataloader(task.dataset("test"), max_tokens=64, context_window=window)
+    found: list[int] = []
+    for batch in loader:
+        read = batch["net_input"]["src_tokens"].ne(task.source_dictionary.pad())
+        starts = batch.get("start_indices", [0] * len(read))
+        for row, targets, start in zip(read, batch["target"], starts, strict=True):
+            if start == window:  # all of it: the text has begun long before
+                predicted = targets.ne(task.source_dictionary.pad()).nonzero()[:, 0].tolist()
+                found += [int(row[: place + 1].sum()) for place in predicted]
+    return found
+
+
+@pytest.mark.parametrize(("length", "window"), [(16, 8), (16, 0), (12, 11), (13, 3)])
+def test_context_is_what_the_model_reads(
+    lab: Lab, tmp_path: Path, length: int, window: int
+) -> None:
+    to = tmp_path / "results.json"
+    blocks = ["--tokens-per-sample", length, "--context-window", window]
+    lab.evaluate("test", *blocks, "--results-json", to)
+    read = positions_read(lab, length, window)
+    told = json.loads(to.read_text())["conditions"]["context_of_queries"]
+    assert told == [min(read), max(read)]
 
 
 def test_the_report_says_them(lab: Lab, datastore: Path) -> None:
@@ -76,7 +110,7 @@ def test_the_report_says_them(lab: Lab, datastore: Path) -> None:
     assert "standard error of the loss" in said
     assert "a word: perplexity" in said
     assert (
-        "8 to 15 tokens before each token, stride 8; keys of train, 8 to 15 tokens before each"
+        "9 to 16 tokens before each token, stride 8; keys of train, 9 to 16 tokens before each"
     ) in said
 
 

@@ -323,8 +323,25 @@ def test_what_is_no_tokenizer_of_transformers(
         words = [texts["train"], "--tokenizer", tokenizer, *more, "--out", tmp_path / "out"]
         assert says in refuse(capsys, "encode", *words)
     (broken / "checkpoint.pt").write_bytes(b"nothing")
-    words = [texts["train"], "--tokenizer", broken, "--out", tmp_path / "out"]
-    assert "has no tokenizer that can be used" in refuse(capsys, "encode", *words)
+    smaller, code = tmp_path / "smaller", tmp_path / "code"
+    shutil.copytree(gpt2["hf"], smaller)
+    shutil.copytree(gpt2["hf"], code)
+    for path, more in (
+        (smaller / "config.json", {"vocab_size": 10}),  # than its tokenizer, which is another's
+        (
+            code / "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}},
+        ),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    for says, folder in (
+        ("has no tokenizer that can be used", broken),
+        ("for a model of 10", smaller),
+        ("brings code of its own, which is not run", code),
+    ):
+        words = [texts["train"], "--tokenizer", folder, "--out", tmp_path / "out"]
+        said = refuse(capsys, "encode", *words)
+        assert says in said and said.count("error: ") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from cli_calls import Capture, refuse, say
 from conftest import Lab, must
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq.data import Dictionary
+from perplexity_page import page
 
 import fairseq_knnlm.tasks  # noqa: F401  for checkpoints of its models
 from fairseq_knnlm.calibration.table import read_table
@@ -109,6 +110,24 @@ def test_losses_are_those_of_the_loop(
     assert found["tokens_left_out"] == len(tokens) - len(places)
     assert found["conditions"]["stride"] == found["context"]["stride"] == stride
     assert table.card["context"]["stride"] == stride
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 8), (16, 16), (13, 1)])
+def test_the_sum_is_that_of_the_page(
+    lab: Lab, loop: Loop, tmp_path: Path, length: int, stride: int
+) -> None:
+    """The loop as it stands there, by labels; ``test_wrapped_stride`` has models of its library."""
+
+    def read(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        told = loop.model.get_normalized_probs(loop.model(ids), log_probs=True)
+        return torch.nn.functional.nll_loss(told[0, :-1], labels[0, 1:]), told
+
+    expected = page(read, loop.tokens(lab, "test")[None], length, stride)
+    found, table = results(lab, tmp_path, *at(length, stride))
+    assert found["tokens"] == expected.n_tokens
+    np.testing.assert_allclose(table["lm"], expected.log_probs, atol=1e-4)
+    mean = expected.nll_sum / expected.n_tokens
+    assert math.log(found["perplexity"]) == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.mark.parametrize("model", ["plain", "prenorm", "untied"])
@@ -303,7 +322,8 @@ def test_text_is_added_at_the_same_stride(
     path = tmp_path / "store"
     lab.evaluate("valid", *at(16, 8, "--save-knnlm-dstore", "--dstore-mmap", path, "--dstore-fp32"))
     model = ["--path", lab.checkpoint(), "--cpu", "--num-workers", 0]
-    must("fairseq-knnlm", "append", path, lab.data, "--gen-subset", "test", *model)
+    said = must("fairseq-knnlm", "append", path, lab.data, "--gen-subset", "test", *model)
+    assert "those that are added" not in said
     tokens = [loop.tokens(lab, split) for split in ("valid", "test")]
     read = [loop.read(some, 16, 8) for some in tokens]
     found = open_datastore(path)
@@ -313,3 +333,6 @@ def test_text_is_added_at_the_same_stride(
     keys = np.concatenate([keys for *_, keys in read])
     np.testing.assert_allclose(np.array(found.keys), keys, atol=1e-4)
     assert "stride 8" in say(capsys, "info", "--dstore", path)
+    other = [*model, "--tokens-per-sample", 16, "--stride", 4]
+    said = must("fairseq-knnlm", "append", path, lab.data, "--gen-subset", "test", *other)
+    assert "8 to 15 tokens of their text, those that are added after 12 to 15 tokens" in said

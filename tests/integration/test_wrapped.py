@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_calls import Capture, refuse
 from hf_models import CONFIGS, POSITIONS, SIZE, as_symbols, opened, save_model, some_ids
 
 from fairseq_knnlm.errors import KnnlmError
@@ -103,6 +104,23 @@ def test_a_longer_text_than_positions_is_refused(wrapped: Any) -> None:
         language_model(model).encode({"src_tokens": tokens}, tokens.ne(dictionary.pad()))
 
 
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    """As large models have them; one that is gone is missed."""
+    folder = tmp_path / "hf"
+    theirs = save_model(folder, "gpt2")
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 1 and (folder / "model.safetensors.index.json").is_file()
+    wrap(folder, tmp_path / "out", None, None)
+    model, _ = opened(tmp_path / "out")
+    ours = dict(model.decoder.causal.lm.named_parameters())
+    assert all(torch.equal(ours[name], one) for name, one in theirs.named_parameters())
+    files[-1].unlink()
+    with pytest.raises(KnnlmError, match="cannot open the model"):
+        wrap(folder, tmp_path / "again", None, None)
+
+
 def test_weights_in_bfloat16_stay_so(tmp_path: Path) -> None:
     save_model(tmp_path / "hf", "llama")
     wrap(tmp_path / "hf", tmp_path / "out", "bfloat16", None)
@@ -110,59 +128,85 @@ def test_weights_in_bfloat16_stay_so(tmp_path: Path) -> None:
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
 
 
-def spoilt_config(folder: Path, **more: Any) -> None:
-    path = folder / "config.json"
+def spoilt(path: Path, **more: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
-def refused(match: str, folder: Path, module: str | None = None, out: Path | None = None) -> None:
-    """``wrap`` says so, and leaves nothing behind."""
+def spoilt_config(folder: Path, **more: Any) -> None:
+    spoilt(folder / "config.json", **more)
+
+
+def refused(
+    capsys: Capture, match: str, folder: Path, module: str | None = None, out: Path | None = None
+) -> None:
+    """``wrap`` says so in one message, and leaves nothing behind."""
     out = out or folder.parent / "out"
     before = out.exists()
-    with pytest.raises(KnnlmError, match=match):
-        wrap(folder, out, None, module)
+    more = () if module is None else ("--knn-module", module)
+    said = refuse(capsys, "wrap", "--hf", folder, "--out", out, *more)
+    assert re.search(match, said), said
+    assert said.count("error: ") == 1 and "  expected: " in said and "  found:    " in said
     assert out.exists() == before
 
 
-def test_folders_that_are_refused(tmp_path: Path) -> None:
+def test_folders_that_are_refused(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "hf"
-    refused("holds no model", folder)
+    refused(capsys, "holds no model", folder)
     save_model(folder, "llama")
-    refused("into the folder of the model", folder, out=folder)
-    refused("cannot be written", folder, out=folder / "config.json")
+    refused(capsys, "into the folder of the model", folder, out=folder)
+    refused(capsys, "cannot be written", folder, out=folder / "config.json")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    refused("cannot open the model", folder)
+    refused(capsys, "cannot open the model", folder)
     weights.write_bytes(b"x" * 100)
-    refused("cannot open the model", folder)
+    refused(capsys, "cannot open the model", folder)
     weights.unlink()
-    refused("found:    no weights", folder)
+    refused(capsys, "found:    no weights", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused("pytorch_model.bin, which could run code", folder)
+    refused(capsys, "pytorch_model.bin, which could run code", folder)
     weights.write_bytes(whole)
     spoilt_config(folder, quantization_config={"quant_method": "gptq"})
-    refused("are quantised", folder)
+    refused(capsys, "are quantised", folder)
     spoilt_config(folder, auto_map={"AutoModel": "code.Model"})
-    refused("code of its own", folder)
+    refused(capsys, "code of its own", folder)
     (folder / "config.json").write_text("{")
-    refused("config.json cannot be read", folder)
+    refused(capsys, "config.json cannot be read", folder)
 
 
-def test_settings_that_do_not_fit_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_code_that_comes_with_a_model_is_not_run(
+    family: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """Nor passed over, where transformers has a tokenizer of its own for the family."""
+    folder, ran = tmp_path / "hf", tmp_path / "ran"
+    save_model(folder, family)
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    tokenizer = folder / "tokenizer_config.json"
+    spoilt(tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": ["code.Own", None]})
+    refused(capsys, "the tokenizer in .* brings code of its own, which is not run", folder)
+    spoilt(folder / "config.json", auto_map={"AutoModelForCausalLM": "code.Own"})
+    refused(capsys, "the model in .* brings code of its own, which is not run", folder)
+    tokenizer.write_text("[]")
+    (folder / "config.json").write_text("[]")
+    refused(capsys, "config.json cannot be read", folder)
+    assert not ran.exists()
+
+
+def test_settings_that_do_not_fit_the_weights(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "hf"
     save_model(folder, "llama")
     spoilt_config(folder, num_hidden_layers=3)
-    refused("weights are missing", folder)
+    refused(capsys, "weights are missing", folder)
     spoilt_config(folder, num_hidden_layers=2, intermediate_size=40)
-    refused("another shape|cannot open the model", folder)
+    refused(capsys, "none, or of another shape, for model.layers.0.mlp", folder)
     spoilt_config(folder, intermediate_size=48, model_type="t5")
-    refused("cannot open the model", folder)
+    refused(capsys, "cannot open the model", folder)
     spoilt_config(folder, model_type="never_heard_of")
-    refused("cannot open the", folder)
+    refused(capsys, "cannot open the", folder)
 
 
-def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any) -> None:
+def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any, capsys: Capture) -> None:
     """With more tokens than the model has; or with another end of a text, which is said."""
     folder = tmp_path / "hf"
     save_model(folder, "llama")
@@ -170,47 +214,46 @@ def test_the_tokenizer_of_another_model(tmp_path: Path, caplog: Any) -> None:
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["vocab"] |= {f"w{number}": number for number in range(SIZE, SIZE + 3)}
     path.write_text(json.dumps(tokenizer))
-    refused("tokenizer in .* is another model's", folder)
+    refused(capsys, "tokenizer in .* is another model's", folder)
     for one in ("tokenizer.json", "tokenizer_config.json"):
         (folder / one).unlink()
-    refused("cannot open the tokenizer", folder)
+    refused(capsys, "cannot open the tokenizer", folder)
     save_model(folder, "llama")
     spoilt_config(folder, eos_token_id=5)
     wrap(folder, tmp_path / "out", None, None)
     assert "ends a text by id 5, its tokenizer by id 2, </s>" in caplog.text
 
 
-def test_where_keys_are_read_may_be_named(tmp_path: Path) -> None:
+def test_where_keys_are_read_may_be_named(tmp_path: Path, capsys: Capture) -> None:
     """Of a family that nobody here knows, it must be."""
     folder = tmp_path / "hf"
-    save_model(folder, "bloom")
-    refused("--knn-module, such as", folder)
-    refused("names no module", folder, "transformer.h.7.mlp")
-    refused("not given a vector for each token", folder, "transformer.h")
-    refused("not given a vector for each token", folder, "transformer.word_embeddings")
+    theirs = save_model(folder, "bloom")
+    refused(capsys, "--knn-module, such as", folder)
+    refused(capsys, "names no module", folder, "transformer.h.7.mlp")
+    refused(capsys, "not given a vector for each token", folder, "transformer.h")
+    refused(capsys, "not given a vector for each token", folder, "transformer.word_embeddings")
     wrap(folder, tmp_path / "out", None, "transformer.h.1.mlp.dense_4h_to_h")
     model, dictionary = opened(tmp_path / "out")
     assert check_model(model, "last_ffn_input") == 4 * 32
     assert check_model(model, "decoder_output") == 32
-    tokens = as_symbols(dictionary, some_ids(2, 9))
+    ids = some_ids(2, 9)
+    tokens, caught = as_symbols(dictionary, ids), []
+    theirs.transformer.h[1].mlp.dense_4h_to_h.register_forward_pre_hook(
+        lambda _, given: caught.append(given[0])
+    )
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits.log_softmax(-1).flatten(0, 1)
     lm = language_model(model, "last_ffn_input")
     found = lm.encode({"src_tokens": tokens}, torch.ones_like(tokens, dtype=torch.bool))
     assert found.keys is not None
-    assert found.keys.shape == (18, 4 * 32)
+    torch.testing.assert_close(found.keys, caught[0].flatten(0, 1), rtol=1e-5, atol=1e-5)
+    columns = as_symbols(dictionary, torch.arange(3, 90)[None])[0]
+    told = lm.log_probs(found.features)[:, columns]
+    torch.testing.assert_close(told, expected[:, 3:90], rtol=1e-4, atol=1e-4)
     assert not lm.reads_ahead
     padded = torch.nn.functional.pad(tokens, (4, 0), value=dictionary.pad())
     alike = lm.encode({"src_tokens": padded}, padded.ne(dictionary.pad()))
     assert torch.allclose(alike.features, found.features, atol=1e-4)
-
-
-def test_without_the_library(tmp_path: Path, monkeypatch: Any) -> None:
-    """To wrap a model, and to open one that was wrapped elsewhere."""
-    save_model(tmp_path / "hf", "gpt2")
-    wrap(tmp_path / "hf", tmp_path / "out", None, None)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    refused(r"pip install 'fairseq-knnlm\[hf\]'", tmp_path / "hf", out=tmp_path / "another")
-    with pytest.raises(KnnlmError, match="is not installed"):
-        opened(tmp_path / "out")
 
 
 def test_the_dictionary_of_another_model(tmp_path: Path) -> None:

@@ -84,13 +84,13 @@ def memory(world: World) -> Path:
     return path
 
 
-def bits(model: Any, ids: list[int]) -> float:
-    """transformers' own loss over a text, in blocks of fairseq's kind: 8 tokens after 8 others."""
+def bits(model: Any, ids: list[int], block: int = BLOCK, context: int = CONTEXT) -> float:
+    """transformers' own loss over a text, in blocks of fairseq's kind, of which some is context."""
     begin, total = model.config.eos_token_id, 0.0
-    size = BLOCK - CONTEXT
+    size = block - context
     for start in range(0, len(ids), size):
         targets = ids[start : start + size]
-        known = [begin, *ids][max(start - CONTEXT, 0) : start + len(targets)]
+        known = [begin, *ids][max(start - context, 0) : start + len(targets)]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([known])).logits[0, -len(targets) :]
         found = logits.log_softmax(dim=1).gather(1, torch.tensor(targets)[:, None])
@@ -107,13 +107,24 @@ def test_what_was_wrapped_is_said(world: World, tmp_path: Path, capsys: Capture)
     assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "dict.txt", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_loss_is_that_of_transformers(world: World, family: str) -> None:
+def theirs(world: World, family: str) -> Any:
+    """The model, as transformers opens it."""
     import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(world.folder / f"{family}-hf")
-    expected = bits(theirs.eval(), world.ids("test"))
-    assert world.evaluate(family, "test") == pytest.approx(expected, abs=1e-4)
+    folder = world.folder / f"{family}-hf"
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("block", "context"), [(BLOCK, CONTEXT), (BLOCK, 0), (64, 0), (64, 48), (40, 39), (33, 1)]
+)
+def test_the_loss_is_that_of_transformers(
+    world: World, family: str, block: int, context: int
+) -> None:
+    expected = bits(theirs(world, family), world.ids("test"), block, context)
+    flags = ("--tokens-per-sample", block, "--context-window", context)
+    assert world.evaluate(family, "test", *flags) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_stock_scorer_reads_it_too(world: World) -> None:
@@ -202,6 +213,34 @@ def test_text_is_written_and_explained(
     assert "w1 w2 w3" in again
     refused = refuse(capsys, *command, "--prompts", prompts, "--new-tokens", 80)
     assert "too long for the model" in refused
+    told = ("explain", "--dstore", memory, *reading, "--text", "w1 " * 99)
+    assert "the text is longer than the model reads" in refuse(capsys, *told)
+
+
+def test_at_lambda_0_a_text_is_that_of_transformers(
+    world: World, memory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Whatever the memory says, from letters to letters."""
+    lines, prompts = ("w1 w2 w3", "w4  w5 \u00e9", "w7"), tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{line}\n" for line in lines))
+    spelling = ("--bpe", "hf_tokenizer", "--hf-tokenizer", world.folder / "gpt2/tokenizer.json")
+    model = (world.data, "--path", world.checkpoint("gpt2"), "--cpu", *spelling)
+    how = ("--dstore", memory, "--lmbda", 0, "--prompts", prompts, "--new-tokens", 20)
+    said = say(capsys, "generate", *model, *how)
+    expected = []
+    for line in lines:
+        ids = torch.tensor([[0, *world.tokenizer(line)["input_ids"]]])
+        found = theirs(world, "gpt2").generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        written = [one for one in found[0].tolist() if one]  # 0 begins and ends a text
+        expected.append(world.tokenizer.decode(written, skip_special_tokens=False) + "\n")
+    assert said == "".join(expected)
 
 
 def test_fairseqs_own_commands(world: World, memory: Path, tmp_path: Path) -> None:

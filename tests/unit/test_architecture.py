@@ -46,7 +46,7 @@ LIBRARIES = {
     "subprocess": {"index/trial", "runs/conversion"},
     "torch": WITH_TORCH,
     "tqdm": EVERYWHERE - {GROUND},
-    "tokenizers": {"runs/tokenizer", "tasks/hf_tokenizer"},
+    "tokenizers": {"runs/tokenizer"},
     "transformers": {"lm/causal"},
 }
 #: A file is read in one sitting.

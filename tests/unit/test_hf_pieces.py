@@ -23,7 +23,7 @@ from tokenizers import (  # noqa: E402
 
 from fairseq_knnlm.errors import ConfigError  # noqa: E402
 from fairseq_knnlm.runs.inputs import Vocabulary  # noqa: E402
-from fairseq_knnlm.runs.spelling import Spelling  # noqa: E402
+from fairseq_knnlm.runs.token_spelling import AnySpelling  # noqa: E402
 from fairseq_knnlm.tasks.hf_tokenizer import HfTokenizer  # noqa: E402
 from fairseq_knnlm.tasks.spelling import spelling  # noqa: E402
 
@@ -97,7 +97,7 @@ def flags_of(file: str) -> Any:
     return OmegaConf.create({"bpe": bpe, "tokenizer": None})
 
 
-def opened(raw: Tokenizer, folder: Path) -> tuple[HfTokenizer, Spelling]:
+def opened(raw: Tokenizer, folder: Path) -> tuple[HfTokenizer, AnySpelling]:
     """The tokenizer as fairseq's flags name it, with a dictionary as ``wrap`` writes them."""
     raw.enable_truncation(3)  # as many published files have it, for the model's training
     raw.enable_padding(length=8)
@@ -127,13 +127,29 @@ def test_a_text_comes_back_byte_for_byte(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_each_token_is_shown_by_itself(kind: str, tmp_path: Path) -> None:
-    """Pieces of a text without rare characters are the text; a byte alone has its number."""
+    """Pieces are the text; of the bytes of a character the last has it."""
     _, cut = opened(KINDS[kind](), tmp_path)
-    line = "then there query.distance the end"
-    assert "".join(cut.pieces(cut.tokens(line))) == line
-    odd = cut.pieces(cut.tokens("\u0645"))
-    assert "".join(odd).endswith("<0xD9><0x85>")
-    assert cut.text(cut.tokens("\u0645")[:-1]).endswith("\ufffd")
+    for line in ("then there query.distance the end", "the \u0645\u0645 end\nthen \U0001f9d1"):
+        tokens = cut.tokens(line)
+        pieces = cut.pieces(tokens)
+        assert len(pieces) == len(tokens) and "".join(pieces) == line
+    odd = cut.tokens("\u0645")
+    assert cut.pieces(odd)[-2:] == ["", "\u0645"]
+    assert cut.text(odd[:-1]).endswith("\ufffd")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ids_that_the_tokenizer_has_not_are_no_text(kind: str, tmp_path: Path) -> None:
+    """A model may have more; what stands around them is as if they were not there."""
+    _, cut = opened(KINDS[kind](), tmp_path)
+    line = "then there query"
+    tokens, spare = cut.tokens(line), len(cut.vocabulary.symbols) - 1
+    middle = len(tokens) // 2
+    with_it = [*tokens[:middle], spare, *tokens[middle:]]
+    assert cut.text(with_it) == "".join(cut.pieces(with_it)) == line
+    assert cut.pieces(with_it)[middle] == ""
+    unknown = [*tokens[:middle], 3, *tokens[middle:]]
+    assert cut.text(unknown).replace("<unk>", "") == line
 
 
 def test_marks_that_a_pre_tokenizer_puts(tmp_path: Path) -> None:
@@ -161,5 +177,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the tokenizer of the model"):
         spelling(flags, Vocabulary(of_another, 1, 2), 3)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    with pytest.raises(ConfigError, match="is no tokenizer"):
         spelling(flags, Vocabulary(of_another, 1, 2), 3)

@@ -22,11 +22,12 @@ def cases() -> list[Case]:
         receipts,
         results,
         sharing,
+        strides,
     )
 
     modules = (
         *(results, documents, damage, archives, outputs, disks, kills, flags, models),
-        *(blocks, changes, sharing, columns, receipts),
+        *(blocks, changes, sharing, columns, receipts, strides),
     )
     found = [case for module in modules for case in module.cases()]
     names = [case.name for case in found]
