@@ -62,8 +62,8 @@ TRAINING = """
     --validate-interval 2 --save-interval 2 --no-epoch-checkpoints --no-last-checkpoints
     --log-format simple --log-interval 20
 """.split()
-# fairseq takes the context off the sample: 64 tokens are scored with 192 to 255 before them.
-# A datastore is saved with 128 to 255 before each token, for half the work.
+# fairseq takes the context off the sample: 64 tokens are scored with 193 to 256 before them.
+# A datastore is saved with 129 to 256 before each token, for half the work.
 READING = "--tokens-per-sample 256 --sample-break-mode none --max-tokens 4096 --cpu".split()
 SCORING = [*READING, "--context-window", 192]
 SAVING = [*READING, "--context-window", 128]

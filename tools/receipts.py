@@ -33,7 +33,7 @@ from fairseq_knnlm.cli.tables import show  # noqa: E402
 RECEIPTS, WORK, DEMO = Path("docs/receipts"), Path("build/receipts"), Path("demo")
 DOMAINS = ("docstrings", "reference")
 SPLITS = ("train", "valid", "test")
-#: Of WikiText-2, each token after 192 to 255 of context.
+#: Of WikiText-2, each token after 193 to 256 of context.
 READING = ["--tokens-per-sample", 256, "--context-window", 192, "--sample-break-mode", "none"]
 READING += ["--max-tokens", 2048]
 NEIGHBOURS = ["--k", 1024]
