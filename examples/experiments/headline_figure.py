@@ -105,4 +105,5 @@ def paint_seconds(axis: Any, curves: Curves) -> None:
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:.0f}")
     axis.set_xlabel("processor seconds")
-    axis.legend(fontsize="x-small")
+    axis.set_ylim(top=3 * axis.get_ylim()[1])  # above all curves there is room for their names
+    axis.legend(fontsize="x-small", loc="upper right")
