@@ -57,7 +57,7 @@ class Fitter:
     @cached_property
     def single(self) -> dict[str, Component]:
         """For each expert the setting that helps the language model most."""
-        rows = self.parts.fixed
+        rows = self.parts.fit
         lm = self.table["lm"][rows]
         best = {}
         for name, settings in self.table.experts.items():
@@ -71,7 +71,7 @@ class Fitter:
     def fixed(self, experts: Sequence[str]) -> Fixed:
         """One setting and one weight an expert."""
         components = self.singles(experts)
-        columns = log_probs(self.table, components, self.parts.fixed)
+        columns = log_probs(self.table, components, self.parts.fit)
         return self._better(
             experts, lambda abstain: fit_fixed(components, columns, abstain=abstain)
         )
@@ -81,14 +81,14 @@ class Fitter:
 
         def fitted(abstain: Abstain) -> Fixed:
             components = self.components(experts, abstain)
-            columns = log_probs(self.table, components, self.parts.fixed)
+            columns = log_probs(self.table, components, self.parts.fit)
             return fit_fixed(components, columns, "blend", abstain)
 
         return self._better(experts, fitted)
 
     def bins(self, experts: Sequence[str]) -> Mixer:
         """One setting an expert, with weights by the distance of the nearest neighbour."""
-        components, rows = self.singles(experts), self.parts.fixed
+        components, rows = self.singles(experts), self.parts.fit
         nearest = self._nearest(rows)
         columns = log_probs(self.table, components, rows)
         return self._better(
@@ -117,7 +117,7 @@ class Fitter:
             components: the language model first.
             features: names; none for weights that are the same.
         """
-        columns = log_probs(self.table, components, self.parts.fixed)
+        columns = log_probs(self.table, components, self.parts.fit)
         blend = self._better(
             [one.expert for one in components[1:]],
             lambda abstain: fit_fixed(components, columns, "blend", abstain),
@@ -153,7 +153,7 @@ class Fitter:
         """
         abstaining = any(np.isnan(self.table[name]).any() for name in experts)
         found = [fitted(abstain) for abstain in (conventions if abstaining else conventions[:1])]
-        return min(found, key=lambda mixer: mean_loss(self.table, mixer, self.parts.choose))
+        return min(found, key=lambda mixer: mean_loss(self.table, mixer, self.parts.compared))
 
     def singles(self, experts: Sequence[str]) -> list[Component]:
         """The language model, and each expert in its ``single`` setting."""
@@ -196,7 +196,7 @@ class Fitter:
 
     def measured(self, experts: Sequence[str], mixer: Mixer) -> FittedMixture:
         """A mixture, with its figures on the tokens to choose on and on those held out."""
-        choice = mean_loss(self.table, mixer, self.parts.choose)
+        choice = mean_loss(self.table, mixer, self.parts.compared)
         final = self._refitted(mixer)
         loss = mean_loss(self.table, final, self.parts.report)
         return FittedMixture(

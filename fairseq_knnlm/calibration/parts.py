@@ -1,4 +1,4 @@
-"""Cuts a score table into parts: to fit on, to stop on, to choose on, and to report."""
+"""Cuts a score table into parts: to fit on, to stop and to choose on, and to report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ LEAST_ROWS = 40
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows of a table, (M,) int64 each."""
+    """Rows of a table, (M,) int64 each.
+
+    Attributes:
+        fit: what weights are fitted on.
+        stop: what tells a gate when to stop.
+        choose: what nothing is fitted on before the choice.
+        report: what nothing is fitted or chosen on.
+    """
 
     fit: np.ndarray
     stop: np.ndarray
@@ -24,13 +31,17 @@ class Parts:
     report: np.ndarray
 
     @property
-    def fixed(self) -> np.ndarray:
-        """What weights are fitted on that need no stopping."""
-        return np.concatenate([self.fit, self.stop])
+    def compared(self) -> np.ndarray:
+        """What it is chosen by between mixtures.
+
+        With the stretches to stop on there are twice as many, so that chance chooses less: all that
+        a gate learnt of them is after how many rounds to stop.
+        """
+        return np.concatenate([self.stop, self.choose])
 
     @property
     def unreported(self) -> np.ndarray:
-        """What they are fitted on once more when nothing is left to choose."""
+        """What weights are fitted on once more when nothing is left to choose."""
         return np.concatenate([self.fit, self.stop, self.choose])
 
     @classmethod

@@ -1,8 +1,8 @@
 """From a score table of valid to a calibration: no language model, no index, a few minutes.
 
-The table's tokens are cut into stretches of text (``parts``). Most are fitted on; some tell a gate
-when to stop learning; by some it is chosen between mixtures; the rest are held out of all this, and
-on these alone a mixture is compared with the language model.
+The table's tokens are cut into stretches of text (``parts``). Most are fitted on; by some it is
+chosen between mixtures, and half of these tell a gate when to stop learning; the rest are held out
+of all this, and on these alone a mixture is compared with the language model.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def fit(
         fitted_on={
             "split": card["split"],
             "tokens": len(table),
-            "chosen_on": len(fitter.parts.choose),
+            "chosen_on": len(fitter.parts.compared),
             "held_out": len(fitter.parts.report),
             "seed": seed,
             "context": card.get("context") or {},

@@ -45,7 +45,7 @@ def fit_skip(fitter: Fitter, experts: Sequence[str]) -> Skip | None:
         weight_decay=DECAY,
     )
     # Of text that it did not learn from, nor is measured on.
-    rows = np.concatenate([fitter.parts.stop, fitter.parts.choose])
+    rows = fitter.parts.compared
     scores = Skip(gate, ()).scores(tensors(fitter.table.features(features, rows))).numpy()
     return Skip(gate, np.quantile(scores, np.linspace(0, 1, 101)).tolist())
 

@@ -204,10 +204,10 @@ def test_figures_are_of_the_tokens_held_out() -> None:
     found = fit(told(1000))
     parts = Parts.of(1000)
     assert found.fitted_on["held_out"] == len(parts.report)
-    assert found.fitted_on["chosen_on"] == len(parts.choose)
+    assert found.fitted_on["chosen_on"] == len(parts.compared)
     for each in found.mixtures:
         losses = plain_losses(told(1000), each.mixer)
-        loss, choice = losses[parts.report].mean(), losses[parts.choose].mean()
+        loss, choice = losses[parts.report].mean(), losses[parts.compared].mean()
         # Weights but a gate's were fitted once more, after the choice.
         near = 1e-3 if each.mixer.kind == "gate" else 3e-2
         assert each.choice_perplexity == pytest.approx(math.exp(choice), rel=near)
@@ -344,7 +344,7 @@ def test_the_default_is_chosen_by_tokens_on_which_it_is_not_reported() -> None:
     """The neighbours help where it is chosen and hurt where it is reported."""
     scores, parts = useless(1000), Parts.of(1000)
     knn = scores["knn"].copy()
-    knn[np.concatenate([parts.fixed, parts.choose])] = -0.01
+    knn[np.concatenate([parts.fit, parts.compared])] = -0.01
     found = fit(replace(scores, columns=scores.columns | {"knn": knn}))
     assert "knn" in found.best.experts
     assert found.best.perplexity > found.base_perplexity
@@ -386,7 +386,7 @@ def test_the_card_says_what_was_fitted_on_what() -> None:
     assert found.fitted_on == {
         "split": "valid",
         "tokens": 400,
-        "chosen_on": 40,
+        "chosen_on": 80,
         "held_out": 40,
         "seed": 3,
         "context": {},
@@ -472,11 +472,11 @@ def test_valid_chooses_between_the_conventions() -> None:
     scores = abstaining()
     fitter = Fitter(scores)
     chosen = fitter.fixed(["knn", "cache"])
-    columns = log_probs(scores, chosen.components, fitter.parts.fixed)
+    columns = log_probs(scores, chosen.components, fitter.parts.fit)
     losses = {}
     for way in CONVENTIONS:
         mixer = fit_fixed(chosen.components, columns, abstain=way)
-        losses[way] = plain_losses(scores, mixer)[fitter.parts.choose].mean()
+        losses[way] = plain_losses(scores, mixer)[fitter.parts.compared].mean()
     assert chosen.abstain == min(losses, key=losses.__getitem__)
     assert losses["share"] != pytest.approx(losses["lm"], rel=1e-4)
 
