@@ -57,7 +57,7 @@ class Fitter:
     @cached_property
     def single(self) -> dict[str, Component]:
         """For each expert the setting that helps the language model most."""
-        rows = self.parts.fit
+        rows = self.parts.settings
         lm = self.table["lm"][rows]
         best = {}
         for name, settings in self.table.experts.items():

@@ -31,11 +31,16 @@ class Parts:
     report: np.ndarray
 
     @property
+    def settings(self) -> np.ndarray:
+        """What tells an expert's best setting, of few."""
+        return np.concatenate([self.fit, self.stop])
+
+    @property
     def compared(self) -> np.ndarray:
         """What it is chosen by between mixtures.
 
         With the stretches to stop on there are twice as many, so that chance chooses less: all that
-        a gate learnt of them is after how many rounds to stop.
+        is learnt of them before is settings, and after how many rounds a gate stops.
         """
         return np.concatenate([self.stop, self.choose])
 
