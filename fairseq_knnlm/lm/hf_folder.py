@@ -153,10 +153,12 @@ def open_tokenizer(folder: Path) -> Any:
     """
     if (settings := folder / "tokenizer_config.json").is_file():
         without_code(settings, "tokenizer")
+    transformers = library()
     try:
-        found = library().AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        with quiet(transformers):
+            found = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"transformers cannot open the tokenizer in {folder}",
