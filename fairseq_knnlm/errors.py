@@ -136,3 +136,8 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, in a line; its name where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Its kind, and what it says in a line: for an error that may say no more than a key."""
+    return f"{type(error).__name__}: {first_line(error)[:200]}"

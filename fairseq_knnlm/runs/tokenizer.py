@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fairseq_knnlm.errors import ConfigError, first_line
+from fairseq_knnlm.errors import ConfigError, first_line, kind_and_line
 
 #: The two libraries, by what their models are called, and the file that each opens.
 SENTENCEPIECE, TRANSFORMERS = "sentencepiece", "transformers"
@@ -137,7 +137,7 @@ def open_pieces(path: Path) -> Pieces:
         raise ConfigError(
             f"{path} is no model of sentencepiece",
             expected="a file that spm_train wrote, such as sentencepiece.model",
-            found=f"{type(error).__name__}: {first_line(error)[:200]}",
+            found=kind_and_line(error),
         ) from None
 
 

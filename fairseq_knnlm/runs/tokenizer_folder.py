@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fairseq_knnlm.errors import ModelError, first_line
+from fairseq_knnlm.errors import ModelError, kind_and_line
 from fairseq_knnlm.lm.causal import library
-from fairseq_knnlm.lm.hf_folder import open_tokenizer
+from fairseq_knnlm.lm.hf_folder import open_tokenizer, quiet
 from fairseq_knnlm.runs.wrapping import CHECKPOINT, DICTIONARY, TOKENIZER, special_ids, symbols_of
 
 
@@ -51,18 +51,20 @@ def _wrapped(folder: Path) -> Found:
         text = (folder / TOKENIZER).read_text(encoding="utf-8")
         lines = (folder / DICTIONARY).read_text(encoding="utf-8").splitlines()
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise _none(folder, f"{type(error).__name__}: {first_line(error)[:200]}") from None
+        raise _none(folder, kind_and_line(error)) from None
     return Found(text, special, [line.rpartition(" ")[0] for line in lines])
 
 
 def _of_transformers(folder: Path) -> Found:
     tokenizer = open_tokenizer(folder)
+    transformers = library()
     try:
-        config = library().AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        with quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise _none(folder, f"{type(error).__name__}: {first_line(error)[:200]}") from None
+        raise _none(folder, kind_and_line(error)) from None
     special = special_ids(config, tokenizer)
     size = int(config.get_text_config().vocab_size)
     last = max(tokenizer.get_vocab().values())
