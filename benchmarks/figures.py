@@ -209,7 +209,8 @@ class Bench:
 
     def _sizes(self, names: Sequence[str]) -> Rates:
         """Bytes an entry of everything in the folder."""
-        size = sum(file.stat().st_size for file in self.material.streamed().iterdir())
+        files = (path for path in self.material.streamed().rglob("*") if path.is_file())
+        size = sum(file.stat().st_size for file in files)
         return {name: [size / len(self.material.store)] for name in names}
 
     def _memory(self, names: Sequence[str]) -> Rates:

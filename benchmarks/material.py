@@ -42,6 +42,8 @@ EXAMINED = BuildOptions().queries
 FROM_INDEX = "do_not_recomp_l2"
 #: Of the speed of the LM alone, what a lean mixture keeps at least.
 SPEED = 0.45
+#: Entries of a datastore's block: of all there are, since the published search maps one file.
+ONE_BLOCK = 2**40
 #: Sampled tokens that follow one another, as those of a batch do.
 STRETCH = 256
 
@@ -203,7 +205,8 @@ class Material:
         """A datastore of a split."""
         path = self.folder / name
         if not path.is_dir():
-            save = ["--save-knnlm-dstore", "--dstore-mmap", path, *options]
+            save = ["--save-knnlm-dstore", "--dstore-mmap", path, "--block-rows", ONE_BLOCK]
+            save += options
             self.shell.prepare(f"save-{name}", self.evaluation(split, *save))
         return path
 
