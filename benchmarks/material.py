@@ -43,7 +43,7 @@ FROM_INDEX = "do_not_recomp_l2"
 #: Of the speed of the LM alone, what a lean mixture keeps at least.
 SPEED = 0.45
 #: Entries of a datastore's block: of all there are, since the published search maps one file.
-ONE_BLOCK = 2**40
+ONE_BLOCK = 2**31 - 1
 #: Sampled tokens that follow one another, as those of a batch do.
 STRETCH = 256
 
