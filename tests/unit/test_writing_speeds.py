@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -11,8 +14,10 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 
 from common.commands import RunError
+from figures import FIGURES
+from measure import show_entries
 from write import Parts, Written
-from writers import GIVEN, beginnings, differences
+from writers import GIVEN, Texts, Writing, beginnings, differences
 
 LINES = [f"{name} " + "w " * (GIVEN - 1 + more) for more, name in enumerate("abcdefg")]
 
@@ -62,3 +67,24 @@ def test_a_part_takes_its_time_without_those_inside(monkeypatch: pytest.MonkeyPa
     assert found == 2
     # From 0 to 9, of which 1 to 3 and 4 to 8 are inside.
     assert parts.seconds == {"outside": 3.0, "inside": 6.0}
+
+
+def test_a_figure_is_shown_beside_what_it_should_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """As read from results.json, those of other figures and of texts alike."""
+    material: Any = SimpleNamespace(source=SimpleNamespace(name="any"))
+    writing = Writing(material, None, Texts(1))  # type: ignore[arg-type]
+    writing.runs["plain_16"] = [Written([[0]], [[-1.0]], tokens=1, seconds=2.0)]
+    rates = {"plain_16": [6.0, 6.0], "stock_16": [10.0, 10.0], "base": [9.0], "stock": [2.0]}
+    rates |= {"mixture": [4.0]}
+    texts = FIGURES["generate_over_stock"]
+    entries = {
+        name: FIGURES[name].entry(rates) for name in ("base_over_stock", "mixture_over_stock")
+    }
+    entries["generate_over_stock"] = texts.entry(rates) | writing.beside(texts, rates)
+    show_entries(json.loads(json.dumps(entries)))
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [("≥" in row, "missed" in row) for row in rows] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
