@@ -96,18 +96,15 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
         ConfigError: where transformers is not installed.
         ModelError: where it cannot open the model, or weights of it are missing.
     """
-    transformers = library()
     try:
-        with quiet(transformers):
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype="auto" if dtype is None else getattr(torch, dtype),
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # which are named below
-                output_loading_info=True,
-            )
+        model, told = opened(
+            "AutoModelForCausalLM",
+            folder,
+            dtype="auto" if dtype is None else getattr(torch, dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # which are named below
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"transformers cannot open the model in {folder}",
@@ -125,8 +122,26 @@ def open_model(folder: Path, dtype: str | None) -> nn.Module:
     return found
 
 
+def opened(kind: str, folder: Path, **more: Any) -> Any:
+    """What transformers opens in a folder: by none of the folder's code, and of no network.
+
+    Args:
+        kind: of transformers' classes, such as ``"AutoTokenizer"``.
+        folder: where its files are.
+        more: that the class is told.
+
+    Raises:
+        ConfigError: where transformers is not installed.
+    """
+    transformers = library()
+    with _quiet(transformers):
+        return getattr(transformers, kind).from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **more
+        )
+
+
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
+def _quiet(transformers: Any) -> Iterator[None]:
     """Keeps transformers from telling in its own words what is told here, or refused.
 
     Its progress shows where a terminal shows it.
@@ -153,12 +168,8 @@ def open_tokenizer(folder: Path) -> Any:
     """
     if (settings := folder / "tokenizer_config.json").is_file():
         without_code(settings, "tokenizer")
-    transformers = library()
     try:
-        with quiet(transformers):
-            found = transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+        found = opened("AutoTokenizer", folder)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"transformers cannot open the tokenizer in {folder}",

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from fairseq_knnlm.errors import ModelError, kind_and_line
-from fairseq_knnlm.lm.causal import library
-from fairseq_knnlm.lm.hf_folder import open_tokenizer, quiet
+from fairseq_knnlm.lm.hf_folder import open_tokenizer, opened
 from fairseq_knnlm.runs.wrapping import CHECKPOINT, DICTIONARY, TOKENIZER, special_ids, symbols_of
 
 
@@ -57,12 +56,8 @@ def _wrapped(folder: Path) -> Found:
 
 def _of_transformers(folder: Path) -> Found:
     tokenizer = open_tokenizer(folder)
-    transformers = library()
     try:
-        with quiet(transformers):
-            config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+        config = opened("AutoConfig", folder)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _none(folder, kind_and_line(error)) from None
     special = special_ids(config, tokenizer)
