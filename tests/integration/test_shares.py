@@ -149,7 +149,8 @@ FITTED: dict[str, list[object]] = {
 def test_a_calibrated_mixture_in_shares(lab: Lab, tuned: Path, tmp_path: Path, case: str) -> None:
     flags = ["--dstore-filename", tuned, "--k", 16, *FITTED[case]]
     whole = losses(lab, tmp_path, 1, *flags)
-    if case != "default":  # which is what pays on so little text
+    if "--experts" in flags:  # the default is what pays on so little text
+        assert ",".join(whole["experts"]) == flags[flags.index("--experts") + 1]
         assert {"cache", "suffix"} & set(whole["experts"])  # or no share would have to look back
     assert whole["tokens"] == len(lab.text("test"))
     assert [losses(lab, tmp_path, of, *flags) for of in (2, 4)] == [whole, whole]

@@ -72,7 +72,8 @@ def test_a_part_takes_its_time_without_those_inside(monkeypatch: pytest.MonkeyPa
 def test_a_figure_is_shown_beside_what_it_should_be(capsys: pytest.CaptureFixture[str]) -> None:
     """As read from results.json, those of other figures and of texts alike."""
     material: Any = SimpleNamespace(source=SimpleNamespace(name="any"))
-    writing = Writing(material, None, Texts(1))  # type: ignore[arg-type]
+    unasked: Any = None
+    writing = Writing(material, unasked, Texts(1))
     writing.runs["plain_16"] = [Written([[0]], [[-1.0]], tokens=1, seconds=2.0)]
     rates = {"plain_16": [6.0, 6.0], "stock_16": [10.0, 10.0], "base": [9.0], "stock": [2.0]}
     rates |= {"mixture": [4.0]}
